@@ -1,0 +1,1 @@
+"""Measurements on the device: latency, accuracy, saliency metrics, each with its environment."""

@@ -1,0 +1,1 @@
+"""What runs on the edge device: the example app, containers and set-up notes."""

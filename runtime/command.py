@@ -1,0 +1,65 @@
+"""How every command line of the project starts and ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from runtime.errors import ClearpactError, OptionProblem
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return an argument parser for `python -m MODULE` whose help ends with examples."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"examples:\n{examples.strip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a command's `main` and leave the process with its exit status.
+
+    User errors become one line on standard error and status 2; Ctrl-C becomes status 130.
+    Anything else is a defect and keeps its traceback.
+    """
+    try:
+        status = main(None) or 0
+        sys.stdout.flush()
+    except ClearpactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone: leave quietly, without Python's complaint at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    raise SystemExit(status)
+
+
+def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterable[T]:
+    """Iterate with a progress bar on standard error where that is a terminal.
+
+    Raises:
+        OptionProblem: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise OptionProblem(
+            "the progress bar needs tqdm, which is not installed; pip install 'clearpact[tools]'"
+        ) from None
+    # disable=None: silent in pipes and logs, so scripts read clean output.
+    bar: Iterable[T] = tqdm(items, desc=label, total=total, disable=None, leave=False, dynamic_ncols=True)
+    return bar

@@ -1,0 +1,80 @@
+"""Reading and writing whole files such that no reader ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from runtime.errors import FileProblem
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the contents of a file.
+
+    Raises:
+        FileProblem: the file is missing, a folder, or not readable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileProblem(f"{path}: is a folder, expected a file; name the file inside it")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileProblem(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise FileProblem(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise FileProblem now if `path` could not be written later: call it before long work.
+
+    Creates the parent folder where it is missing, and leaves an existing file as it is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileProblem(f"{path}: is a folder, expected the name of a file to write; add a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` to `path` through a temporary file, fsync and rename.
+
+    After a crash, a full disk or Ctrl-C the old file, or none, is there; never half of the new one.
+
+    Raises:
+        FileProblem: the folder is not writable or the disk is full.
+    """
+    path = Path(path)
+    if isinstance(data, str):
+        data = data.encode()
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; what is shipped gets the permissions any new file would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+        temporary = None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> FileProblem:
+    return FileProblem(
+        f"{path}: cannot be written ({error.strerror}); free space or choose a folder you may write to"
+    )

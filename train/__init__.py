@@ -1,0 +1,1 @@
+"""Stage one: quantization-aware and saliency-guided training, from images to a checkpoint."""
