@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from runtime.errors import ClearpactError, OptionProblem
+from runtime.errors import ClearpactError, OptionError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -52,12 +52,12 @@ def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Ite
     """Iterate with a progress bar on standard error where that is a terminal.
 
     Raises:
-        OptionProblem: tqdm is not installed.
+        OptionError: tqdm is not installed.
     """
     try:
         from tqdm import tqdm
     except ImportError:
-        raise OptionProblem(
+        raise OptionError(
             "the progress bar needs tqdm, which is not installed; pip install 'clearpact[tools]'"
         ) from None
     # disable=None: silent in pipes and logs, so scripts read clean output.

@@ -11,21 +11,21 @@ class ClearpactError(Exception):
     """
 
 
-class FileProblem(ClearpactError):
+class FileError(ClearpactError):
     """A file is missing, unreadable, unwritable, truncated or of another kind."""
 
 
-class ModelProblem(ClearpactError):
+class ModelError(ClearpactError):
     """A model file was read but cannot be used: no manifest, wrong target, missing output."""
 
 
-class ImageProblem(ClearpactError):
+class ImageError(ClearpactError):
     """An image has a shape, dtype or encoding that the model cannot take."""
 
 
-class EngineProblem(ClearpactError):
+class EngineError(ClearpactError):
     """An inference engine or one of its devices is not there."""
 
 
-class OptionProblem(ClearpactError):
+class OptionError(ClearpactError):
     """An option's value is outside what the command accepts."""

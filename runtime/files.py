@@ -6,34 +6,34 @@ import os
 import tempfile
 from pathlib import Path
 
-from runtime.errors import FileProblem
+from runtime.errors import FileError
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """Return the contents of a file.
 
     Raises:
-        FileProblem: the file is missing, a folder, or not readable.
+        FileError: the file is missing, a folder, or not readable.
     """
     path = Path(path)
     if path.is_dir():
-        raise FileProblem(f"{path}: is a folder, expected a file; name the file inside it")
+        raise FileError(f"{path}: is a folder, expected a file; name the file inside it")
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise FileProblem(f"{path}: no such file; check the path") from None
+        raise FileError(f"{path}: no such file; check the path") from None
     except OSError as error:
-        raise FileProblem(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise FileError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise FileProblem now if `path` could not be written later: call it before long work.
+    """Raise FileError now if `path` could not be written later: call it before long work.
 
     Creates the parent folder where it is missing, and leaves an existing file as it is.
     """
     path = Path(path)
     if path.is_dir():
-        raise FileProblem(f"{path}: is a folder, expected the name of a file to write; add a file name")
+        raise FileError(f"{path}: is a folder, expected the name of a file to write; add a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -48,7 +48,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     After a crash, a full disk or Ctrl-C the old file, or none, is there; never half of the new one.
 
     Raises:
-        FileProblem: the folder is not writable or the disk is full.
+        FileError: the folder is not writable or the disk is full.
     """
     path = Path(path)
     if isinstance(data, str):
@@ -74,7 +74,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> FileProblem:
-    return FileProblem(
+def _unwritable(path: Path, error: OSError) -> FileError:
+    return FileError(
         f"{path}: cannot be written ({error.strerror}); free space or choose a folder you may write to"
     )
