@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from runtime.errors import ClearpactError, OptionError
 
@@ -16,9 +16,16 @@ INTERRUPTED = 130
 T = TypeVar("T")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option like any other user error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}; see {self.prog} --help")
+
+
 def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
     """Return an argument parser for `python -m MODULE` whose help ends with examples."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {module}",
         description=description,
         epilog=f"examples:\n{examples.strip(chr(10))}",

@@ -1,0 +1,176 @@
+"""`python -m train`: train one network into a run folder."""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m train")
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from runtime import command
+from runtime.errors import EngineError, OptionError
+from runtime.files import check_writable, write_atomically
+from train import checkpoint as checkpoints
+from train import data, loop
+from train.checkpoint import Checkpoint
+from train.figures import draw_alphas, draw_training_curves
+from train.models import ARCHITECTURES
+from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
+from train.recipe import METHODS, Recipe, default_recipe
+from train.saliency import FILLS
+
+CHECKPOINT_NAME = "ckpt.pt"
+
+EXAMPLES = """
+  python -m train --data digits                                # seconds, no download
+  python -m train --data mnist --arch cnn2 --bits 8 --method sgt
+  python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
+  python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
+  tensorboard --logdir runs                                    # curves and alphas of all runs
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train or resume one run: checkpoint, metrics.csv, TensorBoard events and plots in its folder."""
+    options = _parser().parse_args(argv)
+    device = _device(options.device)
+    if options.resume:
+        folder = Path(options.resume)
+        checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
+        images = data.load(checkpoint.recipe.data, options.data_root)
+    else:
+        recipe, quant = _recipe(options), QuantSpec(options.bits, options.weights, full_grid=options.full_grid)
+        name = options.name or f"{recipe.data}-{options.arch}-{_bits_name(quant)}-{recipe.method}"
+        folder = Path(options.runs) / name
+        if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
+            raise OptionError(
+                f"{folder}: holds a run already; continue it with --resume {folder}, "
+                "replace it with --overwrite, or choose another --name"
+            )
+        check_writable(folder / CHECKPOINT_NAME)
+        images = data.load(recipe.data, options.data_root)
+        checkpoint = loop.start(options.arch, images, quant, recipe)
+
+    _print_run(checkpoint, folder, device)
+    _train(checkpoint, images, folder, device)
+    print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("train", "Train a quantized, saliency-guided image classifier.", EXAMPLES)
+    parser.add_argument("--data", choices=data.DATA_SETS, help="data set to train on")
+    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
+    parser.add_argument("--bits", type=_bits, default=8, help="2 to 8, or 32 for float (default: 8)")
+    parser.add_argument("--method", choices=METHODS, default="sgt", help="default: sgt")
+    parser.add_argument("--weights", choices=WEIGHT_METHODS, default="absmax",
+                        help="weight quantizer (default: absmax)")  # fmt: skip
+    parser.add_argument("--full-grid", action="store_true",
+                        help="8-bit activations on 0..255 instead of 0..127; not exact on TensorRT")  # fmt: skip
+    parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--name", help="name of the run's folder (default: from data, arch, bits, method)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    parser.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run; its settings are kept")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set)")
+    hyper.add_argument("--epochs", type=int)
+    hyper.add_argument("--batch-size", type=int, help="images a step")
+    hyper.add_argument("--lr", type=float, help="peak learning rate of SGD; one epoch of warm-up, then cosine")
+    hyper.add_argument("--momentum", type=float)
+    hyper.add_argument("--weight-decay", type=float, help="L2 on weights")
+    hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
+    hyper.add_argument("--label-smoothing", type=float)
+    hyper.add_argument("--crop-padding", type=int, help="border for random crops, with flips; 0: none")
+    hyper.add_argument("--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1")
+    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt")
+    hyper.add_argument("--fill", choices=FILLS, help="what masked pixels hold")
+    hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    return parser
+
+
+def _bits(text: str) -> int:
+    if text not in {str(b) for b in range(2, 9)} | {str(FLOAT_BITS)}:
+        raise OptionError(f"--bits {text}: expected a whole number from 2 to 8, or 32 for float")
+    return int(text)
+
+
+def _bits_name(quant: QuantSpec) -> str:
+    return "float" if quant.bits == FLOAT_BITS else f"{quant.bits}bit"
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    if options.data is None:
+        raise OptionError(f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --resume FOLDER")
+    given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
+    return replace(default_recipe(options.data), **{k: v for k, v in given.items() if v is not None})
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise EngineError(f"--device {name}: not found on this machine; use --device cpu")
+    return name
+
+
+def _print_run(checkpoint: Checkpoint, folder: Path, device: str) -> None:
+    recipe, network = checkpoint.recipe, checkpoint.network()
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"run      {folder}  ({device}, {torch.get_num_threads()} threads)")
+    print(f"network  {checkpoint.arch['name']}, {parameters:,} parameters, {_bits_name(checkpoint.quant)}")
+    print(f"recipe   {recipe.method} on {recipe.data}, {recipe.epochs} epochs of batches of {recipe.batch_size}")
+    for layer in describe(network):
+        if layer.bits is None and "folded" not in layer.reason and checkpoint.quant.bits != FLOAT_BITS:
+            print(f"float    {layer.name} ({layer.kind}): {layer.reason}")
+    if checkpoint.history:
+        print(f"resumed  after epoch {len(checkpoint.history)}")
+
+
+def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Epochs that a crash left in the event file but not in the checkpoint are hidden on resuming.
+    events = SummaryWriter(str(folder), purge_step=len(checkpoint.history) + 1)
+
+    def record(current: Checkpoint) -> None:
+        row = current.history[-1]
+        for key, value in row.items():
+            if key != "epoch":
+                events.add_scalar(key, value, int(row["epoch"]))
+        events.flush()
+        write_atomically(folder / "metrics.csv", _csv(current.history))
+        draw_training_curves(current.history, folder / "curves.png")
+        draw_alphas(current.history, folder / "alpha.png")
+        print(
+            f"epoch {int(row['epoch']):3d}/{current.recipe.epochs}  loss {row['train_loss']:.4f}  "
+            f"train {row['train_accuracy']:6.2f} %  test {row['test_accuracy']:6.2f} %  {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    try:
+        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device, on_epoch=record)
+    except KeyboardInterrupt:
+        if checkpoint.history:
+            print(f"\n{len(checkpoint.history)} epochs are saved; continue: python -m train --resume {folder}")
+        raise
+    finally:
+        events.close()
+
+
+def _csv(history: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    command.run(main)

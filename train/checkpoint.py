@@ -1,0 +1,145 @@
+"""The checkpoint: one file of tensors and plain values that holds all that a run knows.
+
+It is a dictionary written with torch.save and read with weights_only=True, so reading one never runs code:
+
+    format        "clearpact.checkpoint"
+    version       1
+    arch          name and arguments of the architecture (train.models)
+    quant         the QuantSpec
+    input         the InputSpec
+    classes       class names
+    recipe        the Recipe
+    state_dict    parameters and buffers of the (quantized) network
+    optimizer     state of the optimizer, for resuming
+    history       one dictionary of numbers per epoch; its length is the epoch reached
+    samples       real test images uint8 [n, C, H, W] and labels, on which export verifies itself
+    versions      of torch and of this project
+
+Random numbers need no state: every epoch draws from generators seeded by (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import FileError
+from runtime.files import read_bytes, write_atomically
+from train.data import InputSpec
+from train.models import build
+from train.quant import QuantSpec, quantize
+from train.recipe import Recipe
+
+FORMAT = "clearpact.checkpoint"
+VERSION = 1
+
+
+@dataclass
+class Checkpoint:
+    """The contents of a checkpoint file; see the module's text for the fields."""
+
+    arch: dict[str, Any]
+    quant: QuantSpec
+    input: InputSpec
+    classes: tuple[str, ...]
+    recipe: Recipe
+    state_dict: dict[str, Tensor]
+    samples: dict[str, Tensor]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def network(self) -> nn.Module:
+        """Return the network in evaluation mode, quantized as trained, holding the saved parameters."""
+        model = new_network(self.arch, self.quant, self.input)
+        model.load_state_dict(self.state_dict)
+        return model.eval()
+
+    @property
+    def test_accuracy(self) -> float:
+        """Accuracy on the test split after the last epoch, in percent."""
+        return self.history[-1]["test_accuracy"]
+
+
+def new_network(arch: dict[str, Any], quant: QuantSpec, input_spec: InputSpec) -> nn.Module:
+    """Return a freshly initialized network, quantized by `quant`.
+
+    Args:
+        arch: {"name": one of train.models.ARCHITECTURES, **its arguments}.
+        quant: bits and quantizers.
+        input_spec: sets the grid of the input image.
+    """
+    arguments = {key: value for key, value in arch.items() if key != "name"}
+    model = build(arch["name"], **arguments)
+    return quantize(model, quant, input_scale=input_spec.grid_scale)
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint atomically.
+
+    Raises:
+        FileError: `path` cannot be written.
+    """
+    contents = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arch": checkpoint.arch,
+        "quant": asdict(checkpoint.quant),
+        "input": asdict(checkpoint.input),
+        "classes": list(checkpoint.classes),
+        "recipe": asdict(checkpoint.recipe),
+        "state_dict": checkpoint.state_dict,
+        "optimizer": checkpoint.optimizer,
+        "history": checkpoint.history,
+        "samples": checkpoint.samples,
+        "versions": {"torch": torch.__version__},
+    }
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint; nothing in the file is executed.
+
+    Raises:
+        FileError: missing, truncated, not a checkpoint of this project, or holding pickled code.
+    """
+    data = read_bytes(path)
+    path = Path(path)
+    expected = "expected a checkpoint written by `python -m train`"
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise FileError(f"{path}: {len(data)} bytes that are no complete torch file, {expected}; copy it again")
+    try:
+        contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise FileError(
+            f"{path}: holds pickled code, which is never executed, {expected}; train it here"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError):
+        raise FileError(f"{path}: damaged or not a torch file, {expected}; copy it again") from None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise FileError(f"{path}: a torch file of another program, {expected}")
+    if contents["version"] != VERSION:
+        raise FileError(
+            f"{path}: checkpoint version {contents['version']}, expected {VERSION}; use the release that wrote it"
+        )
+    image = contents["input"]
+    return Checkpoint(
+        arch=contents["arch"],
+        quant=QuantSpec.from_dict(contents["quant"]),
+        input=InputSpec(tuple(image["size"]), image["channels"], tuple(image["mean"]), tuple(image["std"])),
+        classes=tuple(contents["classes"]),
+        recipe=Recipe(**contents["recipe"]),
+        state_dict=contents["state_dict"],
+        samples=contents["samples"],
+        optimizer=contents["optimizer"],
+        history=contents["history"],
+    )

@@ -1,0 +1,200 @@
+"""Image data sets as two uint8 tensors, on whichever device trains, and what is done to them there.
+
+`python -m train.data mnist -o mnist_test.npz` writes a split as a plain file that `bench` reads on a device
+without torch.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m train.data")
+
+import io
+import urllib.error
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime import command
+from runtime.errors import FileError, OptionError
+from runtime.files import write_atomically
+
+DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+_DIGITS_TEST_SHARE = 5  # every fifth image; the set has no split of its own
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network expects: size, channels and normalization of its image.
+
+    The normalized image is (p / 255 - mean) / std, p the uint8 pixel.
+
+    Args:
+        size: height and width in pixels.
+        channels: 1 or 3.
+        mean: per channel, on the scale where 255 is 1.
+        std: per channel, likewise.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the int8 codes p - 128 are the normalized image, without any rounding."""
+        return len(set(self.std)) == 1 and set(self.mean) == {128 / 255}
+
+    @property
+    def grid_scale(self) -> float:
+        """Step of the int8 grid of the normalized image: its pixels' own where the grid is exact."""
+        if self.exact:
+            return 1 / (255 * self.std[0])
+        ends = [abs(end - m) / s for m, s in zip(self.mean, self.std, strict=True) for end in (0, 1)]
+        return max(ends) / 127
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return float32 [N, C, H, W] of uint8 [N, C, H, W], by the arithmetic that the exported graph uses."""
+        if self.exact:
+            return (images.float() - 128) * torch.tensor(self.grid_scale, dtype=torch.float32)
+        mean = torch.tensor(self.mean, device=images.device).reshape(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).reshape(-1, 1, 1)
+        return (images.float() - 255 * mean) / (255 * std)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One data set in memory: images uint8 [N, C, H, W], labels int64 [N]."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def input_spec(self) -> InputSpec:
+        """Return the normalization whose int8 grid is exact: mean 128 / 255 and one standard deviation."""
+        channels, *size = self.train_images.shape[1:]
+        sample = self.train_images[:: max(1, len(self.train_images) // 10_000)].float() / 255
+        # Two digits: the value travels through JSON and a command line without loss.
+        std = max(round(sample.std().item(), 2), 0.01)
+        return InputSpec((size[0], size[1]), channels, (128 / 255,) * channels, (std,) * channels)
+
+
+def load(name: str, root: str | Path = "data") -> ImageData:
+    """Return a data set, downloading it into `root` where it is absent.
+
+    Args:
+        name: one of DATA_SETS.
+        root: folder that torchvision's data sets read; unused by "digits".
+
+    Raises:
+        OptionError: no data set of that name.
+        FileError: it is not in `root` and cannot be downloaded.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in DATA_SETS:
+        raise OptionError(f"data set {name!r}: expected one of {', '.join(DATA_SETS)}")
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    parts: list[Tensor] = []
+    for train in (True, False):
+        part = _open(kind, name, Path(root), train)
+        images = torch.as_tensor(part.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        parts += [images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)]
+    return ImageData(name, tuple(str(c) for c in part.classes), *parts)
+
+
+def augment(images: Tensor, *, padding: int, generator: torch.Generator) -> Tensor:
+    """Return images flipped left to right half the time and cropped from a zero-padded border.
+
+    Args:
+        images: uint8 [N, C, H, W] on any device.
+        padding: pixels added on each side before the crop.
+        generator: random numbers, on the CPU, so that every device draws the same.
+    """
+    N, _, H, W = images.shape
+    device = images.device
+    rows = torch.randint(2 * padding + 1, (N, 1), generator=generator) + torch.arange(H)
+    columns = torch.randint(2 * padding + 1, (N, 1), generator=generator) + torch.arange(W)
+    flipped = torch.rand(N, 1, generator=generator) < 0.5
+    columns = torch.where(flipped, columns.flip(1), columns)
+    padded = F.pad(images, (padding,) * 4)
+    index = torch.arange(N, device=device).reshape(N, 1, 1)
+    # Advanced indices around a slice put the indexed axes first: [N, H, W, C].
+    chosen = padded[index, :, rows.to(device).unsqueeze(2), columns.to(device).unsqueeze(1)]
+    return chosen.permute(0, 3, 1, 2)
+
+
+def batches(n: int, size: int, *, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield a random permutation of 0..n-1 in batches of `size`; the last, incomplete one is dropped."""
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - n % min(size, n), size):
+        yield order[start : start + size]
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 17 grey levels, 0..16, onto 0..255.
+    images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    test = torch.arange(len(images)) % _DIGITS_TEST_SHARE == 0
+    classes = tuple(str(c) for c in digits.target_names)
+    return ImageData("digits", classes, images[~test], labels[~test], images[test], labels[test])
+
+
+def _open(kind: Any, name: str, root: Path, train: bool) -> Any:
+    try:
+        return kind(root, train=train, download=False)
+    except RuntimeError:
+        pass
+    try:
+        return kind(root, train=train, download=True)
+    except (urllib.error.URLError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileError(
+            f"{root}: holds no {name} and it could not be downloaded ({reason}); "
+            "put the original files there or name their folder with --data-root"
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write one split of a data set as images uint8 [N, H, W, C] and labels int64 [N] in an .npz file."""
+    parser = command.parser(
+        "train.data",
+        "Write one split of a data set as an .npz file for devices without torch.",
+        "  python -m train.data digits -o digits_test.npz\n"
+        "  python -m train.data mnist --split test --data-root data -o mnist_test.npz",
+    )
+    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("-o", "--output", required=True, help="file to write, .npz")
+    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.add_argument("--data-root", default="data", help="folder of the original files (default: data)")
+    options = parser.parse_args(argv)
+    data = load(options.data, options.data_root)
+    images, labels = (
+        (data.test_images, data.test_labels) if options.split == "test" else (data.train_images, data.train_labels)
+    )
+    archive = io.BytesIO()
+    np.savez_compressed(
+        archive, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy(), classes=np.array(data.classes)
+    )
+    write_atomically(options.output, archive.getvalue())
+    print(f"{options.output}: {len(labels)} images of {data.name}, {options.split} split")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,183 @@
+"""The training loop: epochs over images that stay on the device as bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime import command
+from train import checkpoint as checkpoints
+from train.checkpoint import Checkpoint
+from train.data import ImageData, augment, batches
+from train.quant import QuantSpec, quantizers
+from train.quantizers import PACT
+from train.recipe import Recipe
+from train.saliency import LossTerms, plain_loss, sgt_loss
+
+# Enough real images for export to compare networks on, few enough to travel in the checkpoint.
+_MAX_SAMPLES = 256
+_MAX_SAMPLE_BYTES = 4 << 20
+
+
+def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Checkpoint:
+    """Return the checkpoint of a run before its first epoch."""
+    torch.manual_seed(recipe.seed)
+    input_spec = data.input_spec()
+    arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
+    description = {"name": arch, **arguments}
+    model = checkpoints.new_network(description, quant, input_spec)
+    count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
+    chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
+    return Checkpoint(
+        arch=description,
+        quant=quant,
+        input=input_spec,
+        classes=data.classes,
+        recipe=recipe,
+        state_dict=model.state_dict(),
+        samples={"images": data.test_images[chosen].clone(), "labels": data.test_labels[chosen].clone()},
+    )
+
+
+def fit(
+    checkpoint: Checkpoint,
+    data: ImageData,
+    path: Path,
+    *,
+    device: str = "cpu",
+    on_epoch: Callable[[Checkpoint], Any] = lambda checkpoint: None,
+) -> Checkpoint:
+    """Train from where `checkpoint` stands to the end of its recipe, saving to `path` after every epoch.
+
+    Interrupted and resumed, a run gives the same parameters, bit for bit on the same machine, as one that was not:
+    every random number comes from generators seeded by (seed, epoch).
+
+    Args:
+        checkpoint: from `start`, or loaded to resume; returned with its fields brought up to date.
+        data: the data set, on the CPU; it is moved to `device` as a whole.
+        path: checkpoint file.
+        device: where to train, "cpu" or "cuda".
+        on_epoch: called after each save, for logs and plots.
+    """
+    recipe = checkpoint.recipe
+    model = checkpoint.network().to(device)
+    optimizer = _optimizer(model, recipe)
+    if checkpoint.optimizer:
+        optimizer.load_state_dict(checkpoint.optimizer)
+    train_images, train_labels = data.train_images.to(device), data.train_labels.to(device)
+    test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
+
+    for epoch in range(len(checkpoint.history), recipe.epochs):
+        began = time.perf_counter()
+        row = _train_epoch(checkpoint, model, optimizer, train_images, train_labels, epoch)
+        row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
+        row["seconds"] = time.perf_counter() - began
+        row |= {f"alpha/{n}": q.alpha.item() for n, q in quantizers(model).items() if isinstance(q, PACT)}
+        checkpoint.state_dict = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        checkpoint.optimizer = optimizer.state_dict()
+        checkpoint.history = [*checkpoint.history, row]
+        checkpoints.save(checkpoint, path)
+        on_epoch(checkpoint)
+    return checkpoint
+
+
+@torch.no_grad()
+def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the accuracy in percent on images uint8 [N, C, H, W] and labels int64 [N].
+
+    Leaves the model in evaluation mode.
+    """
+    model.eval()
+    correct = 0
+    for start_index in range(0, len(images), 1000):
+        part = slice(start_index, start_index + 1000)
+        logits = model(checkpoint.input.normalize(images[part]))
+        correct += int((logits.argmax(1) == labels[part]).sum())
+    return 100 * correct / len(images)
+
+
+def loss_terms(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
+) -> LossTerms:
+    """Return the loss of the recipe's method on normalized images."""
+    if recipe.method == "plain":
+        return plain_loss(model, images, labels, label_smoothing=recipe.label_smoothing)
+    return sgt_loss(
+        model,
+        images,
+        labels,
+        mask_share=recipe.mask_share,
+        kl_weight=recipe.kl_weight,
+        fill=recipe.fill,
+        label_smoothing=recipe.label_smoothing,
+        generator=generator,
+    )
+
+
+def _train_epoch(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    epoch: int,
+) -> dict[str, float]:
+    recipe = checkpoint.recipe
+    device = images.device
+    seed = recipe.seed * 1_000_003 + epoch
+    torch.manual_seed(seed)  # dropout
+    on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
+    on_device = torch.Generator(device).manual_seed(seed)  # fill
+    steps_per_epoch = len(images) // min(recipe.batch_size, len(images))
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    model.train()
+    indices = batches(len(images), recipe.batch_size, generator=on_cpu)
+    label = f"epoch {epoch + 1}/{recipe.epochs}"
+    for step, index in enumerate(command.progress(indices, label=label, total=steps_per_epoch)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
+        chosen, target = images[index.to(device)], labels[index.to(device)]
+        if recipe.crop_padding:
+            chosen = augment(chosen, padding=recipe.crop_padding, generator=on_cpu)
+        terms = loss_terms(model, checkpoint.input.normalize(chosen), target, recipe, on_device)
+        optimizer.zero_grad(set_to_none=True)
+        terms.loss.backward()
+        optimizer.step()
+        accurate = (terms.logits.argmax(1) == target).double().mean() * 100
+        sums += torch.stack([terms.loss, terms.cross_entropy, terms.divergence, accurate]).detach()
+    loss, cross_entropy, divergence, accuracy = (sums / steps_per_epoch).tolist()
+    return {
+        "epoch": epoch + 1,
+        "lr": optimizer.param_groups[0]["lr"],
+        "train_loss": loss,
+        "train_cross_entropy": cross_entropy,
+        "train_divergence": divergence,
+        "train_accuracy": accuracy,
+    }
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with one decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
+    named = dict(model.named_parameters())
+    alphas = [p for n, p in named.items() if n.endswith(".alpha")]
+    weights = [p for n, p in named.items() if p.ndim > 1]
+    others = [p for n, p in named.items() if p.ndim <= 1 and not n.endswith(".alpha")]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": alphas, "weight_decay": recipe.alpha_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+    )
+
+
+def settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a run was asked for, as plain values: to print, or to compare with another request."""
+    return {"arch": checkpoint.arch["name"], **asdict(checkpoint.recipe), **asdict(checkpoint.quant)}

@@ -1,0 +1,242 @@
+"""Fake quantizers: the integer grids of weights and activations, and their gradients.
+
+Rounding is half to even everywhere, as in torch.round, ONNX QuantizeLinear and TensorRT. A fake-quantized
+tensor is always ``scale * codes`` with integer codes held as float32, so that export can read the codes off.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INPUT_QMIN, INPUT_QMAX = -128, 127
+
+# alpha = c1 sqrt(E[w^2]) - c2 E[|w|] minimizes the squared error of a symmetric grid with 2^b - 1 levels. Fitted
+# as in Choi et al. 2018 (SAWB, section 3) over six distributions (normal, uniform, Laplace, logistic, triangle,
+# von Mises); the paper's own coefficients belong to grids with 2^b levels and no zero.
+SAWB_COEFFICIENTS: dict[int, tuple[float, float]] = {
+    2: (2.540, 1.621),
+    3: (6.893, 6.246),
+    4: (11.844, 11.886),
+    5: (16.911, 17.791),
+    6: (22.190, 24.014),
+    7: (27.459, 30.258),
+    8: (32.789, 36.600),
+}
+
+
+def weight_qmax(bits: int) -> int:
+    """Return the largest weight code: codes lie in [-qmax, qmax], qmax = 2^(bits - 1) - 1."""
+    return 2 ** (bits - 1) - 1
+
+
+def activation_range(bits: int, *, signed: bool = False, full_grid: bool = False) -> tuple[int, int]:
+    """Return (qmin, qmax) of a PACT grid.
+
+    Unsigned codes are 0..2^bits - 1, except that 8 bits use 0..127, which every engine can represent, unless
+    `full_grid` asks for 0..255. Signed codes are -(2^(bits - 1) - 1)..2^(bits - 1) - 1.
+    """
+    if signed:
+        return -weight_qmax(bits), weight_qmax(bits)
+    if bits == 8 and not full_grid:
+        return 0, 127
+    return 0, 2**bits - 1
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Return `value`, bit for bit, and hand the gradient to `x` (x + (value - x).detach() would round)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of the identity in `x` (same shape)."""
+    out: Tensor = _StraightThrough.apply(x, value.detach())
+    return out
+
+
+class _PACT(torch.autograd.Function):
+    """Clip to [lower, alpha] and round to the grid; the paper's straight-through gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
+        signed = qmin < 0
+        lower = -alpha if signed else torch.zeros_like(alpha)
+        above = x >= alpha
+        below = x <= lower if signed else x < 0
+        ctx.save_for_backward(above, below)
+        ctx.signed = signed
+        scale = alpha / qmax
+        return torch.round(torch.clamp(x, lower, alpha) / scale) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grad_outputs
+        above, below = ctx.saved_tensors
+        # Built from differentiable operations, so that losses on the saliency itself can go through it twice.
+        grad_x = grad * ~(above | below)
+        grad_alpha = (grad * above).sum()
+        if ctx.signed:
+            grad_alpha = grad_alpha - (grad * below).sum()
+        return grad_x, grad_alpha, None, None
+
+
+class PACT(nn.Module):
+    """Learned clipping and quantization of an activation (Choi et al. 2018, equations 1 and 2).
+
+    Unsigned: y = clip(x, 0, alpha); signed: y = clip(x, -alpha, alpha); both rounded to the grid with
+    scale = alpha / qmax. Gradients are straight-through: dy/dx = 1 on 0 <= x < alpha (|x| < alpha if signed),
+    dy/dalpha = 1 where x >= alpha (and -1 where x <= -alpha).
+
+    Args:
+        alpha: initial clipping value, > 0, in the activation's own unit.
+        bits: 2 to 8.
+        signed: the activation takes negative values (tokens, GELU, an un-rectified input).
+        full_grid: 8 bits use 0..255 instead of the portable 0..127.
+    """
+
+    MIN_ALPHA = 1e-4
+
+    def __init__(self, alpha: float, bits: int, *, signed: bool = False, full_grid: bool = False) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.signed = signed
+        self.set_bits(bits, full_grid=full_grid)
+
+    def set_bits(self, bits: int, *, full_grid: bool = False) -> None:
+        """Change the number of bits; alpha stays."""
+        self.bits = bits
+        self.qmin, self.qmax = activation_range(bits, signed=self.signed, full_grid=full_grid)
+
+    @property
+    def clip_alpha(self) -> Tensor:
+        """Alpha as the forward pass uses it: never below MIN_ALPHA, with a gradient that can lead back up."""
+        return straight_through(self.alpha, self.alpha.clamp_min(self.MIN_ALPHA))
+
+    @property
+    def scale(self) -> Tensor:
+        """The step of the grid, alpha / qmax, float32 scalar."""
+        return self.clip_alpha / self.qmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation: same shape, float32."""
+        y: Tensor = _PACT.apply(x, self.clip_alpha, self.qmin, self.qmax)
+        return y
+
+    def extra_repr(self) -> str:
+        """Show the grid in the module's printed form."""
+        return f"alpha={self.alpha.item():.4g}, bits={self.bits}, codes={self.qmin}..{self.qmax}"
+
+
+class InputQuantizer(nn.Module):
+    """The grid of the input image: int8 codes with a fixed scale.
+
+    With normalization (p / 255 - 128 / 255) / s and scale = 1 / (255 s) the codes are p - 128 and nothing is lost.
+
+    Args:
+        scale: step of the normalized image, > 0.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.bits = 8
+        self.qmin, self.qmax = INPUT_QMIN, INPUT_QMAX
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the image on its grid; the gradient passes straight through."""
+        codes = torch.round(x.detach() / self.scale).clamp(self.qmin, self.qmax)
+        return straight_through(x, codes * self.scale)
+
+    def extra_repr(self) -> str:
+        """Show the grid in the module's printed form."""
+        return f"scale={self.scale.item():.4g}, codes={self.qmin}..{self.qmax}"
+
+
+class _LSQ(torch.autograd.Function):
+    """Learned step size quantization (Esser et al. 2020, equations 1, 2, 3 and section 2.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, qmax: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.qmax = qmax
+        return torch.round((weight / scale).clamp(-qmax, qmax)) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grad_outputs
+        weight, scale = ctx.saved_tensors
+        ratio = weight / scale
+        inside = ratio.abs() < ctx.qmax
+        step = torch.where(inside, torch.round(ratio) - ratio, ratio.sign() * ctx.qmax)
+        per_channel = weight[0].numel()
+        grad_scale = (grad * step).flatten(1).sum(1).reshape(scale.shape) / math.sqrt(per_channel * ctx.qmax)
+        return grad * inside, grad_scale, None
+
+
+class WeightQuantizer(nn.Module):
+    """Symmetric fake quantization of a weight, one scale per output channel (axis 0).
+
+    Registered as a parametrization, so that `layer.weight` is the fake-quantized weight.
+
+    Args:
+        weight: the float weight [O, ...] whose statistics start a learned scale.
+        bits: 2 to 8.
+        method: "absmax" (scale = max|w| / qmax), "sawb" (statistics-aware, Choi et al. 2018)
+            or "lsq" (learned, Esser et al. 2020).
+    """
+
+    def __init__(self, weight: Tensor, bits: int, method: str) -> None:
+        super().__init__()
+        self.bits = bits
+        self.method = method
+        self.qmax = weight_qmax(bits)
+        if method == "lsq":
+            start = 2 * weight.detach().abs().flatten(1).mean(1) / math.sqrt(self.qmax)
+            self.learned_scale = nn.Parameter(start.clamp_min(torch.finfo(torch.float32).tiny))
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Return the positive scale of each output channel, float32 [O]."""
+        smallest = torch.finfo(torch.float32).tiny
+        if self.method == "lsq":
+            return self.learned_scale.clamp_min(smallest)
+        flat = weight.detach().flatten(1)
+        largest = flat.abs().amax(1)
+        if self.method == "sawb":
+            c1, c2 = SAWB_COEFFICIENTS[self.bits]
+            optimum = c1 * flat.square().mean(1).sqrt() - c2 * flat.abs().mean(1)
+            # The regression leaves its domain on a few extreme channels (one weight, a constant one).
+            largest = torch.where(optimum > 0, torch.minimum(optimum, largest), largest)
+        return (largest / self.qmax).clamp_min(smallest)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integer codes of the float weight, int8, same shape."""
+        ratio = weight.detach() / _along_first_axis(self.scale(weight), weight)
+        return torch.round(ratio.clamp(-self.qmax, self.qmax)).to(torch.int8)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return scale * codes, with a straight-through gradient (and LSQ's gradient for a learned scale)."""
+        scale = _along_first_axis(self.scale(weight), weight)
+        if self.method == "lsq":
+            quantized: Tensor = _LSQ.apply(weight, scale, self.qmax)
+            return quantized
+        return straight_through(weight, self.codes(weight) * scale)
+
+    def extra_repr(self) -> str:
+        """Show the grid in the module's printed form."""
+        return f"bits={self.bits}, method={self.method}"
+
+
+def _along_first_axis(per_channel: Tensor, weight: Tensor) -> Tensor:
+    return per_channel.reshape(-1, *[1] * (weight.ndim - 1))

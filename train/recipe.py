@@ -1,0 +1,94 @@
+"""What a training run is: data, method and every hyperparameter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from runtime.errors import OptionError
+from train.data import DATA_SETS
+from train.saliency import FILLS
+
+METHODS = ("plain", "sgt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that, with the code's version, decides the result of a run.
+
+    Args:
+        data: one of train.data.DATA_SETS.
+        method: one of METHODS.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: peak learning rate of SGD, after one epoch of linear warm-up, then cosine to zero.
+        momentum: Nesterov momentum.
+        weight_decay: L2 on weights (not on biases and BatchNorm).
+        alpha_decay: L2 on PACT's alpha.
+        label_smoothing: of the cross entropy.
+        crop_padding: pixels of border for random crops, with random flips; 0 trains on the images as they are.
+        mask_share: share of the pixels that saliency-guided training masks, 0 to 1.
+        kl_weight: lambda, weight of the divergence between clean and masked outputs.
+        fill: what masked pixels hold, one of train.saliency.FILLS.
+        seed: of initialization, data order, augmentation, dropout and fill.
+    """
+
+    data: str
+    method: str = "sgt"
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    alpha_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    crop_padding: int = 0
+    mask_share: float = 0.5
+    kl_weight: float = 1.0
+    fill: str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            OptionError: a field is outside its range.
+        """
+        for name, choices in (("data", DATA_SETS), ("method", METHODS), ("fill", FILLS)):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        ranges = {"epochs": 1, "batch_size": 2, "lr": 0, "momentum": 0, "weight_decay": 0, "alpha_decay": 0,
+                  "label_smoothing": 0, "crop_padding": 0, "mask_share": 0, "kl_weight": 0, "seed": 0}  # fmt: skip
+        for name, smallest in ranges.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= smallest):
+                raise OptionError(f"{name} {value}: expected a number >= {smallest}")
+        for name in ("mask_share", "label_smoothing", "momentum"):
+            if getattr(self, name) > 1:
+                raise OptionError(f"{name} {getattr(self, name)}: expected a share from 0 to 1")
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step, counted over the whole run from 0."""
+        warm_up = min(steps_per_epoch, self.epochs * steps_per_epoch // 4)
+        if step < warm_up:
+            return self.lr * (step + 1) / warm_up
+        done = (step - warm_up) / max(1, self.epochs * steps_per_epoch - warm_up)
+        return self.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 30, "batch_size": 64},
+    "mnist": {"epochs": 10},
+    "fashion-mnist": {"epochs": 20},
+    "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4},
+}
+
+
+def default_recipe(data: str, method: str = "sgt") -> Recipe:
+    """Return the recipe that `python -m train` starts from for a data set.
+
+    Raises:
+        OptionError: no such data set or method.
+    """
+    return replace(Recipe(data, method), **_DEFAULTS.get(data, {}))
