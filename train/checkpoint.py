@@ -99,7 +99,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "optimizer": checkpoint.optimizer,
         "history": checkpoint.history,
         "samples": checkpoint.samples,
-        "versions": {"torch": torch.__version__},
+        "versions": {"torch": str(torch.__version__)},
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)

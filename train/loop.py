@@ -15,7 +15,7 @@ from runtime import command
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.data import ImageData, augment, batches
-from train.quant import QuantSpec, quantizers
+from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
 from train.saliency import LossTerms, plain_loss, sgt_loss
@@ -32,6 +32,8 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
     model = checkpoints.new_network(description, quant, input_spec)
+    first = torch.randperm(len(data.train_images))[:256]
+    start_alphas(model, input_spec.normalize(data.train_images[first]))
     count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     return Checkpoint(

@@ -59,7 +59,7 @@ class QuantSpec:
         weights: weight quantizer, one of WEIGHT_METHODS.
         first_last_bits: bits of the first and the last layer.
         full_grid: 8-bit activations use 0..255 instead of the portable 0..127 (not exact on TensorRT).
-        alpha: initial clipping value of every PACT.
+        alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
     """
 
@@ -144,6 +144,33 @@ def quantize(model: nn.Module, spec: QuantSpec, *, input_scale: float | None = N
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module
+
+
+@torch.no_grad()
+def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -> None:
+    """Set every PACT's alpha to a quantile of the magnitudes it is about to clip, layer after layer.
+
+    A constant start such as the paper's 10 leaves most codes unused until the decay has brought alpha down.
+
+    Args:
+        model: from `quantize`.
+        images: normalized training images [N, C, H, W]; a few hundred are enough.
+        quantile: share of the positive activations that are not clipped at the start.
+    """
+
+    def set_alpha(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        magnitudes = (inputs[0].abs() if quantizer.qmin else inputs[0].clamp_min(0)).flatten()
+        positive = magnitudes[magnitudes > 0]
+        if len(positive):
+            rank = max(1, round(quantile * len(positive)))
+            quantizer.alpha.copy_(positive.kthvalue(rank).values)  # type: ignore[operator, union-attr]
+
+    handles = [m.register_forward_pre_hook(set_alpha) for m in model.modules() if isinstance(m, PACT)]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

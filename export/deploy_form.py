@@ -1,0 +1,215 @@
+"""The deploy form of a trained network: BatchNorm folded, alpha and scales turned into constants.
+
+Folding is exact. y = gamma (conv(x) - mu) / sigma + beta multiplies each output channel's scale by gamma / sigma
+and moves the bias; the integer codes that were trained are the codes that ship (a negative gamma flips their
+sign).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from export.operators import dequantize_weight, fake_quantize
+from train.data import InputSpec
+from train.quant import float_weight, quantizers, weight_quantizer
+from train.quantizers import PACT, InputQuantizer
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class FoldedLayer(nn.Module):
+    """A convolution or linear layer whose weight is int8 codes and one scale per output channel, or float."""
+
+    codes: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor
+
+    def __init__(
+        self, layer: nn.Module, codes: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor
+    ):
+        super().__init__()
+        for name, value in (("codes", codes), ("scale", scale), ("weight", weight), ("bias", bias)):
+            self.register_buffer(name, value)
+        # A list keeps the layer out of this module's own parameters: only its geometry is used.
+        self._geometry = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to float32 x, as it was trained."""
+        layer = self._geometry[0]
+        if self.codes is not None and self.scale is not None:
+            weight = dequantize_weight(self.codes, self.scale)
+        else:
+            assert self.weight is not None
+            weight = self.weight
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, self.bias)
+        return layer._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+
+
+class FoldedQuantizer(nn.Module):
+    """An activation quantizer with constant alpha and scale; without rounding, the clip alone."""
+
+    alpha: Tensor
+    scale: Tensor
+
+    def __init__(self, quantizer: PACT | InputQuantizer, *, rounds: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        alpha = quantizer.clip_alpha if isinstance(quantizer, PACT) else self.scale * quantizer.qmax
+        self.register_buffer("alpha", alpha.detach().clone())
+        self.qmin, self.qmax, self.bits = quantizer.qmin, quantizer.qmax, quantizer.bits
+        self.clips = isinstance(quantizer, PACT)
+        self.rounds = rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation on its grid."""
+        if self.rounds:
+            return fake_quantize(x, self.alpha, self.scale, self.qmin, self.qmax)
+        if not self.clips:
+            return x
+        return torch.clamp(x, torch.zeros_like(self.alpha) if self.qmin == 0 else -self.alpha, self.alpha)
+
+
+class DeployForm(nn.Module):
+    """From the camera's pixels to logits: image uint8 [N, H, W, C] -> logits float32 [N, K]."""
+
+    def __init__(self, network: nn.Module, input_spec: InputSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.input_spec = input_spec
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits [N, K] of uint8 images [N, H, W, C]."""
+        logits: Tensor = self.network(self.input_spec.normalize(image.permute(0, 3, 1, 2)))
+        return logits
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """Weight of one layer as it ships: int8 codes [O, ...] and scales [O]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def deploy_form(network: nn.Module, input_spec: InputSpec, *, int8: bool = True) -> DeployForm:
+    """Return the deploy form of a trained network in evaluation mode; the network is left as it was.
+
+    Args:
+        network: from `Checkpoint.network`.
+        input_spec: size and normalization of its image.
+        int8: keep the integer grids; False keeps float weights, and of PACT the clip alone.
+    """
+    module = fx.symbolic_trace(network, concrete_args=None) if not isinstance(network, fx.GraphModule) else network
+    module = copy.deepcopy(module).eval()
+    modules = dict(module.named_modules())
+    for node in list(module.graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, _LAYERS):
+            norm_node = _norm_after(node, modules)
+            norm = modules[str(norm_node.target)] if norm_node is not None else None
+            # A layer called twice may be followed by different norms: every call gets a module of its own.
+            name = _unique(module, f"{node.target}", node)
+            module.add_submodule(name, _fold(layer, norm, int8=int8))
+            node.target = name
+            if norm_node is not None:
+                norm_node.replace_all_uses_with(node)
+                module.graph.erase_node(norm_node)
+        elif isinstance(layer, PACT | InputQuantizer):
+            module.add_submodule(str(node.target), FoldedQuantizer(layer, rounds=int8))
+        elif isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif _averages_globally(node, layer):
+            _replace_by_mean(module, node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return DeployForm(module, input_spec).eval()
+
+
+def fold_weight(layer: nn.Module, norm: nn.Module | None) -> FoldedWeight:
+    """Return the codes and scales of a quantized layer with the BatchNorm that follows it folded in."""
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    weight = float_weight(layer)
+    codes, scale = quantizer.codes(weight), quantizer.scale(weight).detach()
+    if norm is not None:
+        factor = _norm_factor(norm)
+        sign = factor.sign().to(torch.int8).reshape(-1, *[1] * (codes.ndim - 1))
+        codes = codes * sign
+        # gamma = 0 switches a channel off: codes 0, and any positive scale, since a scale must not be 0.
+        scale = torch.where(factor == 0, torch.ones_like(scale), scale * factor.abs())
+    return FoldedWeight(codes, scale)
+
+
+def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool) -> FoldedLayer:
+    bias = layer.bias if layer.bias is not None else torch.zeros(float_weight(layer).shape[0])
+    bias = bias.detach().clone()  # type: ignore[operator]
+    if norm is not None:
+        mean, beta = norm.running_mean, norm.bias
+        assert isinstance(mean, Tensor)
+        shift = beta.detach() if isinstance(beta, Tensor) else torch.zeros_like(mean)
+        bias = (bias - mean) * _norm_factor(norm) + shift
+    if int8 and weight_quantizer(layer) is not None:
+        folded = fold_weight(layer, norm)
+        return FoldedLayer(layer, folded.codes, folded.scale, None, bias)
+    weight = float_weight(layer).detach()
+    if norm is not None:
+        weight = weight * _norm_factor(norm).reshape(-1, *[1] * (weight.ndim - 1))
+    return FoldedLayer(layer, None, None, weight.clone(), bias)
+
+
+def _norm_factor(norm: nn.Module) -> Tensor:
+    """Return gamma / sigma, float32 [O]."""
+    variance, gamma, eps = norm.running_var, norm.weight, norm.eps
+    assert isinstance(variance, Tensor)
+    assert isinstance(eps, float)
+    factor = 1 / torch.sqrt(variance + eps)
+    return factor * gamma.detach() if isinstance(gamma, Tensor) else factor
+
+
+def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """Return the BatchNorm call that alone reads `node`, or None."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].op == "call_module" and isinstance(modules.get(str(users[0].target)), _NORMS):
+        return users[0]
+    return None
+
+
+def _averages_globally(node: fx.Node, layer: nn.Module | None) -> bool:
+    size: object = None
+    if isinstance(layer, nn.AdaptiveAvgPool2d):
+        size = layer.output_size
+    elif node.target is F.adaptive_avg_pool2d:
+        size = node.kwargs.get("output_size", node.args[-1])
+    return size in (1, (1, 1), [1, 1])
+
+
+def _replace_by_mean(module: fx.GraphModule, node: fx.Node) -> None:
+    # torch.export turns adaptive pooling into a mean and an as_strided, which becomes a dozen of shape operators.
+    with module.graph.inserting_before(node):
+        mean = module.graph.call_function(torch.mean, (node.args[0], (2, 3)), {"keepdim": True})
+    node.replace_all_uses_with(mean)
+    module.graph.erase_node(node)
+
+
+def _unique(module: fx.GraphModule, name: str, node: fx.Node) -> str:
+    calls = [n for n in module.graph.nodes if n.op == "call_module" and n.target == name]
+    return name if calls == [node] else f"{name}_{node.name}"
+
+
+def folded_layers(form: DeployForm) -> dict[str, FoldedLayer]:
+    """Return the folded layers of a deploy form by name, in the order of the forward pass."""
+    return {n: m for n, m in form.network.named_modules() if isinstance(m, FoldedLayer)}
+
+
+def quantizer_names(network: nn.Module) -> list[str]:
+    """Return the module paths of the activation quantizers, in the order of the forward pass."""
+    return [f"quantizers.{name}" for name in quantizers(network)]

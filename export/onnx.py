@@ -1,0 +1,220 @@
+"""`python -m export.onnx`: a checkpoint becomes one ONNX file that takes pixels and gives logits.
+
+The graph holds everything: layout and normalization of the image, BatchNorm folded, learned alpha and scales as
+constants, int8 weight codes, Q/DQ placed for one engine, and the manifest.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m export.onnx")
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
+from export.operators import OPSET, TARGETS, translations
+from export.verify import CODES_SUFFIX, Verification, verify
+from runtime import command
+from runtime.errors import ModelError, OptionError
+from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Manifest
+from train import checkpoint as checkpoints
+from train.checkpoint import Checkpoint
+from train.quant import FLOAT_BITS, describe
+
+NORMALIZED = "normalized"
+
+EXAMPLES = """
+  python -m export.onnx runs/mnist-cnn2-8bit-sgt/ckpt.pt --int8
+  python -m export.onnx ckpt.pt --int8 --target ort -o model_ort.onnx
+  python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A verified graph, its manifest and what the verification found."""
+
+    model: onnx.ModelProto
+    manifest: Manifest
+    verification: Verification
+
+
+def export(
+    checkpoint: Checkpoint,
+    *,
+    int8: bool = True,
+    target: str = "openvino",
+    resize: str = "bilinear",
+    checkpoint_sha256: str = "",
+) -> Exported:
+    """Return the ONNX graph of a trained network, verified on the checkpoint's real images.
+
+    Args:
+        checkpoint: from `train.checkpoint.load`.
+        int8: keep the trained integer grids as Q/DQ; False gives a float32 graph, of PACT the clip alone.
+        target: engine to lower for, one of export.operators.TARGETS.
+        resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
+        checkpoint_sha256: of the checkpoint's file, for the manifest.
+
+    Raises:
+        OptionError: int8 of a network that was trained in float, or an unknown target.
+        ModelError: the graph does not compute what was trained; the text names the tensor that differs.
+    """
+    if int8 and checkpoint.quant.bits == FLOAT_BITS:
+        raise OptionError("int8 export of a network trained in float; train it with --bits 8, or export --fp32")
+    if target not in TARGETS:
+        raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
+    if int8 and target == "tensorrt" and checkpoint.quant.full_grid:
+        raise OptionError(
+            "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
+        )
+    network = checkpoint.network()
+    form = deploy_form(network, checkpoint.input, int8=int8)
+    model = _to_onnx(form, checkpoint, target)
+    _name_values(model, form)
+    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+    onnx.checker.check_model(model, full_check=True)
+    # A float graph has no grids to compare: its reference is the deploy form.
+    reference = network if int8 else form.network
+    verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
+    return Exported(model, manifest, verification)
+
+
+def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:
+    example = checkpoint.samples["images"][:2].permute(0, 2, 3, 1).contiguous()
+    if len(example) < 2:
+        raise ModelError("checkpoint: holds fewer than two sample images, expected more; train it again")
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            form,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT_NAME],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            custom_translation_table=translations(target),
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from writing to the terminal what only its authors can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
+    """Name what later passes and readers look for: the normalized image, and every grid with its codes."""
+    names: dict[str, str] = {}
+    front = list(model.graph.node[:4])
+    if [node.op_type for node in front] not in (["Transpose", "Cast", "Sub", op] for op in ("Mul", "Div")):
+        raise ModelError(f"exported graph: starts with {[n.op_type for n in front]}, expected the normalization")
+    names[front[-1].output[0]] = NORMALIZED
+    # Quantizers stand in the graph in the order of their calls; their values are told apart by what they compute,
+    # since the exporter merges equal constants.
+    calls = [
+        str(node.target)
+        for node in form.network.graph.nodes  # type: ignore[union-attr]
+        if node.op == "call_module" and isinstance(form.network.get_submodule(str(node.target)), FoldedQuantizer)
+    ]
+    weights = {t.name for t in model.graph.initializer}
+    dequantized = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in weights]
+    if len(dequantized) != len(calls) * int(any(m.rounds for m in _folded_quantizers(form))):
+        raise ModelError(f"exported graph: {len(dequantized)} activation grids, expected {len(calls)}")
+    for node, name in zip(dequantized, calls, strict=False):
+        names[node.input[0]] = f"{name}{CODES_SUFFIX}"
+        names[node.output[0]] = name
+    for node in model.graph.node:
+        node.input[:] = [names.get(v, v) for v in node.input]
+        node.output[:] = [names.get(v, v) for v in node.output]
+    kept = [v for v in model.graph.value_info if v.name not in names]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+
+
+def _folded_quantizers(form: DeployForm) -> list[FoldedQuantizer]:
+    return [m for m in form.network.modules() if isinstance(m, FoldedQuantizer)]
+
+
+def _manifest(checkpoint: Checkpoint, *, int8: bool, target: str, resize: str, sha256: str) -> Manifest:
+    image = checkpoint.input
+    layers = [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "bits": row.bits if int8 else None,
+            "input": row.activation if int8 else None,
+        }
+        for row in describe(checkpoint.network())
+        if "folded" not in row.reason
+    ]
+    return Manifest(
+        arch=checkpoint.arch["name"],
+        precision="int8" if int8 else "fp32",
+        target=target,
+        input=ImageInput(image.size, image.channels, image.mean, image.std, resize),
+        classes=checkpoint.classes,
+        layers=tuple(layers),
+        metrics={"test_accuracy": checkpoint.test_accuracy} if checkpoint.history else {},
+        data=checkpoint.recipe.data,
+        checkpoint=sha256,
+        versions={"torch": str(torch.__version__), "onnx": onnx.__version__},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export one checkpoint; a graph that fails its verification is not written."""
+    parser = command.parser("export.onnx", "Export a checkpoint to ONNX, verified before it is written.", EXAMPLES)
+    parser.add_argument("checkpoint", help="ckpt.pt written by python -m train")
+    precision = parser.add_mutually_exclusive_group(required=True)
+    precision.add_argument("--int8", action="store_true", help="the trained integer grids, as Q/DQ (8 to 2 bits)")
+    precision.add_argument("--fp32", action="store_true", help="float32; of PACT the clip alone")
+    parser.add_argument("--target", choices=TARGETS, default="openvino", help="engine (default: openvino)")
+    parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
+    parser.add_argument("--resize", choices=RESIZES, default="bilinear",
+                        help="what the runtime does with images of another size (default: bilinear)")  # fmt: skip
+    options = parser.parse_args(argv)
+    output = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
+    checkpoint = checkpoints.load(options.checkpoint)
+    check_writable(output)
+    sha256 = hashlib.sha256(read_bytes(options.checkpoint)).hexdigest()
+    exported = export(
+        checkpoint, int8=options.int8, target=options.target, resize=options.resize, checkpoint_sha256=sha256
+    )
+    for layer in exported.manifest.layers:
+        form = f"{layer['bits']}-bit weights, input {layer['input']}" if layer["bits"] else "float32"
+        print(f"  {layer['name']:24} {layer['kind']:8} {form}")
+    print(f"verified: {exported.verification}")
+    data = exported.model.SerializeToString()
+    write_atomically(output, data)
+    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}")
+
+
+if __name__ == "__main__":
+    command.run(main)
