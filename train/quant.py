@@ -163,7 +163,7 @@ def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -
         positive = magnitudes[magnitudes > 0]
         if len(positive):
             rank = max(1, round(quantile * len(positive)))
-            quantizer.alpha.copy_(positive.kthvalue(rank).values)  # type: ignore[operator, union-attr]
+            quantizer.alpha.copy_(positive.kthvalue(rank).values)  # type: ignore[operator]
 
     handles = [m.register_forward_pre_hook(set_alpha) for m in model.modules() if isinstance(m, PACT)]
     try:
