@@ -1,1 +1,6 @@
 """Stage three: class and explanation on the device, with numpy and one inference engine."""
+
+from runtime.classifier import Classifier, Prediction
+from runtime.errors import ClearpactError
+
+__all__ = ["Classifier", "ClearpactError", "Prediction"]

@@ -113,7 +113,8 @@ def load(name: str, root: str | Path = "data") -> ImageData:
         images = torch.as_tensor(part.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
         parts += [images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)]
-    return ImageData(name, tuple(str(c) for c in part.classes), *parts)
+    # torchvision names MNIST's classes "0 - zero".
+    return ImageData(name, tuple(str(c).split(" - ")[0] for c in part.classes), *parts)
 
 
 def augment(images: Tensor, *, padding: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,131 @@
+"""`python -m bench.accuracy`: accuracy, sensitivity, specificity and confusion of a model, on its engine."""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m bench.accuracy")
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench import data
+from bench.environment import describe, environment
+from runtime import command
+from runtime.classifier import MAX_BATCH, Classifier
+from runtime.errors import OptionError
+from runtime.session import ENGINES
+
+EXAMPLES = """
+  python -m bench.accuracy ckpt.onnx --data mnist --data-root data
+  python -m bench.accuracy ckpt.onnx --data mnist_test.npz --engine ort
+  python -m bench.accuracy ckpt.onnx --data digits --json >> results.jsonl
+"""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a classifier in percent, macro-averaged one against the rest, and its confusion matrix.
+
+    Args:
+        accuracy: share of images classified right.
+        sensitivity: mean over classes of true positives / (true positives + false negatives).
+        specificity: mean over classes of true negatives / (true negatives + false positives).
+        confusion: int64 [K, K]; row: true class, column: predicted class.
+    """
+
+    accuracy: float
+    sensitivity: float
+    specificity: float
+    confusion: np.ndarray
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Return int64 [K, K] of labels and predicted classes int64 [N]; row: true class, column: predicted class."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def score(confusion: np.ndarray) -> Scores:
+    """Return the scores of a confusion matrix int64 [K, K]; classes without images are left out of the means."""
+    total = confusion.sum()
+    true_positive = np.diag(confusion)
+    positive, predicted = confusion.sum(1), confusion.sum(0)
+    true_negative = total - positive - predicted + true_positive
+    present = positive > 0
+    sensitivity = true_positive[present] / positive[present]
+    specificity = true_negative[present] / np.maximum(total - positive[present], 1)
+    return Scores(
+        accuracy=100 * float(true_positive.sum() / total),
+        sensitivity=100 * float(sensitivity.mean()),
+        specificity=100 * float(specificity.mean()),
+        confusion=confusion,
+    )
+
+
+def classify(classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """Return the predicted classes int64 [N] of images uint8 [N, H, W, C]."""
+    starts = range(0, len(images), MAX_BATCH)
+    parts = command.progress(starts, label="images / 64")
+    return np.concatenate([classifier.logits(images[start : start + MAX_BATCH]).argmax(1) for start in parts])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the scores of one model on a test split, for a person or as one JSON line."""
+    parser = command.parser("bench.accuracy", "Measure the accuracy of an exported model on its engine.", EXAMPLES)
+    parser.add_argument("model", help="ONNX file written by python -m export.onnx")
+    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    options = parser.parse_args(argv)
+    with Classifier(
+        options.model, engine=options.engine, device=options.device, threads=options.threads
+    ) as classifier:
+        test = data.load(options.data, options.data_root)
+        classes = classifier.manifest.classes
+        if test.labels.max() >= len(classes):
+            raise OptionError(
+                f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "
+                f"classes of {options.model}; name the data it was trained on"
+            )
+        scores = score(confusion_matrix(test.labels, classify(classifier, test.images), len(classes)))
+        engine = f"{classifier.session.engine} {classifier.session.version}"
+        before = classifier.manifest.metrics.get("test_accuracy")
+    where = environment()
+    if options.json:
+        print(json.dumps({
+            "bench": "accuracy", "model": Path(options.model).name, "arch": classifier.manifest.arch,
+            "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
+            "data": test.name, "n": len(test.labels), "accuracy": scores.accuracy,
+            "sensitivity": scores.sensitivity, "specificity": scores.specificity,
+            "checkpoint_accuracy": before, "confusion": scores.confusion.tolist(), "environment": where,
+        }))  # fmt: skip
+        return
+    print(
+        f"{options.model}  {classifier.manifest.precision} on {engine}, {len(test.labels):,} images of {test.name}"
+    )
+    print(f"accuracy     {scores.accuracy:6.2f} %" + (f"   (checkpoint {before:.2f} %)" if before else ""))
+    print(f"sensitivity  {scores.sensitivity:6.2f} %   macro, one against the rest")
+    print(f"specificity  {scores.specificity:6.2f} %")
+    print(_table(scores.confusion, classes))
+    print(describe(where))
+
+
+def _table(confusion: np.ndarray, classes: tuple[str, ...]) -> str:
+    width = max(5, len(str(confusion.max())) + 1)
+    names = max(len(name) for name in classes)
+    head = " " * (names + 2) + "".join(f"{name[: width - 1]:>{width}}" for name in classes)
+    rows = [
+        f"  {name:{names}}" + "".join(f"{count or '.':>{width}}" for count in row)
+        for name, row in zip(classes, confusion, strict=True)
+    ]
+    return "\n".join(["confusion    row: true class, column: predicted", head, *rows])
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,64 @@
+"""Where a number was measured: without it, no number is kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "onnx")
+
+
+def environment() -> dict[str, str | int]:
+    """Return processor, cores, operating system, Python, library versions and the commit of this code."""
+    found: dict[str, str | int] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return found | {package: installed[package] for package in PACKAGES if package in installed}
+
+
+def describe(found: dict[str, str | int]) -> str:
+    """Return the environment as one line for people."""
+    return ", ".join(
+        f"{value}" if key in ("processor", "system") else f"{key} {value}" for key, value in found.items()
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size this process has had, in bytes; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = {line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    name = named.get("model name") or named.get("Model") or platform.processor() or "unknown processor"
+    # What decides the speed of INT8: dot-product instructions.
+    useful = {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm"}
+    flags = useful & set((named.get("flags") or named.get("Features") or "").split())
+    return f"{name} ({' '.join(sorted(flags))})" if flags else name
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

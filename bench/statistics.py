@@ -1,0 +1,80 @@
+"""Latency samples and what is said about them; several contenders are always measured in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime import command
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles of one contender's run times, in milliseconds, and the images it does in a second."""
+
+    n: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    std_ms: float
+    images_per_second: float
+
+
+def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
+    """Return the statistics of run times float [n] in milliseconds of batches of `batch` images."""
+    p50, p90, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 99]))
+    return Latency(
+        n=len(samples_ms),
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        mean_ms=float(samples_ms.mean()),
+        std_ms=float(samples_ms.std()),
+        images_per_second=1000 * batch / p50,
+    )
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    runs: int | None = None,
+    seconds: float = 3.0,
+    warm_up_seconds: float = 0.5,
+    label: str = "measuring",
+) -> dict[str, np.ndarray]:
+    """Time each contender again and again, one after the other in every round.
+
+    In turns, whatever else the machine does meets all of them alike, so that their ratios hold even where their
+    absolute times do not. Each is called once untimed before it is timed: its data is then where it would be if
+    it ran alone.
+
+    Args:
+        contenders: name -> function to time.
+        runs: rounds to measure; None fills `seconds` per contender, with 20 rounds at least.
+        seconds: see `runs`.
+        warm_up_seconds: calls before anything is timed, per contender.
+        label: of the progress bar.
+
+    Returns:
+        Name -> run times float64 [runs] in milliseconds.
+    """
+    typical_s = {}
+    for name, call in contenders.items():
+        began, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - began < warm_up_seconds:
+            call()
+            calls += 1
+        typical_s[name] = (time.perf_counter() - began) / calls
+    rounds = runs or max(20, int(seconds * len(typical_s) / (2 * sum(typical_s.values()))))
+    samples = {name: np.empty(rounds) for name in contenders}
+    for index in command.progress(range(rounds), label=label):
+        for name, call in contenders.items():
+            call()
+            began = time.perf_counter()
+            call()
+            samples[name][index] = 1000 * (time.perf_counter() - began)
+    return samples

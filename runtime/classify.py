@@ -1,0 +1,58 @@
+"""`python -m runtime.classify`: classify image files with an exported model."""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m runtime.classify")
+
+import json
+import sys
+from collections.abc import Sequence
+
+from runtime import command
+from runtime.classifier import Classifier
+from runtime.errors import ClearpactError
+from runtime.images import list_images, load_image
+from runtime.session import ENGINES
+
+EXAMPLES = """
+  python -m runtime.classify model.onnx photo.png
+  python -m runtime.classify model.onnx photos/ --top 5
+  python -m runtime.classify model.onnx *.jpg --json > predictions.jsonl
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one line per image; an unreadable one gets an error line, the others are classified all the same."""
+    parser = command.parser("runtime.classify", "Classify image files with an exported model.", EXAMPLES)
+    parser.add_argument("model", help="ONNX file written by python -m export.onnx")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--top", type=int, default=3, help="classes to list (default: 3)")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per image")
+    options = parser.parse_args(argv)
+    paths = list_images(options.images)
+    failed = 0
+    with Classifier(
+        options.model, engine=options.engine, device=options.device, threads=options.threads
+    ) as classifier:
+        width = max(len(str(path)) for path in paths)
+        for path in paths:
+            try:
+                (prediction,) = classifier.predict([load_image(path)], top_k=options.top)
+            except ClearpactError as error:
+                print(f"error: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            if options.json:
+                print(json.dumps({"image": str(path), "label": prediction.label, "index": prediction.index,
+                                  "probability": prediction.probability, "top": prediction.top}))  # fmt: skip
+            else:
+                print(f"{path!s:{width}}  {'  '.join(f'{label} {p:6.1%}' for label, p in prediction.top)}")
+    return command.USER_ERROR if failed else 0
+
+
+if __name__ == "__main__":
+    command.run(main)

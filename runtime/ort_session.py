@@ -1,0 +1,65 @@
+"""Sessions on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime
+
+from runtime.errors import EngineError, ModelError
+from runtime.manifest import Manifest
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class ORTSession:
+    """A model in ONNX Runtime; see runtime.session.Session."""
+
+    engine = "ort"
+
+    def __init__(self, model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> None:
+        self.version: str = onnxruntime.__version__
+        self.manifest = manifest
+        self.device = device
+        provider = _PROVIDERS.get(device)
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
+            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; expected one of: {found}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; its warnings are for graph authors
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{source}: ONNX Runtime cannot load it ({reason}); export it again") from None
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the model once; see runtime.session.Session."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._session
+
+
+def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> ORTSession:
+    """Load a model on ONNX Runtime.
+
+    Args:
+        model: contents of the ONNX file.
+        manifest: of the file.
+        source: its name, for messages.
+        device: "cpu" or "cuda".
+        threads: CPU threads of one inference, or None.
+
+    Raises:
+        EngineError: this build of ONNX Runtime has no such device.
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    return ORTSession(model, manifest, source, device=device, threads=threads)

@@ -1,0 +1,97 @@
+"""Inference sessions: one small protocol, one module per engine, one function that opens the right one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.files import read_bytes
+from runtime.manifest import Manifest, read_manifest
+
+# Engine name -> (module of its session, package it needs, extra that installs it).
+ENGINES = {
+    "openvino": ("runtime.openvino_session", "openvino", "clearpact[openvino]"),
+    "ort": ("runtime.ort_session", "onnxruntime", "clearpact[ort]"),
+}
+
+
+class Session(Protocol):
+    """A loaded model on one device of one engine. Every method may be called from several threads at once."""
+
+    engine: str
+    version: str
+    device: str
+    manifest: Manifest
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the model once.
+
+        Args:
+            inputs: by name; `image` is uint8 [N, H, W, C], C-contiguous, of the manifest's size.
+
+        Returns:
+            The outputs by name, in memory of their own; `logits` is float32 [N, K].
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        ...
+
+
+def open_session(
+    model: str | os.PathLike[str] | bytes,
+    *,
+    engine: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Session:
+    """Load an exported model.
+
+    Args:
+        model: path or contents of an ONNX file that `python -m export.onnx` wrote.
+        engine: one of ENGINES; None takes the one the file was lowered for where it is installed, otherwise the
+            first that is.
+        device: "cpu", or another device of the engine ("gpu", "npu" on OpenVINO; "cuda" on ONNX Runtime).
+        threads: CPU threads of one inference; None leaves the number to the engine.
+
+    Raises:
+        FileError: the file cannot be read.
+        ModelError: it is no ONNX file, is truncated, or has no manifest.
+        EngineError: the engine is not installed, or the device is not there.
+    """
+    source = "model bytes" if isinstance(model, bytes) else str(Path(model))
+    data = model if isinstance(model, bytes) else read_bytes(model)
+    manifest = read_manifest(data, source)
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads {threads}: expected a whole number from 1")
+    chosen = engine or _installed_engine(manifest.target)
+    if chosen not in ENGINES:
+        raise EngineError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
+    module, package, extra = ENGINES[chosen]
+    if not _installed(package):
+        raise EngineError(f"engine {chosen}: {package} is not installed; pip install '{extra}'")
+    session: Session = importlib.import_module(module).open(data, manifest, source, device=device, threads=threads)
+    return session
+
+
+def _installed_engine(preferred: str) -> str:
+    candidates = [preferred, *ENGINES] if preferred in ENGINES else list(ENGINES)
+    for name in candidates:
+        if _installed(ENGINES[name][1]):
+            return name
+    extras = " or ".join(f"'{extra}'" for _, _, extra in ENGINES.values())
+    raise EngineError(
+        f"no inference engine is installed, expected one of {', '.join(ENGINES)}; pip install {extras}"
+    )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

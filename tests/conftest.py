@@ -1,0 +1,61 @@
+"""Checkpoints and exported models that many tests read; each is made once and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.onnx import export
+from runtime.files import write_atomically
+from tests.toy_models import randomize_norms
+from train import checkpoint as checkpoints
+from train import data, loop
+from train.checkpoint import Checkpoint
+from train.quant import QuantSpec
+from train.recipe import default_recipe
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.ImageData:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint_path(digits: data.ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cnn2 on digits, 8 bits, saliency-guided, trained for six epochs: accurate enough to have real margins."""
+    path = tmp_path_factory.mktemp("digits") / "ckpt.pt"
+    recipe = dataclasses.replace(default_recipe("digits"), epochs=6)
+    loop.fit(loop.start("cnn2", digits, QuantSpec(8), recipe), digits, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint(digits_checkpoint_path: Path) -> Checkpoint:
+    return checkpoints.load(digits_checkpoint_path)
+
+
+@pytest.fixture(scope="session")
+def digits_models(digits_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The digits checkpoint as ONNX files by name: openvino, ort, tensorrt (INT8 each) and float."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for name in ("openvino", "ort", "tensorrt", "float"):
+        exported = export(digits_checkpoint, int8=name != "float", target="openvino" if name == "float" else name)
+        made[name] = folder / f"{name}.onnx"
+        write_atomically(made[name], exported.model.SerializeToString())
+    return made
+
+
+@pytest.fixture(scope="session")
+def resnet_checkpoint(digits: data.ImageData) -> Checkpoint:
+    """resnet20 at 4 bits on digits' images, not trained, with BatchNorm statistics as if it were."""
+    checkpoint = loop.start("resnet20", digits, QuantSpec(4), default_recipe("digits"))
+    model = checkpoint.network()
+    randomize_norms(model)
+    checkpoint.state_dict = model.state_dict()
+    return checkpoint
