@@ -17,7 +17,8 @@ from train.checkpoint import Checkpoint
 from train.quant import QuantSpec
 from train.recipe import default_recipe
 
-torch.set_num_threads(2)
+# The networks are tiny: a second thread would cost more than it gives.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

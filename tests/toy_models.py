@@ -1,4 +1,4 @@
-"""Small networks that share nothing with train.models, each with one thing that quantizing or folding can get wrong."""
+"""Small networks that share nothing with train.models; each holds what quantizing or folding can get wrong."""
 
 from __future__ import annotations
 

@@ -166,6 +166,8 @@ def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -
             quantizer.alpha.copy_(positive.kthvalue(rank).values)  # type: ignore[operator]
 
     handles = [m.register_forward_pre_hook(set_alpha) for m in model.modules() if isinstance(m, PACT)]
+    if not handles:
+        return
     try:
         model(images)
     finally:

@@ -1,0 +1,37 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv when there is none.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow check clean
+
+help:
+	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
+	@echo "make test       run the tests (a few minutes)"
+	@echo "make test-slow  run the tests marked slow"
+	@echo "make check      ruff and mypy"
+	@echo "make clean      remove .venv, demo and caches"
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Making the virtual environment $(VENV): torch with its CUDA libraries takes 5 GB and a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

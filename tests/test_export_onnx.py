@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+from export.deploy_form import deploy_form, fold_weight, folded_layers
+from export.onnx import NORMALIZED, export, main
+from export.verify import verify
+from runtime.errors import ModelError, OptionError
+from runtime.manifest import METADATA_KEY, Manifest
+from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
+from train.checkpoint import Checkpoint
+from train.data import InputSpec
+from train.quant import QuantSpec, float_weight, quantize, start_alphas, weight_quantizer
+
+ROOT = Path(__file__).parents[1]
+SPEC = InputSpec((12, 12), 3, (128 / 255,) * 3, (0.25,) * 3)
+
+
+def pixels(checkpoint: Checkpoint, n: int) -> np.ndarray:
+    return checkpoint.samples["images"][:n].permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def toy(model: nn.Module, bits: int) -> nn.Module:
+    torch.manual_seed(1)
+    quantized = quantize(randomize_norms(model), QuantSpec(bits), input_scale=SPEC.grid_scale).eval()
+    start_alphas(quantized, torch.randn(16, 3, 12, 12))
+    return quantized
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("make", [FunctionalNet, DepthwiseNet])
+def test_deploy_form_computes_the_fake_quantized_network(make: type[nn.Module], bits: int) -> None:
+    network = toy(make(), bits)
+    images = torch.randint(0, 256, (8, 12, 12, 3), dtype=torch.uint8)
+    expected = network(SPEC.normalize(images.permute(0, 3, 1, 2)))
+    assert torch.allclose(deploy_form(network, SPEC)(images), expected, atol=1e-4)
+
+
+def test_folding_flips_codes_under_a_negative_gamma_and_clears_a_dead_channel() -> None:
+    conv, norm = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+    wrapped = quantize(nn.Sequential(conv, norm, nn.ReLU()), QuantSpec(8, first_last_bits=4), input_scale=0.1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, -3.0, 0.0]))
+        norm.running_var.copy_(torch.tensor([4.0, 9.0, 1.0]))
+    layer = wrapped.get_submodule("0")
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    codes, scale = quantizer.codes(float_weight(layer)), quantizer.scale(float_weight(layer)).detach()
+    folded = fold_weight(layer, norm)
+    assert torch.equal(folded.codes[0], codes[0])
+    assert torch.equal(folded.codes[1], -codes[1])
+    assert folded.codes[2].count_nonzero() == 0
+    assert folded.scale[:2].tolist() == pytest.approx(scale[:2].tolist(), rel=1e-4)
+    assert folded.scale[2] > 0
+
+
+@pytest.mark.parametrize("target", ["openvino", "ort", "tensorrt"])
+def test_reference_evaluator_gives_the_trained_networks_logits(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, target: str
+) -> None:
+    model = onnx.load(digits_models[target])
+    images = pixels(digits_checkpoint, 32)
+    (found,) = ReferenceEvaluator(model).run(None, {"image": images})
+    with torch.no_grad():
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+        expected = digits_checkpoint.network()(digits_checkpoint.input.normalize(tensor)).numpy()
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.array_equal(found.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("target", ["openvino", "ort", "tensorrt"])
+def test_resnet_codes_are_the_checkpoints(resnet_checkpoint: Checkpoint, target: str) -> None:
+    exported = export(resnet_checkpoint, target=target)
+    found = exported.verification
+    weights = [float_weight(m).numel() for m in resnet_checkpoint.network().modules() if weight_quantizer(m)]
+    assert found.weight_codes == sum(weights) == 268_048
+    assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 7) + 4 * 4 * 32 * 6 + 2 * 2 * 64 * 6 + 64)
+    assert found.flipped_codes < 1e-5 * found.activation_codes
+    assert found.max_logit_steps < 0.5
+    on_device = {t.name: numpy_helper.to_array(t) for t in exported.model.graph.initializer}
+    assert on_device["network.stage1.0.conv1.codes"].dtype == np.int8
+    assert np.abs(on_device["network.stage1.0.conv1.codes"]).max() == 7
+
+
+@pytest.mark.parametrize(
+    ("target", "before_q", "zero_point"),
+    [
+        ("openvino", {"Clip"}, np.uint8),
+        ("ort", {"Conv", "Add", "Reshape"}, np.uint8),
+        ("tensorrt", {"Clip", "Relu"}, np.int8),
+    ],
+)
+def test_each_target_gets_its_own_lowering(
+    resnet_checkpoint: Checkpoint, target: str, before_q: set[str], zero_point: type
+) -> None:
+    model = export(resnet_checkpoint, target=target).model
+    producers = {v: n for n in model.graph.node for v in n.output}
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    quantized = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(quantized) == 21
+    image, *activations = quantized
+    assert constants[image.input[2]].dtype == np.int8
+    assert image.input[0] == NORMALIZED
+    for node in activations:
+        assert producers[node.input[0]].op_type in before_q
+        assert constants[node.input[2]].dtype == zero_point
+        assert constants[node.input[2]] == 0
+
+
+def test_batch_is_dynamic_and_rows_do_not_depend_on_it(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint
+) -> None:
+    model = onnx.load(digits_models["openvino"])
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    evaluator = ReferenceEvaluator(model)
+    images = pixels(digits_checkpoint, 5)
+    (together,) = evaluator.run(None, {"image": images})
+    apart = np.concatenate([evaluator.run(None, {"image": images[i : i + 1]})[0] for i in range(5)])
+    assert np.allclose(together, apart, atol=1e-5)
+
+
+def test_float_export_of_a_float_network(digits_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint) -> None:
+    for checkpoint in (digits_checkpoint, resnet_checkpoint):
+        exported = export(checkpoint, int8=False)
+        assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in exported.model.graph.node}
+        assert exported.verification.max_logit_difference < 1e-3
+        assert all(layer["bits"] is None for layer in exported.manifest.layers)
+
+
+def test_manifest_travels_in_the_file(digits_models: dict[str, Path], digits_checkpoint: Checkpoint) -> None:
+    model = onnx.load(digits_models["openvino"])
+    (text,) = [p.value for p in model.metadata_props if p.key == METADATA_KEY]
+    manifest = Manifest.from_json(text, "test")
+    assert (manifest.arch, manifest.precision, manifest.target, manifest.data) == (
+        "cnn2",
+        "int8",
+        "openvino",
+        "digits",
+    )
+    assert manifest.input.size == (8, 8)
+    assert manifest.classes == tuple("0123456789")
+    assert manifest.metrics["test_accuracy"] == digits_checkpoint.test_accuracy
+    assert [layer["name"] for layer in manifest.layers] == ["conv1", "conv2", "fc1", "fc2"]
+    assert {layer["bits"] for layer in manifest.layers} == {8}
+
+
+def with_initializer(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
+    changed = copy.deepcopy(model)
+    for tensor in changed.graph.initializer:
+        if tensor.name == name:
+            values = numpy_helper.to_array(tensor).copy()
+            values.flat[0] += change
+            tensor.CopyFrom(numpy_helper.from_array(values, name))
+    return changed
+
+
+def test_verification_names_the_weight_that_differs(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint
+) -> None:
+    network = digits_checkpoint.network()
+    form = deploy_form(network, digits_checkpoint.input)
+    model = onnx.load(digits_models["openvino"])
+    images = digits_checkpoint.samples["images"][:8]
+    verify(model, form, network, digits_checkpoint.input, images)
+    with pytest.raises(ModelError, match=r"weight conv2\.codes: differs from the checkpoint's"):
+        verify(with_initializer(model, "network.conv2.codes", 1), form, network, digits_checkpoint.input, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("network.conv2.bias", r"activation quantizers\.relu2: .* codes differ"),
+        ("network.fc2.bias", "logits: differ"),
+    ],
+)
+def test_verification_names_the_activation_that_differs(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, name: str, message: str
+) -> None:
+    network = digits_checkpoint.network()
+    form = deploy_form(network, digits_checkpoint.input)
+    model = with_initializer(onnx.load(digits_models["openvino"]), name, 1)
+    with pytest.raises(ModelError, match=message):
+        verify(model, form, network, digits_checkpoint.input, digits_checkpoint.samples["images"][:8])
+
+
+def test_a_failed_check_writes_nothing(
+    digits_checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"before")
+    original = folded_layers
+
+    def tampered(form: object) -> object:
+        layers = original(form)  # type: ignore[arg-type]
+        codes = layers["conv1"].codes
+        assert codes is not None
+        layers["conv1"].codes = codes + 1
+        return layers
+
+    monkeypatch.setattr("export.verify.folded_layers", tampered)
+    with pytest.raises(ModelError, match=r"weight conv1\.codes"):
+        main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
+    assert output.read_bytes() == b"before"
+
+
+def test_int8_of_a_float_network_is_refused(digits_checkpoint: Checkpoint) -> None:
+    floating = dataclasses.replace(digits_checkpoint, quant=QuantSpec(32))
+    with pytest.raises(OptionError, match="trained in float; train it with --bits 8, or export --fp32"):
+        export(floating)
+
+
+def test_the_full_grid_does_not_go_to_tensorrt(digits_checkpoint: Checkpoint) -> None:
+    full = dataclasses.replace(digits_checkpoint, quant=QuantSpec(8, full_grid=True))
+    assert export(full, target="ort").verification.flipped_codes < 10
+    with pytest.raises(OptionError, match="target tensorrt: has signed activations only"):
+        export(full, target="tensorrt")
+
+
+def test_command_verifies_writes_and_prints(
+    digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "deep" / "model.onnx"
+    main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
+    out = capsys.readouterr().out
+    assert "conv1                    Conv2d   8-bit weights, input 8-bit -128..127" in out
+    assert "verified: 52,768 weight codes equal; on 256 images" in out
+    (text,) = [p.value for p in onnx.load(output).metadata_props if p.key == METADATA_KEY]
+    assert (
+        Manifest.from_json(text, "").checkpoint == hashlib.sha256(digits_checkpoint_path.read_bytes()).hexdigest()
+    )
+
+
+def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_checkpoint_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for arguments, expected in (
+        ([str(tmp_path / "none.pt"), "--int8"], "none.pt: no such file"),
+        ([str(tmp_path / "text.pt"), "--int8"], "text.pt: 13 bytes that are no complete torch file"),
+        ([str(digits_checkpoint_path)], "one of the arguments --int8 --fp32 is required"),
+        ([str(digits_checkpoint_path), "--int8", "-o", "/proc/nowhere/model.onnx"], "cannot be written"),
+        ([str(digits_checkpoint_path), "--int8", "-o", str(tmp_path)], "is a folder, expected the name of a file"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "export.onnx", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert expected in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["text.pt"]

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import FileError, OptionError
+from train import data
+from train.data import InputSpec, augment, batches
+
+
+def test_digits_are_split_without_overlap(digits: data.ImageData) -> None:
+    assert digits.train_images.shape == (1437, 1, 8, 8)
+    assert digits.test_images.shape == (360, 1, 8, 8)
+    assert digits.train_images.dtype == torch.uint8
+    assert (int(digits.train_images.max()), int(digits.train_images.min())) == (255, 0)
+    assert digits.classes == tuple("0123456789")
+    assert digits.test_labels.bincount().tolist() == [42, 28, 26, 48, 38, 39, 30, 26, 36, 47]
+
+
+@given(st.floats(0.05, 1.0).map(lambda s: round(s, 2)))
+def test_default_normalization_puts_every_pixel_on_the_int8_grid(std: float) -> None:
+    spec = InputSpec((2, 2), 3, (128 / 255,) * 3, (std,) * 3)
+    assert spec.exact
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    normalized = spec.normalize(pixels)
+    codes = normalized / torch.tensor(spec.grid_scale, dtype=torch.float32)
+    assert torch.equal(codes.round(), pixels.float() - 128)
+    assert torch.allclose(normalized, (pixels / 255 - 128 / 255) / std, atol=1e-6)
+
+
+def test_per_channel_normalization_covers_its_range() -> None:
+    spec = InputSpec((2, 2), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert not spec.exact
+    ends = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 2, 2)
+    normalized = spec.normalize(ends)
+    assert normalized[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229, rel=1e-6)
+    assert normalized[1, 2, 0, 0].item() == pytest.approx((1 - 0.406) / 0.225, rel=1e-6)
+    assert normalized.abs().max().item() == pytest.approx(127 * spec.grid_scale, rel=1e-6)
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 3), st.integers(0, 999))
+@settings(deadline=None, max_examples=40)
+def test_augmented_images_are_crops_of_the_padded_image_or_its_mirror(h: int, w: int, pad: int, seed: int) -> None:
+    images = torch.arange(2 * 3 * h * w).remainder(251).add(1).to(torch.uint8).reshape(2, 3, h, w)
+    padded = torch.nn.functional.pad(images, (pad,) * 4)
+    for original, new in zip(
+        padded, augment(images, padding=pad, generator=torch.Generator().manual_seed(seed)), strict=True
+    ):
+        crops = [original[:, r : r + h, c : c + w] for r in range(2 * pad + 1) for c in range(2 * pad + 1)]
+        assert any(torch.equal(new, crop) or torch.equal(new, crop.flip(2)) for crop in crops)
+
+
+def test_augmentation_flips_half_and_moves() -> None:
+    images = torch.zeros(2000, 1, 5, 5, dtype=torch.uint8)
+    images[:, 0, 2, 0] = 255
+    moved = augment(images, padding=1, generator=torch.Generator().manual_seed(0)).reshape(2000, 25).float()
+    columns = (moved.argmax(1) % 5)[moved.amax(1) > 0]
+    assert 0.45 < float((columns >= 3).float().mean()) < 0.55
+    assert set((moved.argmax(1) // 5)[moved.amax(1) > 0].tolist()) == {1, 2, 3}
+
+
+def test_batches_visit_every_index_once_and_drop_the_rest() -> None:
+    parts = list(batches(10, 4, generator=torch.Generator().manual_seed(0)))
+    assert [len(p) for p in parts] == [4, 4]
+    assert len(set(torch.cat(parts).tolist())) == 8
+    assert [len(p) for p in batches(3, 128, generator=torch.Generator())] == [3]
+
+
+def test_unknown_data_set_is_refused() -> None:
+    with pytest.raises(OptionError, match="data set 'imagenet': expected one of digits, mnist"):
+        data.load("imagenet")
+
+
+def test_absent_data_without_network_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An address that refuses at once stands for a machine without network.
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(FileError, match=r"holds no mnist and it could not be downloaded .*--data-root"):
+        data.load("mnist", tmp_path)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def test_mnist_is_read_from_its_original_files(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 28, 28))
+    for prefix, n in (("train", 5), ("t10k", 3)):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images[:n])
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(n))
+    loaded = data.load("mnist", tmp_path)
+    assert np.array_equal(loaded.train_images[:, 0].numpy(), images)
+    assert loaded.test_labels.tolist() == [0, 1, 2]
+    assert loaded.classes == tuple("0123456789")
+
+
+def test_command_writes_a_split_that_needs_no_torch(tmp_path: Path, digits: data.ImageData) -> None:
+    data.main(["digits", "-o", str(tmp_path / "d.npz")])
+    with np.load(tmp_path / "d.npz", allow_pickle=False) as archive:
+        assert archive["images"].shape == (360, 8, 8, 1)
+        assert np.array_equal(archive["labels"], digits.test_labels.numpy())
+        assert archive["classes"].tolist() == list("0123456789")

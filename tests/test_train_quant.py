@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.errors import ModelError, OptionError
+from tests.toy_models import DepthwiseNet, FunctionalNet
+from train.models import CNN2, ResNet20
+from train.quant import QuantSpec, describe, float_weight, quantize, quantizers, start_alphas, weight_quantizer
+from train.quantizers import PACT, InputQuantizer
+
+
+def test_every_relu_call_gets_a_clip_of_its_own() -> None:
+    model = quantize(FunctionalNet(), QuantSpec(8), input_scale=0.01)
+    found = quantizers(model)
+    assert list(found) == ["x_grid", "relu", "relu_1", "relu_2", "relu_3", "relu_4"]
+    assert len({id(q) for q in found.values()}) == 6
+    assert isinstance(found["x_grid"], InputQuantizer)
+    assert all(isinstance(q, PACT) and q.qmin == 0 for n, q in found.items() if n != "x_grid")
+
+
+def test_quantizing_leaves_the_function_close_and_on_its_grids() -> None:
+    torch.manual_seed(0)
+    model = FunctionalNet().eval()
+    x = torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    quantized = quantize(copy.deepcopy(model), QuantSpec(8), input_scale=4 / 127).eval()
+    start_alphas(quantized, x, quantile=1.0)
+    assert torch.allclose(quantized(x), expected, atol=0.05)
+    assert not torch.equal(quantized(x), expected)
+
+
+def test_every_quantized_layer_reads_integers_and_multiplies_integers() -> None:
+    for model in (CNN2(3, (12, 12), 4), ResNet20(3, (12, 12), 4), FunctionalNet(), DepthwiseNet()):
+        quantized = quantize(model.eval(), QuantSpec(4), input_scale=1 / 64).eval()
+        seen: list[torch.Tensor] = []
+        layers = [m for m in quantized.modules() if weight_quantizer(m) is not None]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        quantized(torch.randn(2, 3, 12, 12))
+        assert len(seen) >= len(layers) > 0
+        scales = [q.scale.detach() for q in quantizers(quantized).values()]
+        for x in seen:
+            assert any(torch.allclose(x / scale, (x / scale).round(), atol=1e-4) for scale in scales)
+
+
+def test_bits_of_layers_and_of_the_activations_they_read() -> None:
+    spec = QuantSpec(3, layer_bits={"stage2.0.conv1": 5})
+    model = quantize(ResNet20(3, (8, 8), 10), spec, input_scale=0.01)
+    bits = {row.name: row.bits for row in describe(model) if row.bits}
+    assert bits["conv1"] == bits["fc"] == 8
+    assert bits["stage2.0.conv1"] == 5
+    assert bits["stage3.2.conv2"] == 3
+    found = quantizers(model)
+    assert found["stage1_2_relu2"].bits == 5  # read by stage2.0.conv1
+    assert found["stage1_0_relu1"].bits == 3
+    assert found["flatten_grid"].bits == 8  # read by fc
+    assert found["flatten_grid"].qmin == 0  # an average of what is never negative
+
+
+def test_description_names_what_stays_float() -> None:
+    class WithNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.GroupNorm(2, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)).mean((2, 3))
+
+    rows = {row.name: row for row in describe(quantize(WithNorm(), QuantSpec(8), input_scale=0.01))}
+    assert rows["conv"].bits == 8
+    assert rows["conv"].activation == "8-bit -128..127, scale 0.01"
+    assert rows["norm"].bits is None
+    assert rows["norm"].reason == "no quantizer for this layer"
+
+
+def test_without_an_input_grid_a_signed_clip_is_learned() -> None:
+    model = quantize(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2)), QuantSpec(8))
+    signed, unsigned = quantizers(model).values()
+    assert (signed.qmin, signed.qmax) == (-127, 127)
+    assert (unsigned.qmin, unsigned.qmax) == (0, 127)  # a sigmoid is never negative
+
+
+def test_parameters_are_shared_with_the_original() -> None:
+    model = CNN2(1, (8, 8), 10)
+    weight = model.conv1.weight
+    quantized = quantize(model, QuantSpec(8), input_scale=0.01)
+    assert float_weight(quantized.get_submodule("conv1")) is weight
+
+
+def test_32_bits_leave_the_network_as_it_is() -> None:
+    model = CNN2(1, (8, 8), 10)
+    assert quantize(model, QuantSpec(32)) is model
+
+
+def test_alphas_start_at_the_quantile_of_what_they_clip() -> None:
+    model = quantize(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), QuantSpec(8), input_scale=1.0)
+    layer = model.get_submodule("0")
+    with torch.no_grad():
+        float_weight(layer).fill_(1.0)
+        layer.bias.zero_()
+    start_alphas(model, torch.arange(-100.0, 101.0).reshape(-1, 1), quantile=0.9)
+    (pact,) = (q for q in quantizers(model).values() if isinstance(q, PACT))
+    assert pact.alpha.item() == pytest.approx(90.0, abs=1.0)
+
+
+def test_data_dependent_control_flow_is_refused() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match=r"Branching: torch\.fx cannot trace it .*independent of the data"):
+        quantize(Branching(), QuantSpec(8))
+
+
+def test_nothing_to_quantize_is_refused() -> None:
+    with pytest.raises(ModelError, match="no convolution or linear layer found"):
+        quantize(nn.Sequential(nn.ReLU()), QuantSpec(8))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 9}, "bits 9: expected a whole number from 2 to 8, or 32 for float"),
+        ({"bits": 5.5}, "bits 5.5: expected a whole number"),
+        ({"weights": "kmeans"}, "weight quantizer 'kmeans': expected one of absmax, sawb, lsq"),
+        ({"alpha": 0.0}, "alpha 0.0: expected a positive"),
+        ({"layer_bits": {"conv1": 1}}, "bits 1 of conv1: expected a whole number from 2 to 8"),
+    ],
+)
+def test_specs_out_of_range_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        QuantSpec(**values)  # type: ignore[arg-type]
+
+
+def test_bits_of_a_layer_that_is_not_there_are_refused() -> None:
+    with pytest.raises(OptionError, match="no layer named 'conv9'; expected one of conv1, conv2, fc1, fc2"):
+        quantize(CNN2(1, (8, 8), 10), QuantSpec(8, layer_bits={"conv9": 4}))

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from train.quantizers import (
+    PACT,
+    SAWB_COEFFICIENTS,
+    InputQuantizer,
+    WeightQuantizer,
+    activation_range,
+    weight_qmax,
+)
+
+BITS = st.integers(2, 8)
+
+
+def codes_of(quantizer: PACT | InputQuantizer, x: torch.Tensor) -> list[int]:
+    return torch.round(quantizer(x) / quantizer.scale).to(torch.int64).tolist()
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "full", "expected"),
+    [
+        (8, False, False, (0, 127)),
+        (8, False, True, (0, 255)),
+        (8, True, False, (-127, 127)),
+        (4, False, False, (0, 15)),
+        (4, True, False, (-7, 7)),
+        (3, False, True, (0, 7)),
+        (2, False, False, (0, 3)),
+        (2, True, False, (-1, 1)),
+    ],
+)
+def test_activation_ranges(bits: int, signed: bool, full: bool, expected: tuple[int, int]) -> None:
+    assert activation_range(bits, signed=signed, full_grid=full) == expected
+
+
+def test_pact_rounds_half_to_even_and_saturates() -> None:
+    pact = PACT(alpha=15.0, bits=4)  # scale 1
+    x = torch.tensor([-3.0, -0.5, 0.5, 1.5, 2.5, 3.5, 14.49, 14.51, 15.0, 15.5, 1e30])
+    assert codes_of(pact, x) == [0, 0, 0, 2, 2, 4, 14, 15, 15, 15, 15]
+
+
+def test_signed_pact_is_symmetric() -> None:
+    pact = PACT(alpha=7.0, bits=4, signed=True)
+    x = torch.tensor([-1e9, -7.5, -6.5, -2.5, -0.5, 0.5, 2.5, 6.5, 7.5])
+    assert codes_of(pact, x) == [-7, -7, -6, -2, 0, 0, 2, 6, 7]
+
+
+def test_input_grid_is_exact_on_pixels() -> None:
+    scale = 1 / (255 * 0.31)
+    quantizer = InputQuantizer(scale)
+    pixels = torch.arange(256)
+    normalized = (pixels.float() - 128) * torch.tensor(scale)
+    assert codes_of(quantizer, normalized) == list(range(-128, 128))
+    assert torch.equal(quantizer(normalized), normalized)
+
+
+def test_input_quantizer_passes_the_gradient() -> None:
+    x = torch.tensor([-9.0, 0.013, 9.0], requires_grad=True)
+    InputQuantizer(0.01)(x).backward(torch.tensor([1.0, 2.0, 3.0]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_pact_gradients_in_closed_form(signed: bool) -> None:
+    pact = PACT(alpha=2.0, bits=4, signed=signed)
+    x = torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0, 1.99, 2.0, 5.0], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
+    pact(x).backward(upstream)
+    assert x.grad is not None
+    assert pact.alpha.grad is not None
+    inside = [0, 0, 4, 8, 16, 32, 0, 0] if signed else [0, 0, 0, 8, 16, 32, 0, 0]
+    assert x.grad.tolist() == inside
+    assert pact.alpha.grad.item() == (64 + 128 - (3 if signed else 0))
+
+
+@given(st.floats(0.5, 8.0), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=50)
+def test_alpha_gradient_is_that_of_the_clip_by_finite_differences(alpha: float, seed: int) -> None:
+    x = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 4
+    upstream = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    h = 1e-6
+    if (x - alpha).abs().min() < 2 * h:
+        x = x + 4 * h
+    pact = PACT(alpha, bits=8).double()
+    pact(x).backward(upstream)
+
+    def clipped(value: float) -> float:
+        return float((x.clamp(0, value) * upstream).sum())
+
+    numeric = (clipped(alpha + h) - clipped(alpha - h)) / (2 * h)
+    assert pact.alpha.grad is not None
+    assert pact.alpha.grad.item() == pytest.approx(numeric, abs=1e-7)
+
+
+def test_pact_allows_a_second_derivative() -> None:
+    pact = PACT(alpha=2.0, bits=8)
+    weight = torch.tensor([0.5, 1.5, 3.0], requires_grad=True)
+    x = torch.tensor([1.0, 1.0, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(pact(weight * x).sum(), x, create_graph=True)
+    assert gradient.tolist() == [0.5, 1.5, 0.0]
+    gradient.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_alpha_never_becomes_negative_and_can_come_back() -> None:
+    pact = PACT(alpha=-1.0, bits=4)
+    y = pact(torch.tensor([0.5]))
+    assert y.item() == pytest.approx(PACT.MIN_ALPHA)
+    y.backward()
+    assert pact.alpha.grad is not None
+    assert pact.alpha.grad.item() == 1.0
+
+
+@given(BITS, st.integers(1, 5), st.integers(0, 10_000), st.sampled_from(["absmax", "sawb", "lsq"]))
+@settings(deadline=None, max_examples=100)
+def test_fake_quantized_weight_is_exactly_scale_times_codes(bits: int, out: int, seed: int, method: str) -> None:
+    weight = torch.randn(out, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    quantizer = WeightQuantizer(weight, bits, method)
+    codes, scale = quantizer.codes(weight), quantizer.scale(weight)
+    assert codes.dtype == torch.int8
+    assert codes.abs().max() <= weight_qmax(bits)
+    assert torch.equal(quantizer(weight), codes * scale.reshape(-1, 1, 1, 1))
+
+
+def test_absmax_codes_round_half_to_even() -> None:
+    weight = torch.tensor([[0.5, 1.5, -2.5, 3.5, -7.0], [14.0, 1.0, -3.0, -13.0, 0.0]])
+    quantizer = WeightQuantizer(weight, 4, "absmax")
+    assert quantizer.scale(weight).tolist() == [1.0, 2.0]
+    assert quantizer.codes(weight).tolist() == [[0, 2, -2, 4, -7], [7, 0, -2, -6, 0]]
+
+
+def test_a_channel_of_zeros_stays_zero() -> None:
+    weight = torch.zeros(2, 4)
+    for method in ("absmax", "sawb", "lsq"):
+        quantizer = WeightQuantizer(weight, 4, method)
+        assert torch.equal(quantizer(weight), weight)
+        assert quantizer.scale(weight).min() > 0
+
+
+def test_straight_through_weight_gradient() -> None:
+    layer = nn.Linear(3, 2)
+    quantizer = WeightQuantizer(layer.weight, 2, "absmax")
+    weight = layer.weight.detach().clone().requires_grad_()
+    upstream = torch.arange(6.0).reshape(2, 3)
+    quantizer(weight).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+
+
+def test_lsq_gradients_match_the_paper() -> None:
+    """Esser et al. 2020, equation 3: -w/s + round(w/s) inside, the bound outside, times 1 / sqrt(n qmax)."""
+    weight = torch.tensor([[0.3, -1.6, 9.0, -9.0]], requires_grad=True)
+    quantizer = WeightQuantizer(weight, 3, "lsq")
+    quantizer.learned_scale.data.fill_(1.0)
+    upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    quantizer(weight).backward(upstream)
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[1.0, 10.0, 0.0, 0.0]]
+    expected = (1 * (0 - 0.3) + 10 * (-2 + 1.6) + 100 * 3 + 1000 * -3) / math.sqrt(4 * 3)
+    assert quantizer.learned_scale.grad is not None
+    assert quantizer.learned_scale.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "n"), [(2, 20_001), (4, 20_001), pytest.param(8, 200_001, marks=pytest.mark.slow)]
+)
+def test_sawb_coefficients_are_the_fit_over_six_distributions(bits: int, n: int) -> None:
+    """Choi et al. 2018, section 3: regress the best clip on the two moments, here for grids that hold zero."""
+    uniform = (np.arange(n) + 0.5) / n
+    samples = [
+        stats.norm.ppf(uniform), 2 * uniform - 1, stats.laplace.ppf(uniform), stats.logistic.ppf(uniform),
+        2 * stats.triang.ppf(uniform, 0.5) - 1, stats.vonmises(1).ppf((np.arange(2001) + 0.5) / 2001),
+    ]  # fmt: skip
+    qmax = weight_qmax(bits)
+    ratios, best = [], []
+    for w in samples:
+        rms, mean = np.sqrt((w**2).mean()), np.abs(w).mean()
+        alphas = np.linspace(0.5 * rms, min(12 * rms, 1.02 * np.abs(w).max()), 300)
+        errors = [((np.clip(np.rint(w * qmax / a), -qmax, qmax) * a / qmax - w) ** 2).mean() for a in alphas]
+        ratios.append(rms / mean)
+        best.append(alphas[int(np.argmin(errors))] / mean)
+    slope, intercept = np.polyfit(ratios, best, 1)
+    c1, c2 = SAWB_COEFFICIENTS[bits]
+    assert c1 == pytest.approx(slope, rel=0.03)
+    assert c2 == pytest.approx(-intercept, rel=0.03)
+
+
+def test_sawb_beats_absmax_at_two_bits_on_a_normal_weight() -> None:
+    weight = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+    error = {
+        m: float((WeightQuantizer(weight, 2, m)(weight) - weight).square().mean()) for m in ("absmax", "sawb")
+    }
+    assert error["sawb"] < 0.25 < error["absmax"]
