@@ -1,0 +1,96 @@
+"""The explanation of a prediction: a map over the image, to read as numbers or to look at."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import ImageError, OptionError
+from runtime.files import write_atomically
+
+# The map's value that is drawn as fully salient: single pixels above it would otherwise darken all others.
+_BRIGHT_PERCENTILE = 99.0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why images were put into a class.
+
+    For one image the leading axis N is absent throughout.
+
+    Args:
+        map: saliency in the image's own size, float32 [N, H, W], >= 0: the largest magnitude over channels.
+        target: index of the explained class, int64 [N].
+        label: its name; a list for several images.
+        logits: float32 [N, K].
+        attribution: what the map was made of, in the model's size, signed, float32 [N, C, h, w].
+        method: name of the method.
+        images: the explained images as they were given, uint8 [N, H, W] or [N, H, W, C].
+        completeness_gap: of Integrated Gradients, float64 [N]; otherwise None.
+    """
+
+    map: np.ndarray
+    target: np.ndarray
+    label: str | list[str]
+    logits: np.ndarray
+    attribution: np.ndarray
+    method: str
+    images: np.ndarray
+    completeness_gap: np.ndarray | None = None
+
+    def overlay(self, images: np.ndarray | None = None, *, strength: float = 0.75) -> np.ndarray:
+        """Return the images with the map drawn over them, uint8 RGB [N, H, W, 3].
+
+        Args:
+            images: to draw on, uint8, of the map's size; None takes the explained ones.
+            strength: opacity of the most salient pixels, 0 to 1.
+
+        Raises:
+            ImageError: the images are not uint8 of the map's size.
+        """
+        images = np.asarray(self.images if images is None else images)
+        if images.ndim == self.map.ndim:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.shape[:-1] != self.map.shape or images.shape[-1] not in (1, 3):
+            raise ImageError(
+                f"overlay on {images.dtype} {list(images.shape)}, expected uint8 {[*self.map.shape, 3]}; "
+                "pass the frame that was explained"
+            )
+        bright = np.percentile(self.map, _BRIGHT_PERCENTILE, axis=(-2, -1), keepdims=True)
+        level = np.clip(self.map / np.maximum(bright, np.finfo(np.float32).tiny), 0, 1)[..., None]
+        # Grey carries the image, colour the map: from black through red and yellow to white.
+        grey = np.broadcast_to(images.mean(-1, keepdims=True), (*self.map.shape, 3))
+        heat = 255 * np.clip(np.concatenate([3 * level, 3 * level - 1, 3 * level - 2], -1), 0, 1)
+        opacity = strength * np.sqrt(level)
+        return np.rint((1 - opacity) * grey + opacity * heat).astype(np.uint8)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the explanation of one image: `.npz` holds map, attribution, logits and target; else a picture.
+
+        Raises:
+            FileError: the file cannot be written.
+            OptionError: Pillow, which pictures need, is not installed, or the suffix is not a picture's.
+            ImageError: the explanation is of several images and the file a picture.
+        """
+        path = Path(path)
+        buffer = io.BytesIO()
+        if path.suffix.lower() == ".npz":
+            np.savez_compressed(
+                buffer, map=self.map, attribution=self.attribution, logits=self.logits, target=self.target
+            )
+            write_atomically(path, buffer.getvalue())
+            return
+        if self.map.ndim != 2:
+            raise ImageError(f"{path}: explanation of {len(self.map)} images, expected one; save one at a time")
+        try:
+            from PIL import Image
+        except ImportError:
+            raise OptionError("writing pictures needs Pillow; pip install 'clearpact[tools]'") from None
+        if path.suffix.lower() not in Image.registered_extensions():
+            raise OptionError(f"{path}: unknown kind of picture, expected a name such as heat.png")
+        Image.fromarray(self.overlay()).save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+        write_atomically(path, buffer.getvalue())
