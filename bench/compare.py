@@ -19,12 +19,13 @@ import torch
 
 from bench.environment import describe, environment
 from bench.record import append
-from bench.statistics import measure, summarize
+from bench.statistics import check_seconds, measure, summarize
 from export.deploy_form import deploy_form
 from export.onnx import export
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
+from runtime.files import check_writable
 from runtime.manifest import INPUT_NAME
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
@@ -71,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)
     if options.batch < 1 or options.threads < 1:
-        raise OptionError("--batch and --threads: expected whole numbers from 1")
+        raise OptionError(f"--batch {options.batch} --threads {options.threads}: expected whole numbers from 1")
+    check_seconds(options.seconds)
+    if options.record:
+        check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
     torch.set_num_threads(options.threads)
     shape = (options.batch, *checkpoint.input.size, checkpoint.input.channels)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import FileError, OptionError
+from runtime.errors import ClearpactError, FileError, OptionError
 from runtime.files import read_bytes
 
 
@@ -54,10 +53,15 @@ def _load_npz(path: Path) -> LabelledImages:
         # allow_pickle stays off: nothing in the file is executed.
         with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (ValueError, KeyError, zipfile.BadZipFile, OSError, EOFError):
+    except ClearpactError:
+        raise
+    except Exception:  # numpy, zipfile and zlib each have errors of their own for damaged files
         raise FileError(f"{path}: holds no images and labels, {expected}; write it again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise FileError(
-            f"{path}: images {images.dtype} {list(images.shape)} and labels {list(labels.shape)}, {expected}"
+            f"{path}: images {images.dtype} {list(images.shape)} and labels {list(labels.shape)}, {expected}: "
+            "images uint8 [N, H, W, C] and labels [N]"
         )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise FileError(f"{path}: labels {labels.dtype}, {expected}: class numbers from 0; write it again")
     return LabelledImages(path.name, images, labels.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -20,8 +21,10 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "commit": _commit(),
     }
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return found | {package: installed[package] for package in PACKAGES if package in installed}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def describe(found: dict[str, str | int]) -> str:

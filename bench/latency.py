@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.environment import describe, environment, peak_memory_bytes
-from bench.statistics import Latency, measure, summarize
+from bench.statistics import Latency, check_seconds, measure, summarize
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
@@ -76,7 +76,8 @@ def cold_start(model: str, *, engine: str, device: str, threads: int | None, rep
             capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
         )  # fmt: skip
         if done.returncode:
-            raise ModelError(f"{model}: cold start failed ({done.stderr.strip().splitlines()[-1]})")
+            reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise ModelError(f"{model}: cold start failed ({reason}); see runtime.classify, or --no-cold-start")
         times.append([1000 * float(value) for value in done.stdout.split()])
     import_ms, first_prediction_ms = np.median(times, axis=0)
     return ColdStart(float(import_ms), float(first_prediction_ms))
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = _batches(options.batch)
     if options.runs is not None and options.runs < 1:
         raise OptionError(f"--runs {options.runs}: expected a whole number from 1")
-
+    check_seconds(options.seconds)
     model = str(Path(options.model).resolve())
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _batches(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise OptionError(f"--batch {text}: expected whole numbers from 1, comma-separated, such as 1,8,32")
     return [int(part) for part in parts]
 

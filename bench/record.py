@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.files import write_atomically
+from runtime.files import read_bytes, write_atomically
 
 
 def append(path: str | Path, result: dict[str, Any]) -> None:
     """Add one result to a .jsonl file; the lines that are there stay.
 
     Raises:
-        FileError: the file cannot be written.
+        FileError: the file cannot be read or written.
     """
     path = Path(path)
-    before = path.read_text() if path.exists() else ""
-    write_atomically(path, before + json.dumps(result) + "\n")
+    before = read_bytes(path) if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_atomically(path, before + json.dumps(result).encode() + b"\n")

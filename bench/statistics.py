@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime import command
+from runtime.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
     )
 
 
+def check_seconds(seconds: float) -> None:
+    """Raise OptionError unless `seconds` is a time that `measure` can fill."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise OptionError(f"--seconds {seconds:g}: expected a number above 0")
+
+
 def measure(
     contenders: Mapping[str, Callable[[], object]],
     *,
@@ -64,6 +72,7 @@ def measure(
     """
     typical_s = {}
     for name, call in contenders.items():
+        call()  # may compile or allocate, and says nothing about the others
         began, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - began < warm_up_seconds:
             call()

@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.folder is None) == (options.camera is None):
         raise OptionError("expected either a folder of images or --camera NUMBER; see --help")
+    if options.frames is not None and options.frames < 1:
+        raise OptionError(f"--frames {options.frames}: expected a whole number from 1")
     with Classifier(options.model, threads=options.threads) as classifier:
         frames = folder_frames(options.folder) if options.camera is None else camera_frames(options.camera)
         times_ms = []

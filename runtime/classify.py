@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from runtime import command
 from runtime.classifier import Classifier
-from runtime.errors import ClearpactError
+from runtime.errors import FileError, ImageError, OptionError
 from runtime.images import list_images, load_image
 from runtime.session import ENGINES
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     options = parser.parse_args(argv)
+    if options.top < 1:
+        raise OptionError(f"--top {options.top}: expected a whole number from 1")
     paths = list_images(options.images)
     failed = 0
     with Classifier(
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in paths:
             try:
                 (prediction,) = classifier.predict([load_image(path)], top_k=options.top)
-            except ClearpactError as error:
+            except (FileError, ImageError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed += 1
                 continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -32,8 +34,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Creates the parent folder where it is missing, and leaves an existing file as it is.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder, expected the name of a file to write; add a file name")
+    _check_kind(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -48,30 +49,33 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     After a crash, a full disk or Ctrl-C the old file, or none, is there; never half of the new one.
 
     Raises:
-        FileError: the folder is not writable or the disk is full.
+        FileError: the folder is not writable, the disk is full, or `path` is a folder or a device.
     """
     path = Path(path)
     if isinstance(data, str):
         data = data.encode()
-    temporary: str | None = None
+    _check_kind(path)
+    # Not tempfile: its files are private, and what is shipped gets the permissions any new file would have.
+    temporary = path.with_name(f".clearpact-{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; what is shipped gets the permissions any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-        temporary = None
+        temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone where all went well
+            temporary.unlink()
+
+
+def _check_kind(path: Path) -> None:
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder, expected the name of a file to write; add a file name")
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: is no regular file and would be replaced by one; name another file")
 
 
 def _unwritable(path: Path, error: OSError) -> FileError:

@@ -31,12 +31,19 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     path = Path(path)
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting these to 8 bits would clip them, not scale them
+                raise FileError(
+                    f"{path}: has {image.mode} pixels, expected 8 bits a channel; convert it to 8 bits"
+                )
             upright = ImageOps.exif_transpose(image)
             return np.asarray(upright if upright.mode == "L" else upright.convert("RGB"))
+    except FileError:
+        raise
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; check the path") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        unidentified = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image file" if unidentified else getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path}: cannot be read as an image ({reason}); expected PNG, JPEG or the like") from None
 
 
@@ -44,14 +51,17 @@ def list_images(paths: list[str]) -> list[Path]:
     """Return the files among `paths`, with every folder replaced by the images in it, sorted by name.
 
     Raises:
-        FileError: a folder holds no image.
+        FileError: a folder holds no image or cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        try:
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        except OSError as error:
+            raise FileError(f"{path}: cannot be listed ({error.strerror}); check its permissions") from None
         if not inside:
             raise FileError(f"{path}: a folder without images, expected files such as *.png or *.jpg")
         found += inside
@@ -62,7 +72,7 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
     """Return uint8 [N, H, W, C] as a model wants it.
 
     Args:
-        images: uint8, one image [H, W] or [H, W, 1 or 3], or a batch [N, H, W, 1 or 3] or [N, H, W].
+        images: uint8, one image [H, W] or [H, W, 1 or 3], or a batch [N, H, W, 1 or 3] or [N, H, W], W > 4.
         expected: from the manifest; other sizes are resized to it or refused, as it says.
 
     Raises:
@@ -72,14 +82,18 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
     wanted = f"uint8 [H, W], [H, W, 3] or a batch [N, H, W, {expected.channels}]"
     if images.dtype != np.uint8:
         raise ImageError(f"image of dtype {images.dtype}, expected {wanted}; pass pixels 0..255 as np.uint8")
+    if 0 in images.shape:
+        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; it holds no pixel")
+    if images.ndim in (3, 4) and images.shape[-1] in (2, 4):
+        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; drop its alpha channel")
     if images.ndim == 2:
         batch = images[None, :, :, None]
     elif images.ndim == 3:
         batch = images[None] if images.shape[2] in (1, 3) else images[..., None]
     else:
         batch = images
-    if batch.ndim != 4 or batch.shape[3] not in (1, 3) or 0 in batch.shape:
-        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; drop any alpha channel")
+    if batch.ndim != 4 or batch.shape[3] not in (1, 3):
+        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; put the channels last")
     if batch.shape[1:3] != expected.size:
         if expected.resize == "none":
             height, width = expected.size

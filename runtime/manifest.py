@@ -7,7 +7,7 @@
     input        {"size": [H, W], "channels": 1 or 3, "mean": [...], "std": [...], "resize": "bilinear" or "none"};
                  the graph's input `image` is uint8 [N, H, W, C] and normalizes itself: (p / 255 - mean) / std
     classes      class names, in the order of the logits
-    layers       one entry per layer: {"name", "kind", "bits" (null: float), "codes" and "scale" of its input}
+    layers       one entry per layer: {"name", "kind", "bits" (null: float), "input": grid of its input, as text}
     metrics      numbers measured before export, such as {"test_accuracy": percent}
     data         name of the data set it was trained on
     checkpoint   sha256 of the checkpoint file, hexadecimal
@@ -19,8 +19,9 @@ The outputs are `logits` float32 [N, K], and `saliency` float32 [N, H, W] where 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from runtime.errors import ModelError
@@ -34,6 +35,7 @@ _REMEDY = "export it with `python -m export.onnx`"
 # Field numbers of ModelProto and StringStringEntryProto in onnx.proto, and protobuf's wire types.
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -89,26 +91,14 @@ class Manifest:
         try:
             values = json.loads(text)
             version = values.pop("version")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"{source}: its manifest is not readable JSON; {_REMEDY}") from None
         if version != VERSION:
             raise ModelError(f"{source}: manifest version {version}, expected {VERSION}; {_REMEDY}")
         try:
-            image = values.pop("input")
-            return cls(
-                input=ImageInput(
-                    size=_pair(image["size"]),
-                    channels=_one_of(image["channels"], (1, 3)),
-                    mean=tuple(image["mean"]),
-                    std=tuple(image["std"]),
-                    resize=_one_of(image["resize"], RESIZES),
-                ),
-                classes=tuple(str(name) for name in values.pop("classes")),
-                layers=tuple(values.pop("layers")),
-                **values,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{source}: manifest field {error}; {_REMEDY}") from None
+            return _from_values(values)
+        except (ValueError, OverflowError) as error:
+            raise ModelError(f"{source}: manifest {error}; {_REMEDY}") from None
 
 
 def read_manifest(model: bytes, source: str) -> Manifest:
@@ -121,6 +111,8 @@ def read_manifest(model: bytes, source: str) -> Manifest:
     Raises:
         ModelError: not an ONNX file, a truncated one, or one without manifest.
     """
+    if not model:
+        raise ModelError(f"{source}: an empty file, expected an ONNX file; copy or export it again")
     try:
         entries = [dict(_fields(value)) for number, value in _fields(model) if number == _METADATA_PROPS]
     except ValueError as error:
@@ -134,8 +126,6 @@ def read_manifest(model: bytes, source: str) -> Manifest:
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield number and contents of every length-delimited field of a protobuf message, skipping the others."""
     at = 0
-    if not message:
-        raise ValueError("an empty file")
     while at < len(message):
         tag, at = _varint(message, at)
         number, wire = tag >> 3, tag & 7
@@ -165,14 +155,53 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"no protobuf message (byte {at})")
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    height, width = (int(side) for side in value)
-    if min(height, width) < 1:
-        raise ValueError(f"size {value}, expected two positive numbers")
-    return height, width
+def _from_values(values: dict[str, Any]) -> Manifest:
+    """Return the manifest in a JSON object; raises ValueError with the field, its value and what it must be."""
+    unknown = values.keys() - {f.name for f in fields(Manifest)}
+    if unknown:
+        raise ValueError(f"field {min(unknown)}: not known to this release")
+    image = _typed(values, "input", dict)
+    size = tuple(_items(image, "size", int))
+    channels = _typed(image, "channels", int)
+    mean, std = (tuple(map(float, _items(image, name, int, float))) for name in ("mean", "std"))
+    classes = tuple(_items(values, "classes", str))
+    for field_name, ok, expected in (
+        ("size", len(size) == 2 and min(size) >= 1, "two whole numbers from 1"),
+        ("channels", channels in (1, 3), "1 or 3"),
+        ("resize", image.get("resize") in RESIZES, f"one of {', '.join(RESIZES)}"),
+        ("mean", len(mean) == channels and all(map(math.isfinite, mean)), f"{channels} numbers"),
+        (
+            "std",
+            len(std) == channels and all(math.isfinite(s) and s > 0 for s in std),
+            f"{channels} numbers above 0",
+        ),
+    ):
+        if not ok:
+            raise ValueError(f"field {field_name} {image.get(field_name)!r}: expected {expected}")
+    if not classes:
+        raise ValueError("field classes []: expected at least one name")
+    metrics = _typed(values, "metrics", dict)
+    return Manifest(
+        **{name: _typed(values, name, str) for name in ("arch", "precision", "target", "data", "checkpoint")},
+        input=ImageInput((size[0], size[1]), channels, mean, std, image["resize"]),
+        classes=classes,
+        layers=tuple(_items(values, "layers", dict)),
+        metrics={name: _typed(metrics, name, int, float) for name in metrics},
+        versions=_typed(values, "versions", dict),
+    )
 
 
-def _one_of(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{value!r}, expected one of {', '.join(map(str, choices))}")
+def _typed(values: dict[str, Any], name: str, *kinds: type) -> Any:
+    if name not in values:
+        raise ValueError(f"field {name}: missing")
+    value = values[name]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"field {name} {value!r}: expected {_KINDS[kinds[-1]]}")
     return value
+
+
+def _items(values: dict[str, Any], name: str, *kinds: type) -> list[Any]:
+    items: list[Any] = _typed(values, name, list)
+    for index, item in enumerate(items):
+        _typed({f"{name}[{index}]": item}, f"{name}[{index}]", *kinds)
+    return items

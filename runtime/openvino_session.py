@@ -26,9 +26,14 @@ class OpenVINOSession:
         self.version: str = openvino.__version__.split("-")[0]
         self.manifest = manifest
         self.device = device
+        self._source = source
+        self._closed = False
         self._core = openvino.Core()
-        if device.upper() not in self._core.available_devices:
-            found = ", ".join(self._core.available_devices).lower() or "none"
+        devices = self._core.available_devices
+        if device.upper() not in {
+            name for d in devices for name in (d, d.split(".")[0])
+        }:  # GPU.0, GPU.1: also GPU
+            found = ", ".join(devices).lower() or "none"
             raise EngineError(f"device {device!r}: OpenVINO does not find it; expected one of: {found}")
         # Float islands compute in float32, so that the codes are those of the checkpoint: left to itself the
         # plugin takes bfloat16 where the processor has it, and the residual sums then miss codes for no gain.
@@ -42,42 +47,48 @@ class OpenVINOSession:
                 f"{source}: OpenVINO cannot read it ({_first_line(error)}); export it again"
             ) from None
         self._outputs = [output.get_any_name() for output in self._model.outputs]
-        self._requests: dict[int, queue.LifoQueue[Any]] = {}
-        self._compiled: dict[int, Any] = {}
+        # Batch size (0: any) -> the compiled model and its idle requests.
+        self._compiled: dict[int, tuple[Any, queue.LifoQueue[Any]]] = {}
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
-        shape_key = self._shape_key(len(inputs["image"]))
-        idle = self._requests[shape_key]
+        compiled, idle = self._compiled_for(len(inputs["image"]))
         try:
             request = idle.get_nowait()
         except queue.Empty:
-            request = self._compiled[shape_key].create_infer_request()
+            request = compiled.create_infer_request()
         try:
             for name, value in inputs.items():
-                request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
+                # OpenVINO shares only what it could write to; it never writes to an input.
+                request.set_tensor(name, openvino.Tensor(value, shared_memory=value.flags.writeable))
             request.infer()
             return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
         finally:
             idle.put(request)
 
     def close(self) -> None:
-        """Free the compiled models."""
-        self._requests, self._compiled = {}, {}
-
-    def _shape_key(self, batch: int) -> int:
-        """Return the key of the compiled model for a batch size, compiling it first: 0 is the dynamic one."""
-        if batch in self._compiled:
-            return batch
+        """Free the compiled models, once the runs that other threads have begun are done."""
         with self._lock:
-            if batch not in self._compiled and len(self._compiled) < _MAX_STATIC_SHAPES:
-                self._compile(batch)
-            elif 0 not in self._compiled:
-                self._compile(0)
-        return batch if batch in self._compiled else 0
+            self._closed = True
+            self._compiled = {}
+            self._model = None
 
-    def _compile(self, batch: int) -> None:
+    def _compiled_for(self, batch: int) -> tuple[Any, queue.LifoQueue[Any]]:
+        """Return the model compiled for a batch size and its idle requests, compiling it first where needed."""
+        found = self._compiled.get(batch)
+        if found is not None:
+            return found
+        with self._lock:
+            if self._closed:
+                raise EngineError(f"{self._source}: the model is closed; open it again")
+            # The one for any batch size counts too: there is never room for another after it.
+            key = batch if batch in self._compiled or len(self._compiled) < _MAX_STATIC_SHAPES else 0
+            if key not in self._compiled:
+                self._compiled[key] = (self._compile(key), queue.LifoQueue())
+            return self._compiled[key]
+
+    def _compile(self, batch: int) -> Any:
         model = self._model
         if batch:
             model = model.clone()
@@ -85,9 +96,7 @@ class OpenVINOSession:
             for shape in shapes.values():
                 shape[0] = batch
             model.reshape(shapes)
-        compiled = self._core.compile_model(model, self.device.upper(), self._config)
-        self._requests[batch] = queue.LifoQueue()
-        self._compiled[batch] = compiled
+        return self._core.compile_model(model, self.device.upper(), self._config)
 
 
 def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> OpenVINOSession:

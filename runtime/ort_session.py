@@ -22,6 +22,7 @@ class ORTSession:
         self.version: str = onnxruntime.__version__
         self.manifest = manifest
         self.device = device
+        self._source = source
         provider = _PROVIDERS.get(device)
         available = onnxruntime.get_available_providers()
         if provider not in available:
@@ -33,19 +34,28 @@ class ORTSession:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
+            session = onnxruntime.InferenceSession(model, options, providers=[provider])
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise ModelError(f"{source}: ONNX Runtime cannot load it ({reason}); export it again") from None
-        self._outputs = [output.name for output in self._session.get_outputs()]
+            raise ModelError(
+                f"{source}: ONNX Runtime cannot load it ({reason}); export it with --target ort"
+            ) from None
+        # Where a provider's libraries do not load, ONNX Runtime takes the CPU and says so in a log only.
+        if provider not in session.get_providers():
+            raise EngineError(f"device {device!r}: ONNX Runtime cannot start it; check its driver, or use cpu")
+        self._session: onnxruntime.InferenceSession | None = session
+        self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        session = self._session  # held here, so that closing in another thread does not free it now
+        if session is None:
+            raise EngineError(f"{self._source}: the model is closed; open it again")
+        return dict(zip(self._outputs, session.run(self._outputs, dict(inputs)), strict=True))
 
     def close(self) -> None:
         """Free the model."""
-        del self._session
+        self._session = None
 
 
 def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> ORTSession:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.errors import EngineError
+from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes
 from runtime.manifest import Manifest, read_manifest
 
@@ -42,7 +42,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the model; the session cannot be used afterwards."""
+        """Free the model; running it afterwards raises EngineError, closing it again does nothing."""
         ...
 
 
@@ -66,19 +66,27 @@ def open_session(
         FileError: the file cannot be read.
         ModelError: it is no ONNX file, is truncated, or has no manifest.
         EngineError: the engine is not installed, or the device is not there.
+        OptionError: no such engine, or fewer than one thread.
     """
     source = "model bytes" if isinstance(model, bytes) else str(Path(model))
     data = model if isinstance(model, bytes) else read_bytes(model)
     manifest = read_manifest(data, source)
     if threads is not None and threads < 1:
-        raise EngineError(f"threads {threads}: expected a whole number from 1")
+        raise OptionError(f"threads {threads}: expected a whole number from 1")
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
-        raise EngineError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
+        raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
     module, package, extra = ENGINES[chosen]
     if not _installed(package):
         raise EngineError(f"engine {chosen}: {package} is not installed; pip install '{extra}'")
-    session: Session = importlib.import_module(module).open(data, manifest, source, device=device, threads=threads)
+    try:
+        opener = importlib.import_module(module).open
+    except ImportError as error:
+        raise EngineError(
+            f"engine {chosen}: {package} is installed but cannot be loaded ({error}); "
+            f"pip install --force-reinstall '{extra}'"
+        ) from None
+    session: Session = opener(data, manifest, source, device=device.lower(), threads=threads)
     return session
 
 
