@@ -12,6 +12,8 @@ import numpy as np
 from runtime import command
 from runtime.errors import OptionError
 
+SETTLE_MS = 3.0
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -57,8 +59,8 @@ def measure(
     """Time each contender again and again, one after the other in every round.
 
     In turns, whatever else the machine does meets all of them alike, so that their ratios hold even where their
-    absolute times do not. Each is called once untimed before it is timed: its data is then where it would be if
-    it ran alone.
+    absolute times do not. Each runs untimed for SETTLE_MS, once at least, before it is timed: caches and branch
+    predictors are then as if it ran alone, and not full of the contender before it.
 
     Args:
         contenders: name -> function to time.
@@ -78,11 +80,16 @@ def measure(
             call()
             calls += 1
         typical_s[name] = (time.perf_counter() - began) / calls
-    rounds = runs or max(20, int(seconds * len(typical_s) / (2 * sum(typical_s.values()))))
+    settle_s = SETTLE_MS / 1000 if len(contenders) > 1 else 0.0
+    round_s = sum(max(settle_s, typical) + typical for typical in typical_s.values())
+    rounds = runs or max(20, int(seconds * len(typical_s) / round_s))
     samples = {name: np.empty(rounds) for name in contenders}
     for index in command.progress(range(rounds), label=label):
         for name, call in contenders.items():
+            settled = time.perf_counter() + settle_s
             call()
+            while time.perf_counter() < settled:
+                call()
             began = time.perf_counter()
             call()
             samples[name][index] = 1000 * (time.perf_counter() - began)

@@ -30,73 +30,105 @@ class OpenVINOSession:
         self._closed = False
         self._core = openvino.Core()
         devices = self._core.available_devices
-        if device.upper() not in {
-            name for d in devices for name in (d, d.split(".")[0])
-        }:  # GPU.0, GPU.1: also GPU
+        # Where there are GPU.0 and GPU.1, GPU is a name too.
+        if device.upper() not in {name for d in devices for name in (d, d.split(".")[0])}:
             found = ", ".join(devices).lower() or "none"
             raise EngineError(f"device {device!r}: OpenVINO does not find it; expected one of: {found}")
         # Float islands compute in float32, so that the codes are those of the checkpoint: left to itself the
         # plugin takes bfloat16 where the processor has it, and the residual sums then miss codes for no gain.
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device.upper() == "CPU" and threads is not None:
-            self._config |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+            # Unpinned: two sessions of one app would be pinned to the same cores.
+            self._config |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
         try:
             self._model = self._core.read_model(model=model)
         except RuntimeError as error:
             raise ModelError(
                 f"{source}: OpenVINO cannot read it ({_first_line(error)}); export it again"
             ) from None
-        self._outputs = [output.get_any_name() for output in self._model.outputs]
-        # Batch size (0: any) -> the compiled model and its idle requests.
-        self._compiled: dict[int, tuple[Any, queue.LifoQueue[Any]]] = {}
+        self.outputs = tuple(output.get_any_name() for output in self._model.outputs)
+        # (batch size or 0 for any, outputs) -> what is compiled for them.
+        self._variants: dict[tuple[int, tuple[str, ...]], _Variant] = {}
         self._lock = threading.Lock()
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
+    ) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
-        compiled, idle = self._compiled_for(len(inputs["image"]))
-        try:
-            request = idle.get_nowait()
-        except queue.Empty:
-            request = compiled.create_infer_request()
-        try:
-            for name, value in inputs.items():
-                # OpenVINO shares only what it could write to; it never writes to an input.
-                request.set_tensor(name, openvino.Tensor(value, shared_memory=value.flags.writeable))
-            request.infer()
-            return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
-        finally:
-            idle.put(request)
+        return self._variant_for(len(inputs["image"]), outputs).run(inputs)
 
     def close(self) -> None:
         """Free the compiled models, once the runs that other threads have begun are done."""
         with self._lock:
             self._closed = True
-            self._compiled = {}
+            self._variants = {}
             self._model = None
 
-    def _compiled_for(self, batch: int) -> tuple[Any, queue.LifoQueue[Any]]:
-        """Return the model compiled for a batch size and its idle requests, compiling it first where needed."""
-        found = self._compiled.get(batch)
+    def _variant_for(self, batch: int, outputs: tuple[str, ...]) -> _Variant:
+        found = self._variants.get((batch, outputs))
         if found is not None:
             return found
         with self._lock:
             if self._closed:
                 raise EngineError(f"{self._source}: the model is closed; open it again")
             # The one for any batch size counts too: there is never room for another after it.
-            key = batch if batch in self._compiled or len(self._compiled) < _MAX_STATIC_SHAPES else 0
-            if key not in self._compiled:
-                self._compiled[key] = (self._compile(key), queue.LifoQueue())
-            return self._compiled[key]
+            compiled = [key for key in self._variants if key[1] == outputs]
+            key = (batch if (batch, outputs) in compiled or len(compiled) < _MAX_STATIC_SHAPES else 0, outputs)
+            if key not in self._variants:
+                self._variants[key] = _Variant(self._compile(*key), key)
+            return self._variants[key]
 
-    def _compile(self, batch: int) -> Any:
-        model = self._model
+    def _compile(self, batch: int, outputs: tuple[str, ...]) -> Any:
+        # A model of these outputs alone: what only the others need is neither compiled nor computed.
+        whole = self._model.clone()
+        model = openvino.Model([whole.output(name) for name in outputs], whole.get_parameters())
         if batch:
-            model = model.clone()
             shapes = {port.get_any_name(): port.get_partial_shape() for port in model.inputs}
             for shape in shapes.values():
                 shape[0] = batch
             model.reshape(shapes)
         return self._core.compile_model(model, self.device.upper(), self._config)
+
+
+class _Variant:
+    """A model compiled for one batch size (0: any) and some of its outputs, with its idle requests."""
+
+    def __init__(self, compiled: Any, key: tuple[int, tuple[str, ...]]) -> None:
+        self._compiled = compiled
+        self._batch, self._outputs = key
+        self._idle: queue.LifoQueue[_Request] = queue.LifoQueue()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = _Request(self._compiled.create_infer_request(), self._outputs, static=self._batch > 0)
+        try:
+            return request.run(inputs)
+        finally:
+            self._idle.put(request)
+
+
+class _Request:
+    """An inference request, and views of its memory where shapes are fixed: copying in costs less than binding."""
+
+    def __init__(self, request: Any, outputs: tuple[str, ...], *, static: bool) -> None:
+        self._request = request
+        self._outputs = outputs
+        self._inputs: dict[str, np.ndarray] | None = None
+        if static:
+            ports = request.model_inputs
+            self._inputs = {p.get_any_name(): request.get_input_tensor(i).data for i, p in enumerate(ports)}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name, value in inputs.items():
+            if self._inputs is not None:
+                np.copyto(self._inputs[name], value, casting="no")
+            else:
+                # OpenVINO shares only what it could write to; it never writes to an input.
+                self._request.set_tensor(name, openvino.Tensor(value, shared_memory=value.flags.writeable))
+        self._request.infer(share_outputs=True)
+        return {name: self._request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
 
 
 def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> OpenVINOSession:

@@ -44,14 +44,23 @@ class ORTSession:
         if provider not in session.get_providers():
             raise EngineError(f"device {device!r}: ONNX Runtime cannot start it; check its driver, or use cpu")
         self._session: onnxruntime.InferenceSession | None = session
-        self._outputs = [output.name for output in session.get_outputs()]
+        self.outputs = tuple(output.name for output in session.get_outputs())
+        self._inputs = [value.name for value in session.get_inputs()]
+        # Without this, every run computes every output and throws away what was not asked for.
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.only_execute_path_to_fetches = True
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
+    ) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
         session = self._session  # held here, so that closing in another thread does not free it now
         if session is None:
             raise EngineError(f"{self._source}: the model is closed; open it again")
-        return dict(zip(self._outputs, session.run(self._outputs, dict(inputs)), strict=True))
+        feeds = dict(inputs)
+        if "target" in self._inputs and "target" not in feeds:
+            feeds["target"] = np.full(len(feeds["image"]), -1, np.int64)  # must be fed, even where it is not used
+        return dict(zip(outputs, session.run(list(outputs), feeds, self._run_options), strict=True))
 
     def close(self) -> None:
         """Free the model."""

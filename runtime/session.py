@@ -29,15 +29,20 @@ class Session(Protocol):
     version: str
     device: str
     manifest: Manifest
+    outputs: tuple[str, ...]
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model once.
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
+    ) -> dict[str, np.ndarray]:
+        """Run what the asked outputs need of the model, once.
 
         Args:
-            inputs: by name; `image` is uint8 [N, H, W, C], C-contiguous, of the manifest's size.
+            inputs: by name; `image` is uint8 [N, H, W, C], C-contiguous, of the manifest's size; `target` int64
+                [N] (-1: the predicted class) where an output depends on it.
+            outputs: names among `self.outputs`.
 
         Returns:
-            The outputs by name, in memory of their own; `logits` is float32 [N, K].
+            These outputs by name, in memory of their own; `logits` is float32 [N, K].
         """
         ...
 
