@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from export.gradient_pointwise import Pairs, Rule, inside
 from export.gradient_tape import Tape, attributes, describe
@@ -40,6 +41,9 @@ _SELECTING = {
 }
 
 
+_CODES = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}
+
+
 class _Grid(NamedTuple):
     """The values scale * (code - zero_point) of a quantizer; arrays broadcast over its tensor."""
 
@@ -47,56 +51,72 @@ class _Grid(NamedTuple):
     zero_point: np.ndarray
 
 
+class _Activation(NamedTuple):
+    """A quantizer with the clips around it: from the float `x` to `codes`, integers in [low, high]."""
+
+    x: str
+    codes: str
+    low: np.ndarray
+    high: np.ndarray
+
+
 def _quantize(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     x, grid = node.input[0], _grid(t, node)
-    if _on_grid(t, x, grid):
+    unit = _activation(t, node, grid)
+    if unit.x == x and unit.codes == y and _on_grid(t, x, grid):
         yield x, dy
         return
-    kind = t.numpy_type(y)
-    codes, limits = y, np.iinfo(kind)
+    low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
+    gate = _code_gate(t, unit.codes, grid, low, high) if t.gate == "code" else _ste_gate(t, unit.x, low, high)
+    yield unit.x, t.op("Mul", dy, gate)
+
+
+def _activation(t: Tape, node: onnx.NodeProto, grid: _Grid) -> _Activation:
+    """Return the quantizer with the Relu or Clip before it and the Clip of its codes after it."""
+    x, codes = node.input[0], node.output[0]
+    if t.type(codes) not in _CODES:
+        kind = TensorProto.DataType.Name(t.type(codes)).lower()
+        raise ModelError(f"{describe(node)}: quantizes to {kind}, expected integers of 8 or 16 bits")
+    limits = np.iinfo(t.numpy_type(codes))
     low, high = np.asarray(limits.min, np.int64), np.asarray(limits.max, np.int64)
-    after = t.consumers[y]
+    after = t.consumers[codes]
     if len(after) == 1 and after[0].op_type == "Clip":
         low = np.maximum(low, t.constant(after[0], 1, limits.min))
         high = np.minimum(high, t.constant(after[0], 2, limits.max))
         codes = after[0].output[0]
     before = t.producer.get(x)
     if before is not None and before.op_type in ("Clip", "Relu"):
-        floor, ceiling = (
-            (0.0, np.inf)
-            if before.op_type == "Relu"
-            else (float(t.constant(before, 1, -np.inf)), float(t.constant(before, 2, np.inf)))
-        )
-        low = np.maximum(low, _code(floor, grid, limits.min))
-        high = np.minimum(high, _code(ceiling, grid, limits.max))
+        relu = before.op_type == "Relu"
+        low = np.maximum(low, _code(0.0 if relu else float(t.constant(before, 1, -np.inf)), grid))
+        high = np.minimum(high, _code(np.inf if relu else float(t.constant(before, 2, np.inf)), grid))
         x = before.input[0]
     if np.any(high <= low):
         raise ModelError(
-            f"{describe(node)}: its Clip leaves no code between {low.min()} and {high.max()}, expected "
-            "a range; check the clip's bounds against the scale"
+            f"{describe(node)}: the clips around it leave codes from {low.min()} to {high.max()}, expected a "
+            "range; check the bounds of its Clip against its scale"
         )
-    values = [((code - grid.zero_point) * grid.scale).astype(t.numpy_type(x)) for code in (low, high)]
-    gate = _code_gate(t, codes, grid, *values) if t.gate == "code" else _ste_gate(t, x, *values)
-    yield x, t.op("Mul", dy, gate)
+    return _Activation(x, codes, low, high)
 
 
 def _code_gate(t: Tape, codes: str, grid: _Grid, low: np.ndarray, high: np.ndarray) -> str:
-    """Return 1 where the code is strictly inside its range, else 0."""
-    value = next((n.output[0] for n in t.consumers[codes] if n.op_type == "DequantizeLinear"), None)
-    if value is None:
+    """Return 1 where the code is strictly inside its range, else 0, from its value."""
+    y = next((n.output[0] for n in t.consumers[codes] if n.op_type == "DequantizeLinear"), None)
+    if y is None:
         raise ModelError(
             f"tensor {codes!r}: its codes are used without a DequantizeLinear, expected a pair; "
             "keep QuantizeLinear and DequantizeLinear together"
         )
-    # Codes strictly inside are a step or more away from both ends: (high - y)(y - low) >= step * (high - low
-    # - step).
-    least = np.maximum((high - low - grid.scale) * grid.scale, grid.scale**2)
-    return inside(t, value, low, high, (2 / least).astype(low.dtype))
+    # Values strictly inside are at least one step from one end and the rest of the range from the other.
+    step = grid.scale.astype(np.float64)
+    least = np.maximum(high - low - step, step) * step
+    kind = t.numpy_type(y)
+    return inside(t, y, low.astype(kind), high.astype(kind), (2 / least).astype(kind))
 
 
 def _ste_gate(t: Tape, x: str, low: np.ndarray, high: np.ndarray) -> str:
     """Return 1 where low <= x < high, else 0."""
-    within = t.op("And", t.op("GreaterOrEqual", x, low), t.op("Less", x, high))
+    kind = t.numpy_type(x)
+    within = t.op("And", t.op("GreaterOrEqual", x, low.astype(kind)), t.op("Less", x, high.astype(kind)))
     return t.op("Cast", within, to=t.type(x))
 
 
@@ -119,10 +139,8 @@ def _grid(t: Tape, node: onnx.NodeProto) -> _Grid:
     return _Grid(scale.reshape(()), zero_point.reshape(()))
 
 
-def _code(value: float, grid: _Grid, infinite: int) -> np.ndarray:
-    """Return the code that `value` rounds to, without saturating; `infinite` for infinities."""
-    if np.isinf(value):
-        return np.asarray(infinite)
+def _code(value: float, grid: _Grid) -> np.ndarray:
+    """Return the code that `value` rounds to, without saturating at the type's limits."""
     return np.rint(np.clip(value / grid.scale, -(2.0**31), 2.0**31)).astype(np.int64) + grid.zero_point
 
 

@@ -1,7 +1,7 @@
 """Operators for onnx's reference evaluator, exact in float64 and true to the specification.
 
-Its own Erf works in float32, its pooling reads `pads` in the wrong order and ignores dilations, and its ConvTranspose
-slices the weights of groups along the wrong axis (onnx 1.23).
+Its own Erf, Gelu and GroupNormalization work in float32, its Pad refuses to crop, its pooling reads `pads` in the wrong order and ignores
+dilations, and its ConvTranspose slices the weights of groups along the wrong axis (onnx 1.23).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _slide(x: np.ndarray, kernel: tuple[int, ...], window: Window, fill: float) 
             before, after = (total // 2, total - total // 2)[:: 1 if auto == "SAME_UPPER" else -1]
         if window.get("ceil_mode"):
             steps = -(-(size + before + after - span) // stride) + 1
-            if (steps - 1) * stride >= size + before:  # a window must start in the image or the padding before it
+            if (
+                steps - 1
+            ) * stride >= size + before:  # a window must start in the image or the padding before it
                 steps -= 1
             after = max(after, (steps - 1) * stride + span - size - before)
         ends.append((before, after))
@@ -45,7 +47,9 @@ def _grouped(x: np.ndarray, groups: int, axis: int) -> np.ndarray:
 
 
 class Conv(OpRun):
-    def _run(self, x: Any, w: Any, b: Any = None, group: Any = None, kernel_shape: Any = None, **window: Any) -> Any:
+    def _run(
+        self, x: Any, w: Any, b: Any = None, group: Any = None, kernel_shape: Any = None, **window: Any
+    ) -> Any:
         views = _grouped(_slide(x, w.shape[2:], window, 0.0), group, 1)
         axes = "abc"[: w.ndim - 2]
         steps = axes.upper()
@@ -96,9 +100,38 @@ class AveragePool(OpRun):
         return (_slide(x, kernel, window, 0.0).sum(axes) / views.sum(axes),)
 
 
+class Pad(OpRun):
+    def _run(self, x: Any, pads: Any, value: Any = None, axes: Any = None, mode: Any = None) -> Any:
+        for axis, before, after in zip(
+            axes if axes is not None else range(x.ndim), *pads.reshape(2, -1), strict=True
+        ):
+            ends = [(max(before, 0), max(after, 0)) if a == axis % x.ndim else (0, 0) for a in range(x.ndim)]
+            fill = {"constant_values": 0 if value is None else value} if mode == "constant" else {}
+            x = np.pad(x, ends, mode, **fill)
+            kept = slice(max(-before, 0), x.shape[axis] - max(-after, 0))
+            x = np.moveaxis(np.moveaxis(x, axis, 0)[kept], 0, axis)
+        return (x,)
+
+
 class Erf(OpRun):
     def _run(self, x: Any) -> Any:
         return (np.vectorize(math.erf, otypes=[x.dtype])(x),)
 
 
-EXACT = [AveragePool, Conv, ConvTranspose, Erf, MaxPool]
+class Gelu(OpRun):
+    def _run(self, x: Any, approximate: Any = None) -> Any:
+        if approximate == "tanh":
+            return (x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
+        return (x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),)
+
+
+class GroupNormalization(OpRun):
+    def _run(
+        self, x: Any, scale: Any, bias: Any, epsilon: Any = None, num_groups: Any = None, **_: Any
+    ) -> Any:
+        rows, channels = x.reshape(len(x), num_groups, -1), (-1, *[1] * (x.ndim - 2))
+        z = (rows - rows.mean(2, keepdims=True)) / np.sqrt(rows.var(2, keepdims=True) + epsilon)
+        return (z.reshape(x.shape) * scale.reshape(channels) + bias.reshape(channels),)
+
+
+EXACT = [AveragePool, Conv, ConvTranspose, Erf, Gelu, GroupNormalization, MaxPool, Pad]
