@@ -116,13 +116,18 @@ def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     turn_a, turn_b = at.get("transA", 0), at.get("transB", 0)
     alpha, beta = at.get("alpha", 1.0), at.get("beta", 1.0)
     if a in t.active:
-        factors = (b, dy) if turn_a else (dy, b)
-        turned = (turn_b, 1) if turn_a else (0, 1 - turn_b)
-        yield a, t.op("Gemm", *factors, transA=turned[0], transB=turned[1], alpha=alpha)
+        # A constant gets a transposed copy: OpenVINO 2026.4 confuses two Gemms that read one square weight, the
+        # first as it is and the second transposed.
+        other, turned = (_transposed(t, b), turn_b) if t.value(b) is not None else (b, 1 - turn_b)
+        if turn_a:
+            yield a, t.op("Gemm", other, dy, transA=1 - turned, transB=1, alpha=alpha)
+        else:
+            yield a, t.op("Gemm", dy, other, transB=turned, alpha=alpha)
     if b in t.active:
-        factors = (dy, a) if turn_b else (a, dy)
-        turned = (1, turn_a) if turn_b else (1 - turn_a, 0)
-        yield b, t.op("Gemm", *factors, transA=turned[0], transB=turned[1], alpha=alpha)
+        if turn_b:
+            yield b, t.op("Gemm", dy, a, transA=1, transB=turn_a, alpha=alpha)
+        else:
+            yield b, t.op("Gemm", a, dy, transA=1 - turn_a, alpha=alpha)
     if len(node.input) > 2 and node.input[2] in t.active:
         c = node.input[2]
         yield c, unbroadcast(t, t.op("Mul", dy, float(beta)), c, y)
