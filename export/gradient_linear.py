@@ -62,7 +62,7 @@ def sliding(t: Tape, node: onnx.NodeProto, kernel: Sequence[int]) -> list[Axis]:
 
 
 def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-    """A convolution at stride 1 with the kernel turned around; a ConvTranspose where the stride is larger."""
+    """A convolution at stride 1 with the kernel turned around; strided, what `STRIDED` says."""
     x, weight = node.input[:2]
     at, shape = attributes(node), t.sizes(weight, range(t.rank(weight)))
     axes, groups = sliding(t, node, shape[2:]), at.get("group", 1)
@@ -116,8 +116,8 @@ def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     turn_a, turn_b = at.get("transA", 0), at.get("transB", 0)
     alpha, beta = at.get("alpha", 1.0), at.get("beta", 1.0)
     if a in t.active:
-        # A constant gets a transposed copy: OpenVINO 2026.4 confuses two Gemms that read one square weight, the
-        # first as it is and the second transposed.
+        # A constant gets its own, transposed copy: where both directions of a vision transformer read the same
+        # square weight, OpenVINO 2026.4 computed the gradient wrongly.
         other, turned = (_transposed(t, b), turn_b) if t.value(b) is not None else (b, 1 - turn_b)
         if turn_a:
             yield a, t.op("Gemm", other, dy, transA=1 - turned, transB=1, alpha=alpha)

@@ -1,7 +1,7 @@
 """Operators for onnx's reference evaluator, exact in float64 and true to the specification.
 
-Its own Erf, Gelu and GroupNormalization work in float32, its Pad refuses to crop, its pooling reads `pads` in the wrong order and ignores
-dilations, and its ConvTranspose slices the weights of groups along the wrong axis (onnx 1.23).
+Its own Erf, Gelu and GroupNormalization work in float32, its Pad refuses to crop, its pooling reads `pads` in
+the wrong order, and its ConvTranspose slices the weights of groups along the wrong axis (onnx 1.23).
 """
 
 from __future__ import annotations

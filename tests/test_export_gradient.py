@@ -272,8 +272,8 @@ def test_instance_and_group_normalization() -> None:
 def windows(draw: st.DrawFn, pooling: bool = False) -> tuple[str, list[int], list[int]]:
     """Draw the attributes of a sliding window, its kernel, and image sizes that it fits.
 
-    Engines refuse to pool padding alone: pooling pads less than half a kernel, and the last window of ceil_mode
-    starts in the image.
+    Engines refuse to pool padding alone: pooling pads less than half a kernel, and the last window of
+    ceil_mode starts in the image.
     """
     count, auto = (
         draw(st.integers(1, 2)),
@@ -374,7 +374,7 @@ def test_average_pool(window: tuple[str, list[int], list[int]], include: int) ->
 
 def _max_pool_of_ties(kernel: int, stride: int, pad: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return our gradient of a sum of weighted maxima, and torch's."""
-    pool = f"MaxPool<kernel_shape=[{kernel},{kernel}], strides=[{stride},{stride}], pads=[{pad},{pad},{pad},{pad}]>"
+    pool = f"MaxPool<kernel_shape={[kernel] * 2}, strides={[stride] * 2}, pads={[pad] * 4}>"
     model = classifier(f"y = {pool}(x)", x.shape)
     _, ours = run(append_input_gradient(model, raw=True), x=x[None], target=integers(1))
     mix = numpy_helper.to_array(model.graph.initializer[0])

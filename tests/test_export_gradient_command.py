@@ -63,7 +63,7 @@ def test_the_batch_stays_open_and_everything_declared() -> None:
 
 
 def test_what_no_output_needs_is_left_out() -> None:
-    """The gradient of a linear map does not depend on the image: of the forward graph only the logits remain."""
+    """The gradient of a linear map does not depend on the image: only the logits need the forward graph."""
     model = parse("f = Flatten(x) dead = Exp(f) y = MatMul(f, m)")
     operators = [node.op_type for node in append_input_gradient(model).graph.node]
     assert "Exp" not in operators
@@ -135,7 +135,8 @@ REFUSED = {
     ),
     "control flow": (
         parse(
-            "c = Constant<value=bool {1}>() s = If(c) <then_branch = a () => (float[N,1,2,2] t) { t = Relu(x) }, "
+            "c = Constant<value=bool {1}>() "
+            "s = If(c) <then_branch = a () => (float[N,1,2,2] t) { t = Relu(x) }, "
             "else_branch = b () => (float[N,1,2,2] e) { e = Exp(x) }> f = Flatten(s) y = MatMul(f, m)"
         ),
         "If node 's': control flow cannot be differentiated",

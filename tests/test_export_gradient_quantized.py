@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -86,19 +88,10 @@ def weights(*shape: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def quantized_network(target: str, n: int, alpha: float) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
     """Return a strided Q/DQ network with int8 weights and a residual, and its dequantized weights."""
     first = "f = DequantizeLinear<axis=0>(fc, fs) a = Conv<pads=[1,1,1,1]>(x, f)"
-    text = ACTIVATIONS[target]
-    for old, new in (
-        ("a,", "b,"),
-        ("(a)", "(b)"),
-        ("c ", "c2 "),
-        ("(c,", "(c2,"),
-        ("k ", "k2 "),
-        ("(k,", "(k2,"),
-        ("q ", "q2 "),
-    ):
-        text = text.replace(old, new)
+    again = re.sub(r"\b([ckq])\b", r"\g<1>2", re.sub(r"\ba\b", "b", ACTIVATIONS[target]))
     second = "g = DequantizeLinear<axis=0>(gc, gs) h = Conv<pads=[1,1,1,1]>(q, g) b = Add(h, q)"
-    third = "w = DequantizeLinear<axis=0>(wc, ws) d = Conv<strides=[2,2]>(q2, w) e = Flatten(d) logits = MatMul(e, m)"
+    third = "w = DequantizeLinear<axis=0>(wc, ws) d = Conv<strides=[2,2]>(q2, w) e = Flatten(d) "
+    third += "logits = MatMul(e, m)"
     codes = {
         "f": weights(4, 2, 3, 3, seed=0),
         "g": weights(4, 4, 3, 3, seed=1),
@@ -107,7 +100,7 @@ def quantized_network(target: str, n: int, alpha: float) -> tuple[onnx.ModelProt
     mix = np.random.default_rng(3).normal(size=(48, 5)).astype(np.float32)
     constants = {f"{k}c": c for k, (c, _) in codes.items()} | {f"{k}s": s for k, (_, s) in codes.items()}
     model = parse(
-        f"{first} {ACTIVATIONS[target]} {second} {text} {third}",
+        f"{first} {ACTIVATIONS[target]} {second} {again} {third}",
         m=mix,
         **constants,
         **activation_constants(n, alpha),
@@ -241,9 +234,10 @@ def test_integer_weights_stay_integers_in_the_gradient() -> None:
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_integer_weights_of_groups(groups: int) -> None:
-    """Depthwise codes stay integers; in larger groups the scales lie along two axes and the weight becomes float."""
+    """Depthwise codes stay integers; in larger groups scales lie along two axes, and the weight is float."""
     codes, scales = weights(8, 4 // groups, 3, 3, seed=5)
-    body = f"w = DequantizeLinear<axis=0>(c, s) a = Conv<group={groups}>(x, w) logits = ReduceMean<keepdims=0>(a, axes)"
+    body = f"w = DequantizeLinear<axis=0>(c, s) a = Conv<group={groups}>(x, w) "
+    body += "logits = ReduceMean<keepdims=0>(a, axes)"
     model = _classes(parse(body, "float[N,4,8,8] x", c=codes, s=scales, axes=np.array([2, 3])), 8)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
     x = np.random.default_rng(6).normal(size=(8, 4, 8, 8)).astype(np.float32)
@@ -275,7 +269,7 @@ def test_bytes_are_differentiated_by_the_float_computed_from_them() -> None:
         ("k = QuantizeLinear(x, s, u8) c = Cast<to=1>(k) logits = Flatten(c)", "passes through integers"),
         ("i = Cast<to=7>(x) c = Cast<to=1>(i) logits = Flatten(c)", "passes through integers"),
         (
-            "t = Exp(alpha) m = ReduceMax<keepdims=0>(x) k = QuantizeLinear(x, m, u8) d = DequantizeLinear(k, m, u8) "
+            "m = ReduceMax<keepdims=0>(x) k = QuantizeLinear(x, m, u8) d = DequantizeLinear(k, m, u8) "
             "logits = Flatten(d)",
             "DequantizeLinear node 'd': its input 'm' is computed from the image",
         ),
