@@ -141,13 +141,15 @@ def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> s
         raise ModelError(f"logits {result!r} do not depend on input {source!r}; name another tensor")
     parts: dict[str, list[str]] = defaultdict(list)
     parts[result] = [_one_hot(tape, result)]
-    for node in reversed(model.graph.node):
-        for y in node.output:
-            if y not in parts or y == source:
-                continue
+    for node in _path(model, tape, source, result):
+        for y in filter(parts.__contains__, node.output):
+            if y != node.output[0] and node.op_type != "Split":
+                raise ModelError(
+                    f"{describe(node)}: its output {y!r} has no gradient rule, only its first has"
+                )
             tape.scope = node.name or y
             dy = reduce(lambda a, b: tape.op("Add", a, b), parts.pop(y))
-            pairs = list(_rule(node, y)(tape, node, y, dy))
+            pairs = list(RULES[node.op_type](tape, node, y, dy))
             for x, dx in pairs:
                 if x in tape.active:
                     parts[x].append(dx)
@@ -161,15 +163,18 @@ def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> s
     return reduce(lambda a, b: tape.op("Add", a, b), parts[source])
 
 
-def _rule(node: onnx.NodeProto, y: str) -> Rule:
-    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-    if rule is None:
-        raise ModelError(f"{describe(node)}: has no gradient rule; supported are {', '.join(sorted(RULES))}")
-    if y != node.output[0] and node.op_type != "Split":
-        raise ModelError(
-            f"{describe(node)}: its output {y!r} has no gradient rule, only its first output has"
-        )
-    return rule
+def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[onnx.NodeProto]:
+    """Return the nodes between source and result, last first; refuse one that has no rule."""
+    path, reached = [], {result}
+    for node in reversed(model.graph.node):
+        if reached.isdisjoint(node.output) or source in node.output:
+            continue
+        if node.op_type not in RULES or node.domain not in ("", "ai.onnx"):
+            supported = ", ".join(sorted(RULES))
+            raise ModelError(f"{describe(node)}: has no gradient rule; supported are {supported}")
+        reached.update(tape.active.intersection(node.input))
+        path.append(node)
+    return path
 
 
 def _check_complete(tape: Tape, node: onnx.NodeProto, reached: set[str]) -> None:

@@ -164,15 +164,15 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 def _prune(graph: onnx.GraphProto) -> None:
     """Drop the nodes and constants that no output needs."""
-    needed, nodes = {output.name for output in graph.output}, []
-    for node in reversed(graph.node):
-        if not needed.isdisjoint(node.output):
-            needed.update(node.input)
-            nodes.append(node)
-    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(nodes))
-    graph.initializer.extend(constants)
+    needed = {output.name for output in graph.output}
+    for i in reversed(range(len(graph.node))):
+        if needed.isdisjoint(graph.node[i].output):
+            del graph.node[i]
+        else:
+            needed.update(graph.node[i].input)
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in needed:
+            del graph.initializer[i]
 
 
 def first_line(error: Exception) -> str:

@@ -116,8 +116,8 @@ def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     turn_a, turn_b = at.get("transA", 0), at.get("transB", 0)
     alpha, beta = at.get("alpha", 1.0), at.get("beta", 1.0)
     if a in t.active:
-        # A constant gets its own, transposed copy: where both directions of a vision transformer read one square
-        # weight, OpenVINO 2026.4 computed the gradient wrongly.
+        # A constant gets its own, transposed copy: where both directions of a vision transformer read one
+        # square weight, OpenVINO 2026.4 computed the gradient wrongly.
         other, turned = (_transposed(t, b), turn_b) if t.value(b) is not None else (b, 1 - turn_b)
         if turn_a:
             yield a, t.op("Gemm", other, dy, transA=1 - turned, transB=1, alpha=alpha)

@@ -31,17 +31,14 @@ def step(t: Tape, x: str) -> str:
     return t.op("Clip", t.op("Mul", x, _steepness(t, x)), 0.0, 1.0)
 
 
-def inside(
-    t: Tape, y: str, low: float | np.ndarray, high: float | np.ndarray, steepness: float | np.ndarray
-) -> str:
+def _inside(t: Tape, y: str, low: float, high: float) -> str:
     """Return 1 where low < y < high, else 0, for y already clipped to [low, high].
 
-    The parabola (high - y)(y - low) is exactly 0 at both ends and positive between; steep enough, it becomes
-    1.
+    The parabola (high - y)(y - low) is exactly 0 at both ends and positive between; steep enough, it is 1.
     """
-    above = t.op("Sub", y, low) if np.any(low) else y
-    below = t.op("Sub", t.array(high, y), y)
-    return t.op("Clip", t.op("Mul", below, t.op("Mul", above, steepness)), 0.0, 1.0)
+    above = t.op("Sub", y, low) if low else y
+    parabola = t.op("Mul", t.op("Sub", t.array(high, y), y), above)
+    return t.op("Clip", t.op("Mul", parabola, _steepness(t, y)), 0.0, 1.0)
 
 
 def unbroadcast(t: Tape, gradient: str, x: str, y: str) -> str:
@@ -109,7 +106,7 @@ def _clip(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     elif np.isinf(low):
         yield x, t.op("Mul", dy, step(t, t.op("Sub", t.array(high, y), y)))
     else:
-        yield x, t.op("Mul", dy, inside(t, y, low, high, _steepness(t, y)))
+        yield x, t.op("Mul", dy, _inside(t, y, low, high))
 
 
 def _sigmoid(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
@@ -125,13 +122,13 @@ def _softplus(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 
 
 def _hard_sigmoid(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return t.op("Mul", inside(t, y, 0.0, 1.0, _steepness(t, y)), float(attributes(node).get("alpha", 0.2)))
+    return t.op("Mul", _inside(t, y, 0.0, 1.0), float(attributes(node).get("alpha", 0.2)))
 
 
 def _hard_swish(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     sixth = t.op("Mul", x, 1 / 6)
     factor = t.op("Clip", t.op("Add", sixth, 0.5), 0.0, 1.0)
-    return t.op("Add", factor, t.op("Mul", sixth, inside(t, factor, 0.0, 1.0, _steepness(t, x))))
+    return t.op("Add", factor, t.op("Mul", sixth, _inside(t, factor, 0.0, 1.0)))
 
 
 def _gelu(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from export.gradient_pointwise import Pairs, Rule, inside
+from export.gradient_pointwise import Pairs, Rule
 from export.gradient_tape import Tape, attributes, describe
 from runtime.errors import ModelError
 
@@ -106,11 +106,13 @@ def _code_gate(t: Tape, codes: str, grid: _Grid, low: np.ndarray, high: np.ndarr
             f"tensor {codes!r}: its codes are used without a DequantizeLinear, expected a pair; "
             "keep QuantizeLinear and DequantizeLinear together"
         )
-    # Values strictly inside are at least one step from one end and the rest of the range from the other.
-    step = grid.scale.astype(np.float64)
-    least = np.maximum(high - low - step, step) * step
-    kind = t.numpy_type(y)
-    return inside(t, y, low.astype(kind), high.astype(kind), (2 / least).astype(kind))
+    # A tent over the range with slopes of 4 a code: -2 at the first and the last code, 2 or more at all
+    # between. Clipped to [0, 1] it is exact, and stays so whatever an engine rounds or reorders.
+    kind, slope, middle = t.numpy_type(y), 4 / grid.scale.astype(np.float64), (low + high) / 2
+    centred = t.op("Sub", y, middle.astype(kind)) if np.any(middle) else y
+    fall = t.op("Mul", t.op("Abs", centred), slope.astype(kind))
+    peak = (slope * (high - low) / 2 - 2).astype(kind)
+    return t.op("Clip", t.op("Sub", t.array(peak, y), fall), 0.0, 1.0)
 
 
 def _ste_gate(t: Tape, x: str, low: np.ndarray, high: np.ndarray) -> str:
