@@ -207,14 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         """
   python -m export.gradient model.onnx                             # -> model_saliency.onnx
   python -m export.gradient model.onnx -o explained.onnx --raw     # the gradient [N, C, H, W], not its map
-  python -m export.gradient model.onnx --input pixels --logits fc  # where the model does not say which they
-  are
+  python -m export.gradient model.onnx --input pixels --logits fc  # where the model leaves a choice
 """,
     )
     arguments.add_argument("model", help="an ONNX classifier, ours or not")
     arguments.add_argument("-o", "--output", help="the file to write (default: MODEL_saliency.onnx)")
     arguments.add_argument(
-        "--input", help="the float tensor to differentiate by (default: the model's only input)"
+        "--input", help="the float tensor to differentiate by (default: 'normalized', or the only input)"
     )
     arguments.add_argument(
         "--logits", help="the [N, K] tensor to differentiate (default: the only such output)"

@@ -145,6 +145,8 @@ def join_gradient(
         raise ModelError(
             f"the model's shapes contradict each other ({first_line(error)}); export it again"
         ) from None
+    except ValueError as error:
+        raise ModelError(f"with its gradient the model is too large ({first_line(error)})") from None
     return model
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 
 from export.gradient_pointwise import Pairs, Rule
-from export.gradient_tape import Tape, attributes
+from export.gradient_tape import Tape, attributes, describe
+from runtime.errors import ModelError
 
 
 def _softmax(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
@@ -47,6 +48,11 @@ def _standardize(t: Tape, x: str, dy: str, axes: list[int], epsilon: float) -> s
 def _batch_normalization(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """In inference, a constant factor for each channel."""
     x, epsilon = node.input[0], attributes(node).get("epsilon", 1e-5)
+    if attributes(node).get("training_mode", 0):
+        raise ModelError(
+            f"{describe(node)}: normalizes by the batch (training_mode), expected an inference graph; "
+            "export the model in evaluation mode"
+        )
     factor = t.constant(node, 1) / np.sqrt(t.constant(node, 4) + epsilon)
     yield x, t.op("Mul", dy, _by_channel(t, x, factor).astype(t.numpy_type(x)))
 

@@ -63,7 +63,7 @@ def _max_along(t: Tape, x: str, y: str, dy: str, shape: list[int], axis: int, wi
     if window.kernel == window.stride == 1:
         return _resized(t, dy, len(shape), axis, -window.before, -window.after)
     kind = t.numpy_type(x)
-    lowest = np.asarray(np.finfo(kind).min if t.is_float(x) else np.iinfo(kind).min, kind)
+    lowest = np.asarray(-np.inf if t.is_float(x) else np.iinfo(kind).min, kind)
     padded = _resized(t, x, len(shape), axis, window.before, _beyond(window), lowest)
     parts, left = [], t.array(1.0, dy)
     for tap in range(window.kernel):

@@ -6,6 +6,7 @@ values of the forward graph and appends nodes of the gradient. It decides nothin
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +21,7 @@ from runtime.errors import ModelError
 Dimension = int | None
 """A size known at export, or None where it is only known at run time (the batch)."""
 
-FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 
 
 class Tape:
@@ -33,6 +34,9 @@ class Tape:
     Attributes:
         nodes: the backward nodes, in the order they were emitted.
         initializers: the constants that the backward nodes use.
+        source: the tensor that is differentiated by.
+        active: the tensors that change with the source; the caller fills it before the first rule.
+        scope: what the next nodes' names start with, after "grad/": the forward node they belong to.
         producer: tensor name to the forward node that computes it.
         consumers: tensor name to the forward nodes that read it.
     """
@@ -54,7 +58,7 @@ class Tape:
         self._ir_version = model.ir_version
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._values: dict[str, np.ndarray | None] = {}
-        self._emitted: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._emitted: dict[bytes, str] = {}
         self._types: dict[str, int] = {tensor.name: tensor.data_type for tensor in graph.initializer}
         self._shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         for value in (*graph.input, *graph.value_info, *graph.output):
@@ -123,10 +127,10 @@ class Tape:
         node = self.producer.get(name)
         if node is None or name in self.active:
             return None
-        inputs = {name: self.value(name) for name in node.input if name}
+        inputs = {i: self.value(i) for i in node.input if i}
         if any(value is None for value in inputs.values()) or "Random" in node.op_type:
             return None
-        feeds = [helper.make_tensor_value_info(name, self.type(name), None) for name in inputs]
+        feeds = [helper.make_tensor_value_info(i, self.type(i), None) for i in inputs]
         results = [helper.make_tensor_value_info(name, self.type(name), None)]
         graph = helper.make_graph([node], "constant", feeds, results)
         model = helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
@@ -161,16 +165,13 @@ class Tape:
             value = np.asarray(value, helper.tensor_dtype_to_np_dtype(self.type(like) or TensorProto.FLOAT))
         elif isinstance(value, list):
             value = np.asarray(value, np.int64)
-        key = (
-            value.dtype.str,
-            value.shape,
-            value.tobytes() if value.nbytes <= 4096 else bytes(len(self.nodes)),
-        )
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value).reshape(np.shape(value)))
+        key = hashlib.sha256(tensor.SerializeToString()).digest()
         if key not in self._emitted:
-            name = f"grad/constant_{len(self.initializers)}"
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-            self._emitted[key] = name
-            self._types[name] = self.initializers[-1].data_type
+            tensor.name = f"grad/constant_{len(self.initializers)}"
+            self.initializers.append(tensor)
+            self._emitted[key] = name = tensor.name
+            self._types[name] = tensor.data_type
         return self._emitted[key]
 
     def numpy_type(self, name: str) -> np.dtype:
@@ -208,13 +209,13 @@ class Tape:
         codes = self.constant(node, 0)
         scale, zero_point = self.constant(node, 1), self.constant(node, 2, np.zeros((), codes.dtype))
         if scale.size == 1:
-            return self.op("DequantizeLinear", self.array(rearrange(codes), name), scale, zero_point)
+            grid = scale.reshape(()), zero_point.reshape(())
+            return self.op("DequantizeLinear", self.array(rearrange(codes), name), *grid)
         layout = [1] * codes.ndim
         layout[attributes(node).get("axis", 1)] = -1
         spread = rearrange(np.broadcast_to(scale.reshape(layout), codes.shape))
-        points = rearrange(
-            np.broadcast_to(zero_point.reshape(layout) if zero_point.size > 1 else zero_point, codes.shape)
-        )
+        zero_point = np.broadcast_to(zero_point, scale.shape).reshape(layout)
+        points = rearrange(np.broadcast_to(zero_point, codes.shape))
         for axis in range(spread.ndim):
             first = tuple(slice(None) if a == axis else slice(1) for a in range(spread.ndim))
             if (spread == spread[first]).all() and (points == points[first]).all():

@@ -27,6 +27,7 @@ def parse(body: str, inputs: str = IMAGE, outputs: str = "float[N,3] y", opset: 
     )
     mix = np.arange(12, dtype=np.float32).reshape(4, 3)
     model.graph.initializer.append(numpy_helper.from_array(mix, "m"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "v"))
     return model
 
 
@@ -98,6 +99,16 @@ def test_casts_between_floats_are_followed_and_the_map_is_float32() -> None:
     assert append_input_gradient(doubled).graph.output[1].type.tensor_type.elem_type == TensorProto.FLOAT
 
 
+def test_half_precision_has_gates_of_zero_and_one() -> None:
+    """Its range ends at 65504: a slope as steep as in float32 is infinite, and 0 times that is no number."""
+    model = parse("h = Cast<to=10>(x) r = Relu(h) c = Cast<to=1>(r) f = Flatten(c) y = MatMul(f, m)")
+    x = np.array([[[[0, -1], [0.001, 60000]]]], np.float32)
+    with np.errstate(over="ignore"):
+        evaluator = ReferenceEvaluator(append_input_gradient(model))
+        _, saliency = evaluator.run(None, {"x": x, "target": np.array([0])})
+    np.testing.assert_array_equal(saliency[0], [[0, 0], [6, 9]])
+
+
 REFUSED = {
     "no rule": (
         parse("s = Sin(x) f = Flatten(s) y = MatMul(f, m)"),
@@ -123,6 +134,13 @@ REFUSED = {
             "f = Flatten(s) y = MatMul(f, m)"
         ),
         "Dropout node 's': drops at random",
+    ),
+    "by the batch": (
+        parse(
+            "b, mean, variance = BatchNormalization<training_mode=1>(x, v, v, v, v) "
+            "f = Flatten(b) y = MatMul(f, m)"
+        ),
+        "BatchNormalization node 'b': normalizes by the batch",
     ),
     "dynamic weight": (parse("w = Exp(x) c = Conv(x, w) f = Flatten(c) y = MatMul(f, m)"), "Conv node 'c': "),
     "open sizes": (
