@@ -107,7 +107,8 @@ def _code_gate(t: Tape, codes: str, grid: _Grid, low: np.ndarray, high: np.ndarr
             "keep QuantizeLinear and DequantizeLinear together"
         )
     # A tent over the range with slopes of 4 a code: -2 at the first and the last code, 2 or more at all
-    # between. Clipped to [0, 1] it is exact, and stays so whatever an engine rounds or reorders.
+    # between. Clipped to [0, 1] it is exact, however the values before were rounded. (OpenVINO 2026.4 clips
+    # first and scales then, which leaves 4e-5.)
     kind, slope, middle = t.numpy_type(y), 4 / grid.scale.astype(np.float64), (low + high) / 2
     centred = t.op("Sub", y, middle.astype(kind)) if np.any(middle) else y
     fall = t.op("Mul", t.op("Abs", centred), slope.astype(kind))

@@ -67,12 +67,14 @@ def exported(network: Network) -> tuple[torch.nn.Module, onnx.ModelProto]:
     return net, program.model_proto
 
 
-def images(count: int) -> np.ndarray:
-    """Return images of a seed for which no activation is so close to 0 that rounding decides on its gate.
+def examples(net: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Return four images and targets: the predicted class, one class twice and another one.
 
-    With others, torch's own float32 gradient of DenseNet is up to 1e-3 away from its float64 one.
+    They are classes that no image gives a logit of 0: SqueezeNet ends in a Relu, and has no gradient there.
     """
-    return np.random.default_rng(2).normal(size=(count, 3, SIZE, SIZE)).astype(np.float32)
+    x = np.random.default_rng(2).normal(size=(4, 3, SIZE, SIZE)).astype(np.float32)
+    second, first = net(torch.tensor(x)).amin(0).argsort()[-2:].tolist()
+    return x, np.array([-1, first, first, second])
 
 
 def autograd(net: torch.nn.Module, x: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -95,13 +97,24 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def assert_same_maps(got: np.ndarray, expected: np.ndarray) -> None:
+    """Compare maps image by image, where one image in four may have an activation within rounding of a kink.
+
+    Whether its gate is open is then decided by the order of additions. For some images torch's own float32
+    gradient of DenseNet is 1e-3 away from its float64 one; a wrong rule is wrong for all.
+    """
+    errors = [relative_error(*pair) for pair in zip(got, expected, strict=True)]
+    assert np.median(errors) < 1e-4, errors
+    assert max(errors) < 5e-2, errors
+
+
 @pytest.mark.parametrize("network", EVERY, ids=lambda network: network.__name__)
 def test_the_gradient_is_autograds(network: Network) -> None:
     net, model = exported(network)
-    x, target = images(3), np.array([1, -1, 7])
+    x, target = examples(net)
     logits, gradient = session(append_input_gradient(model, raw=True))(x, target)
     assert relative_error(logits, net(torch.tensor(x)).detach().numpy()) < 1e-4
-    assert relative_error(gradient, autograd(net, x, target)) < 1e-4
+    assert_same_maps(gradient, autograd(net, x, target))
 
 
 @pytest.mark.parametrize("network", EVERY, ids=lambda network: network.__name__)
@@ -109,45 +122,42 @@ def test_maps_follow_the_image_and_the_target_and_not_the_batch(network: Network
     """A gradient frozen while it was exported would be constant."""
     net, model = exported(network)
     explain = session(append_input_gradient(model))
-    x = images(2)[[0, 1, 0]]
-    # Classes that no image gives a logit of 0: SqueezeNet ends in a Relu.
-    second, first = net(torch.tensor(x)).amin(0).argsort()[-2:].tolist()
-    target = np.array([first, first, second])
+    x, target = examples(net)
+    x[3] = x[2]
     logits, maps = explain(x, target)
-    assert maps.shape == (3, SIZE, SIZE)
+    assert maps.shape == (4, SIZE, SIZE)
     assert maps.dtype == np.float32
-    assert relative_error(maps, np.abs(autograd(net, x, target)).max(1)) < 1e-4
-    assert relative_error(maps[1], maps[0]) > 1e-2
-    assert relative_error(maps[2], maps[0]) > 1e-2
-    for i in range(3):
-        single = explain(x[i : i + 1], target[i : i + 1])
-        assert relative_error(single[0][0], logits[i]) < 1e-5
-        assert relative_error(single[1][0], maps[i]) < 1e-4
+    assert_same_maps(maps, np.abs(autograd(net, x, target)).max(1))
+    assert relative_error(maps[1], maps[2]) > 0.1  # another image
+    assert relative_error(maps[3], maps[2]) > 0.1  # another target
+    single = [explain(x[i : i + 1], target[i : i + 1]) for i in range(4)]
+    assert relative_error(np.concatenate([one[0] for one in single]), logits) < 1e-5
+    assert_same_maps(np.concatenate([one[1] for one in single]), maps)
 
 
 @pytest.mark.parametrize("network", EVERY, ids=lambda network: network.__name__)
 def test_openvino_computes_the_same(network: Network) -> None:
-    _, model = exported(network)
+    net, model = exported(network)
     explained = append_input_gradient(model)
-    x, target = images(2), np.array([-1, 3])
+    x, target = examples(net)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(explained.SerializeToString()), "CPU", settings)
     result = compiled({"image": x, "target": target})
-    for got, expected in zip(
-        (result["logits"], result["saliency"]), session(explained)(x, target), strict=True
-    ):
-        assert relative_error(got, expected) < 1e-4
+    logits, maps = session(explained)(x, target)
+    assert relative_error(result["logits"], logits) < 1e-4
+    assert_same_maps(result["saliency"], maps)
 
 
 @pytest.mark.parametrize("network", FAST, ids=lambda network: network.__name__)
 def test_the_map_is_captums_saliency(network: Network) -> None:
     net, model = exported(network)
-    x, target = images(2), np.array([8, 0])
+    x, target = examples(net)
+    target[0] = target[1]
     _, maps = session(append_input_gradient(model))(x, target)
     leaf = torch.tensor(x, requires_grad=True)
     attribution = captum.attr.Saliency(net).attribute(leaf, target=torch.tensor(target))
-    assert relative_error(maps, attribution.numpy().max(1)) < 1e-4
+    assert_same_maps(maps, attribution.numpy().max(1))
 
 
 def test_the_same_model_gives_the_same_bytes() -> None:

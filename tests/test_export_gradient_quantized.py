@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
+import openvino
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +143,25 @@ def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(
     (wanted,) = torch.autograd.grad(expected[torch.arange(6), torch.tensor(targets)].sum(), leaf)
     np.testing.assert_allclose(logits, expected.detach(), rtol=1e-3, atol=1e-3)
     assert np.linalg.norm(gradient - wanted.numpy()) < 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("gate", ["code", "ste"])
+@pytest.mark.parametrize(
+    ("target", "n"), [("openvino", 15), ("openvino", 127), ("openvino", 255), ("signed", 127)]
+)
+def test_openvino_gates_the_same_codes(target: str, n: int, gate: str) -> None:
+    model, _ = quantized_network(target, n, 1.5)
+    explained = append_input_gradient(model, raw=True, gate=gate)
+    x = np.random.default_rng(4).normal(size=(6, 2, SIZE, SIZE)).astype(np.float32)
+    targets = np.arange(6) % 5
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    core = openvino.Core()
+    result = core.compile_model(core.read_model(explained.SerializeToString()), "CPU", settings)(
+        {"x": x, "target": targets}
+    )
+    logits, gradient = run(explained, x=x, target=targets)
+    np.testing.assert_allclose(result["logits"], logits, atol=1e-5)
+    assert np.linalg.norm(result["saliency"] - gradient) < 1e-4 * np.linalg.norm(gradient)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
