@@ -1,0 +1,252 @@
+"""Append the input gradient to an ONNX classifier: reverse-mode differentiation, ONNX in and ONNX out.
+
+Inference engines have no autograd, so the gradient becomes part of the graph. The forward graph is walked
+backwards from the logits to the image, and each node's rule appends the nodes of its gradient; see README.md
+in this folder.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: export/gradient.py is part of a package; run: python -m export.gradient model.onnx")
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from export import (
+    gradient_layout,
+    gradient_linear,
+    gradient_normalization,
+    gradient_pointwise,
+    gradient_pooling,
+    gradient_quantized,
+)
+from export.gradient_graph import (
+    find_logits,
+    find_source,
+    first_line,
+    infer_shapes,
+    join_gradient,
+    prepare_model,
+)
+from export.gradient_pointwise import Rule
+from export.gradient_tape import Tape, describe
+from runtime.command import parser, run
+from runtime.errors import FileError, ModelError, OptionError
+from runtime.files import check_writable, read_bytes, write_atomically
+
+RULES: dict[str, Rule] = {
+    **gradient_layout.RULES,
+    **gradient_linear.RULES,
+    **gradient_normalization.RULES,
+    **gradient_pointwise.RULES,
+    **gradient_pooling.RULES,
+    **gradient_quantized.RULES,
+}
+
+GATES = ("code", "ste")
+
+# Operators whose result does not change with small changes of their input: no gradient, and none needed.
+_LOCALLY_CONSTANT = {
+    "ArgMax",
+    "ArgMin",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "IsInf",
+    "IsNaN",
+    "Less",
+    "LessOrEqual",
+    "NonZero",
+    "Shape",
+    "Size",
+}
+
+
+def append_input_gradient(
+    model: onnx.ModelProto,
+    *,
+    input: str | None = None,
+    logits: str | None = None,
+    raw: bool = False,
+    gate: str = "code",
+) -> onnx.ModelProto:
+    """Return a copy of a classifier that also computes the gradient of one logit by the image.
+
+    The result has one more input, `target` int64 [N]: the class whose logit is differentiated, -1 for the
+    predicted one. Its logits are named `logits` [N, K], and `saliency` is one more output: float32 [N, H, W],
+    the maximum over the channels of |d logits[n, target[n]] / d input|, or with `raw` the gradient itself, of
+    the input's own shape and type. A target that is no class gives a map of zeros. All else in the model
+    stays as it was.
+
+    Args:
+        model: any ONNX classifier whose operators have rules (`RULES`); not changed.
+        input: the tensor to differentiate by, float [N, C, H, W], inside the graph or an input of it.
+            Default: the tensor named "normalized" where there is one, else the model's only input.
+        logits: the tensor to differentiate, float [N, K]. Default: the model's only 2-D float output.
+        raw: return the gradient instead of the map.
+        gate: where a quantized activation lets the gradient through: "code", where its code is strictly
+            inside its range, or "ste", where the float before it is (0 <= x < alpha, as in the PACT paper).
+
+    Raises:
+        ModelError: an operator has no rule, the model has control flow, several inputs or no logits, is
+            already differentiated, or a shape or weight that must be known at export is not.
+        OptionError: `gate` is neither of the two.
+    """
+    if gate not in GATES:
+        raise OptionError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
+    model = prepare_model(model)
+    inferred = infer_shapes(model)
+    tape = Tape(inferred, gate)
+    source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
+    if not raw and tape.rank(source) != 4:
+        raise ModelError(
+            f"input {source!r}: has {tape.rank(source)} axes, expected [N, C, H, W]; ask for the raw gradient"
+        )
+    _mark_active(inferred, tape, source)
+    gradient = _backward(inferred, tape, source, result)
+
+    tape.scope = "saliency"
+    if raw:
+        tape.op("Identity", gradient)
+    else:
+        strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [1], keepdims=0)
+        if tape.type(strongest) != TensorProto.FLOAT:
+            tape.op("Cast", strongest, to=TensorProto.FLOAT)
+    tape.nodes[-1].output[0] = "saliency"
+    return join_gradient(model, inferred, tape, source, result, raw)
+
+
+def _mark_active(model: onnx.ModelProto, tape: Tape, source: str) -> None:
+    """Mark the tensors that change with the source."""
+    tape.source = source
+    tape.active.add(source)
+    for node in model.graph.node:
+        if node.op_type not in _LOCALLY_CONSTANT and not tape.active.isdisjoint(node.input):
+            tape.active.update(filter(None, node.output))
+
+
+def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> str:
+    """Emit the gradient of the chosen logit by the source and return its name."""
+    if result not in tape.active or result == source:
+        raise ModelError(f"logits {result!r} do not depend on input {source!r}; name another tensor")
+    parts: dict[str, list[str]] = defaultdict(list)
+    parts[result] = [_one_hot(tape, result)]
+    for node in _path(model, tape, source, result):
+        for y in filter(parts.__contains__, node.output):
+            if y != node.output[0] and node.op_type != "Split":
+                raise ModelError(
+                    f"{describe(node)}: its output {y!r} has no gradient rule, only its first has"
+                )
+            tape.scope = node.name or y
+            dy = reduce(lambda a, b: tape.op("Add", a, b), parts.pop(y))
+            pairs = list(RULES[node.op_type](tape, node, y, dy))
+            for x, dx in pairs:
+                if x in tape.active:
+                    parts[x].append(dx)
+            _check_complete(tape, node, {x for x, _ in pairs})
+    if source not in parts:
+        raise ModelError(
+            f"logits {result!r} have no gradient by input {source!r}: only comparisons and shapes lie "
+            "between them; name another tensor"
+        )
+    tape.scope = "saliency"
+    return reduce(lambda a, b: tape.op("Add", a, b), parts[source])
+
+
+def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[onnx.NodeProto]:
+    """Return the nodes between source and result, last first; refuse one that has no rule."""
+    path, reached = [], {result}
+    for node in reversed(model.graph.node):
+        if reached.isdisjoint(node.output) or source in node.output:
+            continue
+        if node.op_type not in RULES or node.domain not in ("", "ai.onnx"):
+            supported = ", ".join(sorted(RULES))
+            raise ModelError(f"{describe(node)}: has no gradient rule; supported are {supported}")
+        reached.update(tape.active.intersection(node.input))
+        path.append(node)
+    return path
+
+
+def _check_complete(tape: Tape, node: onnx.NodeProto, reached: set[str]) -> None:
+    """Refuse a node with an input, such as a weight, that the image changes and its rule holds constant."""
+    # A quantizer's gradient may skip the Clip before it: it is wholly accounted for.
+    left = [x for x in node.input if x in tape.active and x not in reached]
+    if left and not (node.op_type == "QuantizeLinear" and left == [node.input[0]]):
+        raise ModelError(
+            f"{describe(node)}: its input {left[0]!r} is computed from the image, expected a constant; "
+            "it has no gradient rule"
+        )
+
+
+def _one_hot(tape: Tape, logits: str) -> str:
+    """Return 1 at each image's target class and 0 elsewhere, of the logits' shape and type."""
+    tape.scope = "target"
+    (classes,) = tape.sizes(logits, [1])
+    wanted = tape.op("Unsqueeze", "target", [1])
+    predicted = tape.op("ArgMax", logits, axis=1, keepdims=1)
+    target = tape.op("Where", tape.op("Less", wanted, np.asarray(0, np.int64)), predicted, wanted)
+    return tape.op("Cast", tape.op("Equal", target, np.arange(classes)[None]), to=tape.type(logits))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read an ONNX classifier, append its input gradient, write the result."""
+    arguments = parser(
+        "export.gradient",
+        "Append the input gradient to an ONNX classifier: one run then returns the class and the map that "
+        "explains it.",
+        """
+  python -m export.gradient model.onnx                             # -> model_saliency.onnx
+  python -m export.gradient model.onnx -o explained.onnx --raw     # the gradient [N, C, H, W], not its map
+  python -m export.gradient model.onnx --input pixels --logits fc  # where the model leaves a choice
+""",
+    )
+    arguments.add_argument("model", help="an ONNX classifier, ours or not")
+    arguments.add_argument("-o", "--output", help="the file to write (default: MODEL_saliency.onnx)")
+    arguments.add_argument(
+        "--input", help="the float tensor to differentiate by (default: 'normalized', or the only input)"
+    )
+    arguments.add_argument(
+        "--logits", help="the [N, K] tensor to differentiate (default: the only such output)"
+    )
+    arguments.add_argument(
+        "--raw", action="store_true", help="the gradient itself, not |gradient| over channels"
+    )
+    arguments.add_argument(
+        "--gate",
+        choices=GATES,
+        default="code",
+        help="where quantized activations pass the gradient (default: %(default)s)",
+    )
+    options = arguments.parse_args(argv)
+    path = Path(options.model)
+    output = Path(options.output or path.with_name(f"{path.stem}_saliency.onnx"))
+    data = read_bytes(path)
+    check_writable(output)
+    try:
+        model = onnx.load_from_string(data)
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (DecodeError, OSError, onnx.checker.ValidationError) as error:
+        raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None
+    try:
+        explained = append_input_gradient(
+            model, input=options.input, logits=options.logits, raw=options.raw, gate=options.gate
+        )
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    write_atomically(output, explained.SerializeToString())
+    added = len(explained.graph.node) - len(model.graph.node)
+    print(f"{output}: {len(model.graph.node)} nodes, and {added} of the gradient")
+
+
+if __name__ == "__main__":
+    run(main)

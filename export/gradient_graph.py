@@ -1,0 +1,182 @@
+"""The model on both sides of differentiation: what may come in, and how the gradient is joined to it."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.checker
+import onnx.inliner
+import onnx.shape_inference
+import onnx.version_converter
+from onnx import TensorProto, helper
+
+from export.gradient_tape import Tape, describe
+from runtime.errors import ModelError
+
+# The tensor our own files differentiate by: the image after preprocessing, float32 [N, C, H, W].
+NORMALIZED = "normalized"
+
+# The oldest opset whose operators the rules read and write, and the one that older files are converted to.
+_OLDEST, _CURRENT = 18, 21
+
+
+def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a checked copy without functions and at an opset that the rules know.
+
+    Raises:
+        ModelError: the model is not valid ONNX, has control flow, or is differentiated already.
+    """
+    try:
+        onnx.checker.check_model(model)
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+        if opset < _OLDEST:
+            model = onnx.version_converter.convert_version(model, _CURRENT)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the model is not valid ONNX ({first_line(error)}); export it again") from None
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    taken.update(value.name for value in graph.input)
+    if "target" in taken or "saliency" in taken or any(name.startswith("grad/") for name in taken):
+        raise ModelError(
+            "the model already has a tensor named 'target', 'saliency' or 'grad/...': it is differentiated "
+            "already; start from the file without saliency"
+        )
+    for node in graph.node:
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise ModelError(
+                f"{describe(node)}: control flow cannot be differentiated; export a graph without If, "
+                "Loop and Scan"
+            )
+    return copy
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with every shape that can be inferred, strictly where the model allows it."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        # What could not be inferred is asked for, with its node's name, by the rule that needs it.
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def find_source(model: onnx.ModelProto, tape: Tape, name: str | None) -> str:
+    """Return the name of the float tensor to differentiate by: `name`, or the default.
+
+    Raises:
+        ModelError: there is no such float tensor, or no one input to choose.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [i.name for i in model.graph.input if i.name not in constants]
+    if name is None and NORMALIZED in tape.producer:
+        name = NORMALIZED
+    if name is None and len(inputs) != 1:
+        raise ModelError(
+            f"the model has {len(inputs)} inputs ({', '.join(inputs)}), expected one image; "
+            "name the one to differentiate by"
+        )
+    name = name or inputs[0]
+    if name not in inputs and name not in tape.producer:
+        raise ModelError(f"input {name!r}: no such tensor; the model's inputs are {', '.join(inputs)}")
+    if not tape.is_float(name):
+        kind = TensorProto.DataType.Name(tape.type(name)).lower()
+        raise ModelError(
+            f"input {name!r}: is {kind}, expected floats; name the float tensor that is computed from it"
+        )
+    return name
+
+
+def find_logits(model: onnx.ModelProto, tape: Tape, name: str | None) -> str:
+    """Return the name of the float [N, K] tensor to differentiate: `name`, or the default.
+
+    Raises:
+        ModelError: there is no such tensor, or no one output to choose.
+    """
+    outputs = [o.name for o in model.graph.output]
+    if name is None:
+        found = [o for o in outputs if tape.is_float(o) and tape.rank(o) == 2]
+        if len(found) != 1:
+            raise ModelError(
+                f"the model has {len(found)} float outputs [N, K] among {', '.join(outputs)}, expected "
+                "one; name the logits"
+            )
+        name = found[0]
+    if name not in tape.producer:
+        raise ModelError(f"logits {name!r}: no such tensor; the model's outputs are {', '.join(outputs)}")
+    if not tape.is_float(name) or tape.rank(name) != 2:
+        raise ModelError(f"logits {name!r}: has {tape.rank(name)} axes or is no float, expected float [N, K]")
+    return name
+
+
+def join_gradient(
+    model: onnx.ModelProto, inferred: onnx.ModelProto, tape: Tape, source: str, result: str, raw: bool
+) -> onnx.ModelProto:
+    """Join both graphs into the first, name the outputs, and drop what no output needs.
+
+    Args:
+        model: the forward graph; changed and returned.
+        inferred: the same with shapes.
+        tape: the gradient, whose last node computes `saliency`.
+        source: the tensor differentiated by, which lends its shape to the gradient.
+        result: the tensor differentiated.
+        raw: whether `saliency` is the gradient itself.
+
+    Raises:
+        ModelError: another tensor is named `logits`, or the model contradicts itself.
+    """
+    graph = model.graph
+    values = {v.name: v for v in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)}
+    shape = [d.dim_param or d.dim_value or None for d in values[source].type.tensor_type.shape.dim]
+    batch, _, *size = shape
+    graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [batch]))
+    if result not in [o.name for o in graph.output]:
+        graph.output.insert(0, values[result])
+    kind = tape.type(source) if raw else TensorProto.FLOAT
+    graph.output.append(helper.make_tensor_value_info("saliency", kind, shape if raw else [batch, *size]))
+    graph.node.extend(tape.nodes)
+    graph.initializer.extend(tape.initializers)
+    _rename(graph, result, "logits")
+    _prune(graph)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelError(
+            f"the model's shapes contradict each other ({first_line(error)}); export it again"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"with its gradient the model is too large ({first_line(error)})") from None
+    return model
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    if old == new:
+        return
+    if any(new in node.output for node in graph.node) or new in [i.name for i in graph.input]:
+        raise ModelError(
+            f"the model has a tensor named {new!r} that is not its logits {old!r}; rename one of them"
+        )
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+    for value in (*graph.output, *graph.value_info):
+        value.name = new if value.name == old else value.name
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop the nodes and constants that no output needs."""
+    needed = {output.name for output in graph.output}
+    for i in reversed(range(len(graph.node))):
+        if needed.isdisjoint(graph.node[i].output):
+            del graph.node[i]
+        else:
+            needed.update(graph.node[i].input)
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in needed:
+            del graph.initializer[i]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, for messages of one line."""
+    return str(error).strip().split("\n")[0]
