@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from export.onnx import export
 from runtime.files import write_atomically
@@ -18,6 +19,9 @@ from train.quant import QuantSpec
 from train.recipe import default_recipe
 
 torch.set_num_threads(2)
+# No deadline: other work on the machine is no defect. No database: tests write nothing into the working directory.
+settings.register_profile("clearpact", deadline=None, database=None)
+settings.load_profile("clearpact")
 
 
 @pytest.fixture(scope="session")
