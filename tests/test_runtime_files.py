@@ -47,9 +47,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(
-            "mounting a small disk needs root; the limit on the file size, below, fails in the same place"
-        )
+        pytest.skip("mounting a small disk needs root; the limit on the file size, below, fails in the same place")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
