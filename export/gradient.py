@@ -144,9 +144,7 @@ def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> s
     for node in _path(model, tape, source, result):
         for y in filter(parts.__contains__, node.output):
             if y != node.output[0] and node.op_type != "Split":
-                raise ModelError(
-                    f"{describe(node)}: its output {y!r} has no gradient rule, only its first has"
-                )
+                raise ModelError(f"{describe(node)}: its output {y!r} has no gradient rule, only its first has")
             tape.scope = node.name or y
             dy = reduce(lambda a, b: tape.op("Add", a, b), parts.pop(y))
             pairs = list(RULES[node.op_type](tape, node, y, dy))
@@ -215,12 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--input", help="the float tensor to differentiate by (default: 'normalized', or the only input)"
     )
-    arguments.add_argument(
-        "--logits", help="the [N, K] tensor to differentiate (default: the only such output)"
-    )
-    arguments.add_argument(
-        "--raw", action="store_true", help="the gradient itself, not |gradient| over channels"
-    )
+    arguments.add_argument("--logits", help="the [N, K] tensor to differentiate (default: the only such output)")
+    arguments.add_argument("--raw", action="store_true", help="the gradient itself, not |gradient| over channels")
     arguments.add_argument(
         "--gate",
         choices=GATES,

@@ -108,9 +108,7 @@ def _resized(
     t: Tape, x: str, rank: int, axis: int, before: int, after: int, fill: np.ndarray | float = 0.0
 ) -> str:
     """Pad both ends of one axis with `fill`; negative widths crop."""
-    pads = [max(before, 0) * (a == axis) for a in range(rank)] + [
-        max(after, 0) * (a == axis) for a in range(rank)
-    ]
+    pads = [max(before, 0) * (a == axis) for a in range(rank)] + [max(after, 0) * (a == axis) for a in range(rank)]
     if any(pads):
         x = t.op("Pad", x, pads, fill)
     if min(before, after) < 0:
@@ -135,9 +133,7 @@ def _average_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
 
 def _counts(axis: Axis, include_pad: bool) -> np.ndarray:
     """Return how many elements each window along an axis divides by; what ceil_mode adds never counts."""
-    position = (
-        np.arange(axis.steps)[:, None] * axis.stride + np.arange(axis.kernel) * axis.dilation - axis.before
-    )
+    position = np.arange(axis.steps)[:, None] * axis.stride + np.arange(axis.kernel) * axis.dilation - axis.before
     low, high = (-axis.before, axis.size + axis.after) if include_pad else (0, axis.size)
     return ((position >= low) & (position < high)).sum(1)
 

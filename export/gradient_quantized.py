@@ -132,9 +132,7 @@ def _grid(t: Tape, node: onnx.NodeProto) -> _Grid:
     scale = t.constant(node, 1)
     zero_point = t.constant(node, 2, np.zeros(())).astype(np.int64)
     if attributes(node).get("block_size"):
-        raise ModelError(
-            f"{describe(node)}: quantizes in blocks, expected one scale for each tensor or channel"
-        )
+        raise ModelError(f"{describe(node)}: quantizes in blocks, expected one scale for each tensor or channel")
     layout = [1] * t.rank(node.input[0])
     if scale.size > 1:
         layout[attributes(node).get("axis", 1)] = -1

@@ -18,10 +18,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         FileError: the file is missing, a folder, or not readable.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder, expected a file; name the file inside it")
     try:
         return path.read_bytes()
+    except IsADirectoryError:
+        raise FileError(f"{path}: is a folder, expected a file; name the file inside it") from None
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; check the path") from None
     except OSError as error:
@@ -34,8 +34,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Creates the parent folder where it is missing, and leaves an existing file as it is.
     """
     path = Path(path)
-    _check_kind(path)
     try:
+        _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -54,10 +54,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     path = Path(path)
     if isinstance(data, str):
         data = data.encode()
-    _check_kind(path)
     # Not tempfile: its files are private, and what is shipped gets the permissions any new file would have.
     temporary = path.with_name(f".clearpact-{secrets.token_hex(8)}.tmp")
     try:
+        _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(data)

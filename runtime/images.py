@@ -110,23 +110,33 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
 
 
 def resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 [N, H', W', C] of uint8 [N, H, W, C], bilinear with antialiasing, as Pillow's BILINEAR."""
+    """Return uint8 [N, H', W', C] of uint8 [N, H, W, C], Pillow's BILINEAR within one level.
+
+    That is bilinear with antialiasing: what networks are trained on, when Pillow or torchvision resized.
+    """
     rows = _bilinear_weights(images.shape[1], size[0])
     columns = _bilinear_weights(images.shape[2], size[1])
     resized = np.empty((len(images), *size, images.shape[3]), dtype=np.uint8)
     for image, out in zip(images, resized, strict=True):
-        # Width first and rounded in between, as Pillow does.
-        narrowed = np.rint(np.tensordot(columns, image.astype(np.float32), (1, 1)))  # [W', H, C]
-        out[...] = np.rint(np.tensordot(rows, narrowed, (1, 1))).clip(0, 255)  # [H', W', C]
+        # Width first and rounded in between, halves up, as Pillow does. float32 halves the time of this pass, the
+        # longer one, and moves a pixel by one level at a near tie; float64 in the other adds no second level.
+        narrowed = np.tensordot(columns.astype(np.float32), image.astype(np.float32), (1, 1))  # [W', H, C]
+        narrowed = np.floor(narrowed + np.float32(0.5)).astype(np.float64)
+        out[...] = np.floor(np.tensordot(rows, narrowed, (1, 1)) + 0.5).clip(0, 255)  # [H', W', C]
     return resized
 
 
 @functools.lru_cache(maxsize=16)
 def _bilinear_weights(source: int, target: int) -> np.ndarray:
-    """Return the weights float32 [target, source] of a triangle filter as wide as one target pixel."""
+    """Return the weights float64 [target, source] of a triangle filter as wide as one target pixel.
+
+    They are multiples of 2**-22, as in Pillow, so that sums of pixels are exact in float64.
+    """
     ratio = source / target
     support = max(ratio, 1.0)
     centers = (np.arange(target) + 0.5) * ratio
     distance = np.abs(np.arange(source)[None, :] + 0.5 - centers[:, None]) / support
     weights = np.clip(1 - distance, 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    weights *= 1 / weights.sum(1, keepdims=True)
+    rounded: np.ndarray = np.floor(weights * 2**22 + 0.5) / 2**22
+    return rounded

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from export.onnx import export
 from runtime.files import write_atomically
@@ -19,6 +20,9 @@ from train.recipe import default_recipe
 
 # The networks are tiny: a second thread would cost more than it gives.
 torch.set_num_threads(1)
+# No deadline: other work on the machine is no defect. No database: tests write nothing into the working directory.
+settings.register_profile("clearpact", deadline=None, database=None)
+settings.load_profile("clearpact")
 
 
 @pytest.fixture(scope="session")

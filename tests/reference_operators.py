@@ -30,9 +30,7 @@ def _slide(x: np.ndarray, kernel: tuple[int, ...], window: Window, fill: float) 
             before, after = (total // 2, total - total // 2)[:: 1 if auto == "SAME_UPPER" else -1]
         if window.get("ceil_mode"):
             steps = -(-(size + before + after - span) // stride) + 1
-            if (
-                steps - 1
-            ) * stride >= size + before:  # a window must start in the image or the padding before it
+            if (steps - 1) * stride >= size + before:  # a window must start in the image or the padding before it
                 steps -= 1
             after = max(after, (steps - 1) * stride + span - size - before)
         ends.append((before, after))
@@ -126,9 +124,7 @@ class Gelu(OpRun):
 
 
 class GroupNormalization(OpRun):
-    def _run(
-        self, x: Any, scale: Any, bias: Any, epsilon: Any = None, num_groups: Any = None, **_: Any
-    ) -> Any:
+    def _run(self, x: Any, scale: Any, bias: Any, epsilon: Any = None, num_groups: Any = None, **_: Any) -> Any:
         rows, channels = x.reshape(len(x), num_groups, -1), (-1, *[1] * (x.ndim - 2))
         z = (rows - rows.mean(2, keepdims=True)) / np.sqrt(rows.var(2, keepdims=True) + epsilon)
         return (z.reshape(x.shape) * scale.reshape(channels) + bias.reshape(channels),)

@@ -87,9 +87,7 @@ def autograd(net: torch.nn.Module, x: np.ndarray, target: np.ndarray) -> np.ndar
 def session(model: onnx.ModelProto) -> Callable[[np.ndarray, np.ndarray], list[np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    engine = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    engine = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda x, target: engine.run(["logits", "saliency"], {"image": x, "target": target})
 
 

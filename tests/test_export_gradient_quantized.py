@@ -32,9 +32,7 @@ def parse(body: str, image: str = f"float[N,2,{SIZE},{SIZE}] x", **constants: np
 def run(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
 
 
@@ -126,9 +124,7 @@ def quantized_network(target: str, n: int, alpha: float) -> tuple[onnx.ModelProt
         ("signed", 127),
     ],
 )
-def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(
-    target: str, n: int, gate: str
-) -> None:
+def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(target: str, n: int, gate: str) -> None:
     alpha = 1.5
     model, w = quantized_network(target, n, alpha)
     x = np.random.default_rng(4).normal(size=(6, 2, SIZE, SIZE)).astype(np.float32)

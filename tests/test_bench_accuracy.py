@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from bench import data as bench_data
+from bench.accuracy import classify, confusion_matrix, main, score
+from bench.environment import environment
+from runtime import Classifier
+from runtime.errors import FileError, OptionError
+from train.checkpoint import Checkpoint
+from train.data import ImageData
+from train.data import main as write_data
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "digits_test.npz"
+    write_data(["digits", "-o", str(path)])
+    return path
+
+
+def saved(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_a_confusion_matrix_has_true_classes_in_rows() -> None:
+    found = confusion_matrix(np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 2, 2]), 3)
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+
+
+def test_scores_of_three_classes_by_hand() -> None:
+    found = score(np.array([[8, 2, 0], [1, 4, 0], [0, 1, 4]]))
+    assert found.accuracy == pytest.approx(100 * 16 / 20)
+    assert found.sensitivity == pytest.approx(100 * (8 / 10 + 4 / 5 + 4 / 5) / 3)
+    # True negatives over negatives: class 0: 9 of 10, class 1: 12 of 15, class 2: 15 of 15.
+    assert found.specificity == pytest.approx(100 * (9 / 10 + 12 / 15 + 15 / 15) / 3)
+
+
+def test_always_one_class_scores_a_third_and_two_thirds_when_balanced() -> None:
+    found = score(np.array([[5, 0, 0], [5, 0, 0], [5, 0, 0]]))
+    assert (found.accuracy, found.sensitivity, found.specificity) == pytest.approx((100 / 3, 100 / 3, 200 / 3))
+
+
+def test_a_class_without_images_is_left_out_of_the_means() -> None:
+    found = score(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+    assert found.sensitivity == pytest.approx(100 * (3 / 4 + 4 / 4) / 2)
+    assert found.specificity == pytest.approx(100 * (4 / 4 + 3 / 4) / 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=20, max_size=80))
+def test_scores_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
+    # Every class twice, so that no mean is over a class without images.
+    labels, predicted = np.array(pairs + [(c, (c + i) % 5) for c in range(5) for i in (0, 1)]).T
+    confusion = confusion_matrix(labels, predicted, 5)
+    found = score(confusion)
+    assert np.array_equal(confusion, metrics.confusion_matrix(labels, predicted))
+    assert found.accuracy == pytest.approx(100 * metrics.accuracy_score(labels, predicted))
+    assert found.sensitivity == pytest.approx(100 * metrics.recall_score(labels, predicted, average="macro"))
+    rest = [metrics.recall_score(labels != c, predicted != c) for c in range(5)]
+    assert found.specificity == pytest.approx(100 * np.mean(rest))
+
+
+def test_a_split_travels_through_npz_to_the_bench(npz: Path, digits: ImageData) -> None:
+    loaded = bench_data.load(str(npz))
+    assert loaded.name == "digits_test.npz"
+    assert loaded.images.dtype == np.uint8
+    assert np.array_equal(loaded.images, digits.test_images.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(loaded.labels, digits.test_labels.numpy())
+    named = bench_data.load("digits")
+    assert named.name == "digits"
+    assert np.array_equal(named.images, loaded.images)
+    assert named.images.flags.c_contiguous
+
+
+@pytest.mark.parametrize("engine", ["openvino", "ort"])
+def test_predicted_classes_are_the_classifiers(digits_models: dict[str, Path], npz: Path, engine: str) -> None:
+    images = bench_data.load(str(npz)).images
+    classifier = Classifier(digits_models["ort"], engine=engine)
+    assert classify(classifier, images[:130]).tolist() == [p.index for p in classifier.predict(list(images[:130]))]
+
+
+def test_json_has_the_scores_the_counts_and_the_environment(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, npz: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_models["openvino"]), "--data", str(npz), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    confusion = np.array(result["confusion"])
+    assert (result["n"], confusion.sum(), confusion.shape) == (360, 360, (10, 10))
+    assert result["accuracy"] == pytest.approx(digits_checkpoint.test_accuracy)
+    assert result["accuracy"] == pytest.approx(result["checkpoint_accuracy"])
+    assert result["accuracy"] == pytest.approx(100 * np.trace(confusion) / 360)
+    assert (result["precision"], result["target"], result["data"]) == ("int8", "openvino", "digits_test.npz")
+    assert result["engine"].startswith("openvino 20")
+    assert result["environment"] == environment()
+
+
+def test_a_person_reads_the_scores_and_a_confusion_matrix(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, npz: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_models["ort"]), "--data", str(npz)])
+    out = capsys.readouterr().out
+    accuracy = f"{digits_checkpoint.test_accuracy:6.2f} %"
+    assert f"accuracy     {accuracy}   (checkpoint {accuracy.strip()})" in out
+    assert "int8 on ort " in out
+    assert "360 images of digits_test.npz" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ")][-10:]
+    assert [row[0] for row in rows] == list("0123456789")
+    assert sum(int(cell) for row in rows for cell in row[1:] if cell != ".") == 360
+
+
+def test_pickled_objects_in_npz_are_refused_and_never_executed(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = saved(tmp_path / "trap.npz", images=np.array([Trap()], dtype=object), labels=np.zeros(1, int))
+    plain = tmp_path / "pickle.npz"
+    plain.write_bytes(pickle.dumps(Trap()))
+    for trap in (path, plain):
+        with pytest.raises(
+            FileError, match=f"^{trap}: holds no images and labels, expected an .npz file written by"
+        ):
+            bench_data.load(str(trap))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "found"),
+    [
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(2, int), r"images uint8 \[2, 8, 8\] and labels \[2\]"),
+        (np.zeros((2, 8, 8, 1)), np.zeros(2, int), r"images float64 \[2, 8, 8, 1\] and labels \[2\]"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(3, int), r"images uint8 \[2, 8, 8, 1\] and labels \[3\]"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros((), int), r"images uint8 \[2, 8, 8, 1\] and labels \[\]"),
+        (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, int), r"images uint8 \[0, 8, 8, 1\] and labels \[0\]"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2), "labels float64"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.array(["a", "b"]), "labels <U1"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.array([0, -1]), "labels int64"),
+    ],
+)
+def test_wrong_arrays_are_named_with_what_is_expected(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, found: str
+) -> None:
+    path = saved(tmp_path / "odd.npz", images=images, labels=labels)
+    with pytest.raises(
+        FileError, match=f"^{path}: {found}, expected an .npz file written by `python -m train.data`"
+    ):
+        bench_data.load(str(path))
+
+
+def test_damaged_and_foreign_npz_files_are_one_error(npz: Path, tmp_path: Path) -> None:
+    data = npz.read_bytes()
+    flipped = bytearray(data)
+    flipped[500] ^= 0xFF
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    path = tmp_path / "bad.npz"
+    for contents in (b"", b"text", data[:1000], data[:-30], bytes(flipped), array.getvalue(), other.getvalue()):
+        path.write_bytes(contents)
+        with pytest.raises(FileError, match=f"^{path}: holds no images and labels, expected .*; write it again$"):
+            bench_data.load(str(path))
+    with pytest.raises(FileError, match=r"absent.npz: no such file; check the path$"):
+        bench_data.load(str(tmp_path / "absent.npz"))
+
+
+def test_an_unknown_data_set_is_refused(digits_models: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match=r"^data set 'imagenet': expected one of digits, mnist"):
+        main([str(digits_models["ort"]), "--data", "imagenet"])
+
+
+def test_labels_beyond_the_models_classes_are_refused(digits_models: dict[str, Path], tmp_path: Path) -> None:
+    path = saved(tmp_path / "other.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([3, 10]))
+    message = f"^--data {path}: labels up to 10, expected below 10, the classes of .*; name the data it was"
+    with pytest.raises(OptionError, match=message):
+        main([str(digits_models["ort"]), "--data", str(path)])
+
+
+def test_a_device_without_torch_measures_npz_and_is_told_so_for_names(
+    digits_models: dict[str, Path], npz: Path
+) -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from bench.accuracy import main
+from runtime import command
+command.run(main)
+"""
+    base = [sys.executable, "-c", code, str(digits_models["ort"]), "--data"]
+    done = subprocess.run([*base, str(npz)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "accuracy" in done.stdout
+    done = subprocess.run([*base, "digits"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --data digits: named data sets need torch; pip install 'clearpact[train]', or name an .npz "
+        "file that `python -m train.data` wrote elsewhere\n"
+    )

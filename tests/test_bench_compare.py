@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.compare import OURS, contenders, main
+from bench.record import append
+from runtime.errors import FileError, OptionError
+from train.checkpoint import Checkpoint
+
+NAMES = ["PyTorch FP32", "ONNX Runtime FP32", "OpenVINO FP32", "ONNX Runtime INT8", OURS]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_contender_classifies_the_same_pixels_alike(digits_checkpoint: Checkpoint) -> None:
+    images = digits_checkpoint.samples["images"][:32].permute(0, 2, 3, 1).contiguous().numpy()
+    calls = contenders(digits_checkpoint, images, threads=1)
+    assert list(calls) == NAMES
+    found = {name: call() for name, call in calls.items()}
+    logits = {n: value["logits"] if isinstance(value, dict) else value for n, value in found.items()}
+    reference = logits["PyTorch FP32"]
+    assert isinstance(reference, np.ndarray)
+    for name, value in logits.items():
+        assert value.shape == (32, 10)
+        assert np.array_equal(value.argmax(1), reference.argmax(1))
+        # Float engines differ by the order of sums; INT8 ones by the grids that float leaves out.
+        assert np.abs(value - reference).max() < (1.0 if "INT8" in name else 1e-4)
+
+
+def test_results_are_recorded_after_those_that_are_there(
+    digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "results" / "latency.jsonl"
+    record.parent.mkdir()
+    record.write_text('{"old": 1}')  # and no newline at its end
+    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--record", str(record)]
+    main([*arguments, "--json", "--batch", "2"])
+    printed = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines == [{"old": 1}, printed]
+    assert list(printed["latency"]) == list(printed["ratio_to_openvino_int8"]) == NAMES
+    assert printed["ratio_to_openvino_int8"][OURS] == 1.0
+    assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
+    assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in printed["latency"].values())
+    assert printed["environment"]["commit"]
+
+
+def test_a_person_reads_one_row_per_contender(
+    digits_checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_checkpoint_path), "--seconds", "0.01"])
+    out = capsys.readouterr().out.splitlines()
+    assert "cnn2, input [1, 8, 8, 1], threads 1" in out[0]
+    assert [line[:18].strip() for line in out[2:7]] == NAMES
+    assert out[6].split()[-1] == "1.00"
+    assert all(len(line) <= 80 for line in out[1:7])
+
+
+def test_append_adds_lines_and_keeps_the_old_ones(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.jsonl"
+    for n in range(3):
+        append(path, {"n": n, "text": "µs\n"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"n": n, "text": "µs\n"} for n in range(3)
+    ]
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(FileError, match=f"^{tmp_path}: is a folder"):
+        append(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "^--batch 0 --threads 1: expected whole numbers from 1$"),
+        (["--threads", "0"], "^--batch 1 --threads 0: expected whole numbers from 1$"),
+        (["--seconds", "-1"], "^--seconds -1: expected a number above 0$"),
+    ],
+)
+def test_wrong_options_are_refused(digits_checkpoint_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        main([str(digits_checkpoint_path), *arguments])
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=f"^{tmp_path}: is a folder, expected the name of a file to write"):
+        main(["absent.pt", "--record", str(tmp_path)])
+
+
+def test_a_missing_checkpoint_is_one_line_of_a_real_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.compare", "absent.pt"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: absent.pt: no such file; check the path\n"

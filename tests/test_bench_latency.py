@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+
+from bench.environment import PACKAGES, describe, environment
+from bench.latency import cold_start, main
+from runtime.errors import FileError, ModelError, OptionError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_json_of_a_real_process_has_every_figure_and_its_environment(digits_models: dict[str, Path]) -> None:
+    path = digits_models["openvino"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.latency", str(path), "--batch", "1,3", "--runs", "20", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["bench"] == "latency"
+    assert (result["model"], result["arch"], result["precision"]) == ("openvino.onnx", "cnn2", "int8")
+    assert result["engine"] == f"openvino {openvino.__version__.split('-')[0]}"
+    assert (result["device"], result["threads"]) == ("cpu", 1)
+    assert result["file_bytes"] == path.stat().st_size
+    assert list(result["latency"]) == ["1", "3"]
+    for batch, row in result["latency"].items():
+        assert row["n"] == 20
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["images_per_second"] == pytest.approx(1000 * int(batch) / row["p50_ms"])
+    assert 0 < result["cold_start"]["import_ms"] < result["cold_start"]["first_prediction_ms"]
+    assert result["peak_memory_bytes"] > path.stat().st_size
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result["environment"]["commit"] == (commit.stdout.strip() or "unknown")
+    assert result["environment"]["cores"] == len(os.sched_getaffinity(0))
+    assert result["environment"]["openvino"].startswith("20")
+
+
+def test_a_person_reads_one_row_per_batch_size(
+    digits_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_models["float"]), "--engine", "ort", "--batch", "1, 70", "--runs", "5", "--no-cold-start"])
+    out = capsys.readouterr().out.splitlines()
+    assert "fp32 on ort " in out[0]
+    assert out[0].endswith("cpu, threads 1")
+    assert out[1].split()[:3] == ["batch", "p50", "ms"]
+    assert [(line.split()[0], line.split()[-1]) for line in out[2:4]] == [("1", "5"), ("70", "5")]
+    assert out[4].startswith(f"file {digits_models['float'].stat().st_size:,} bytes, peak memory ")
+    assert "commit " in out[5]
+    assert all(len(line) <= 80 for line in out[1:5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "^--batch 0: expected whole numbers from 1, comma-separated, such as 1,8,32$"),
+        (["--batch", "1,,2"], "^--batch 1,,2: expected whole numbers"),
+        (["--batch", "²"], "^--batch ²: expected whole numbers"),
+        (["--runs", "0"], "^--runs 0: expected a whole number from 1$"),
+        (["--seconds", "nan"], "^--seconds nan: expected a number above 0$"),
+        (["--threads", "0"], "^threads 0: expected a whole number from 1$"),
+    ],
+)
+def test_wrong_options_are_refused(digits_models: dict[str, Path], arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        main([str(digits_models["ort"]), *arguments])
+
+
+def test_a_missing_model_is_refused() -> None:
+    with pytest.raises(FileError, match=r"^absent.onnx: no such file"):
+        main(["absent.onnx"])
+
+
+def test_cold_start_counts_loading_and_the_first_prediction(digits_models: dict[str, Path]) -> None:
+    found = cold_start(str(digits_models["ort"]), engine="ort", device="cpu", threads=1, repeats=1)
+    assert 0 < found.import_ms < found.first_prediction_ms < 60_000
+
+
+def test_a_cold_start_that_fails_says_why() -> None:
+    with pytest.raises(
+        ModelError, match=r"^absent.onnx: cold start failed \(.*absent.onnx: no such file; check the"
+    ):
+        cold_start("absent.onnx", engine="ort", device="cpu", threads=None, repeats=1)
+
+
+def test_the_environment_names_what_a_number_depends_on() -> None:
+    found = environment()
+    assert found["numpy"] == np.__version__
+    assert {"processor", "cores", "system", "python", "commit", *PACKAGES} == set(found)
+    assert (
+        describe({"processor": "CPU", "cores": 2, "system": "Linux", "commit": "ab"})
+        == "CPU, cores 2, Linux, commit ab"
+    )
+
+
+def test_peak_memory_holds_what_was_allocated_and_freed() -> None:
+    code = "from bench.environment import peak_memory_bytes; b = bytes(10**8).replace(b'0', b'1'); del b; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(peak_memory_bytes())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 10**8 < int(done.stdout) < 4 * 10**8
