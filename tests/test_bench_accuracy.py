@@ -189,7 +189,7 @@ def test_an_unknown_data_set_is_refused(digits_models: dict[str, Path]) -> None:
 
 def test_labels_beyond_the_models_classes_are_refused(digits_models: dict[str, Path], tmp_path: Path) -> None:
     path = saved(tmp_path / "other.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([3, 10]))
-    message = f"^--data {path}: labels up to 10, expected below 10, the classes of .*; name the data it was"
+    message = f"^--data {path}: labels up to 10, expected below 10, the classes of .*; name the data"
     with pytest.raises(OptionError, match=message):
         main([str(digits_models["ort"]), "--data", str(path)])
 
@@ -211,6 +211,6 @@ command.run(main)
     done = subprocess.run([*base, "digits"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: --data digits: named data sets need torch; pip install 'clearpact[train]', or name an .npz "
-        "file that `python -m train.data` wrote elsewhere\n"
+        "error: --data digits: named data sets need torch; pip install 'clearpact[train]', or name an .npz file "
+        "that `python -m train.data` wrote elsewhere\n"
     )

@@ -196,7 +196,7 @@ def test_layout_and_reductions(body: str, constants: dict[str, np.ndarray]) -> N
 
 @st.composite
 def slices(draw: st.DrawFn, size: int) -> tuple[int, int, int]:
-    """Start, end and step of a slice that keeps something, with bounds inside, outside and counted from the end."""
+    """Start, end and step of a slice that keeps something; bounds inside, outside and counted from the end."""
     step = draw(st.sampled_from([1, 2, 3, -1, -2]))
     first, last = sorted((draw(st.integers(0, size - 1)), draw(st.integers(0, size - 1))))
     if step > 0:
