@@ -55,7 +55,7 @@ def contenders(checkpoint: Checkpoint, images: np.ndarray, *, threads: int) -> d
         ("ONNX Runtime INT8", "ort", "ort", True),
         (OURS, "openvino", "openvino", True),
     ):
-        model = export(checkpoint, int8=int8, target=target).model.SerializeToString()
+        model = export(checkpoint, int8=int8, target=target, saliency=False).model.SerializeToString()
         session = Classifier(model, engine=engine, threads=threads).session
         calls[name] = functools.partial(session.run, {INPUT_NAME: images})
     return calls

@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
 }
 
 GATES = ("code", "ste")
+OUTPUTS = ("saliency", "gradient")
 
 # Operators whose result does not change with small changes of their input: no gradient, and none needed.
 _LOCALLY_CONSTANT = {
@@ -77,15 +78,15 @@ def append_input_gradient(
     *,
     input: str | None = None,
     logits: str | None = None,
-    raw: bool = False,
+    outputs: Sequence[str] = ("saliency",),
     gate: str = "code",
 ) -> onnx.ModelProto:
     """Return a copy of a classifier that also computes the gradient of one logit by the image.
 
     The result has one more input, `target` int64 [N]: the class whose logit is differentiated, -1 for the
-    predicted one. Its logits are named `logits` [N, K], and `saliency` is one more output: float32 [N, H, W],
-    the maximum over the channels of |d logits[n, target[n]] / d input|, or with `raw` the gradient itself, of
-    the input's own shape and type. A target that is no class gives a map of zeros. All else in the model
+    predicted one. Its logits are named `logits` [N, K], and more outputs are, as asked for: `gradient`,
+    d logits[n, target[n]] / d input, of the input's own shape and type; `saliency` float32 [N, H, W], the
+    maximum over the channels of its magnitude. A target that is no class gives a map of zeros. All else in the model
     stays as it was.
 
     Args:
@@ -93,22 +94,24 @@ def append_input_gradient(
         input: the tensor to differentiate by, float [N, C, H, W], inside the graph or an input of it.
             Default: the tensor named "normalized" where there is one, else the model's only input.
         logits: the tensor to differentiate, float [N, K]. Default: the model's only 2-D float output.
-        raw: return the gradient instead of the map.
+        outputs: one or both of OUTPUTS. Engines compute all of them unless told otherwise.
         gate: where a quantized activation lets the gradient through: "code", where its code is strictly
             inside its range, or "ste", where the float before it is (0 <= x < alpha, as in the PACT paper).
 
     Raises:
         ModelError: an operator has no rule, the model has control flow, several inputs or no logits, is
             already differentiated, or a shape or weight that must be known at export is not.
-        OptionError: `gate` is neither of the two.
+        OptionError: `gate` or an output is not one of the two.
     """
     if gate not in GATES:
         raise OptionError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
+    if not outputs or not set(outputs) <= set(OUTPUTS):
+        raise OptionError(f"outputs: got {list(outputs)}, expected one or both of {', '.join(OUTPUTS)}")
     model = prepare_model(model)
     inferred = infer_shapes(model)
     tape = Tape(inferred, gate)
     source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
-    if not raw and tape.rank(source) != 4:
+    if "saliency" in outputs and tape.rank(source) != 4:
         raise ModelError(
             f"input {source!r}: has {tape.rank(source)} axes, expected [N, C, H, W]; ask for the raw gradient"
         )
@@ -116,14 +119,15 @@ def append_input_gradient(
     gradient = _backward(inferred, tape, source, result)
 
     tape.scope = "saliency"
-    if raw:
+    if "gradient" in outputs:
         tape.op("Identity", gradient)
-    else:
+        tape.nodes[-1].output[0] = "gradient"
+    if "saliency" in outputs:
         strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [1], keepdims=0)
         if tape.type(strongest) != TensorProto.FLOAT:
             tape.op("Cast", strongest, to=TensorProto.FLOAT)
-    tape.nodes[-1].output[0] = "saliency"
-    return join_gradient(model, inferred, tape, source, result, raw)
+        tape.nodes[-1].output[0] = "saliency"
+    return join_gradient(model, inferred, tape, source, result, outputs)
 
 
 def _mark_active(model: onnx.ModelProto, tape: Tape, source: str) -> None:
@@ -214,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input", help="the float tensor to differentiate by (default: 'normalized', or the only input)"
     )
     arguments.add_argument("--logits", help="the [N, K] tensor to differentiate (default: the only such output)")
-    arguments.add_argument("--raw", action="store_true", help="the gradient itself, not |gradient| over channels")
+    arguments.add_argument("--raw", action="store_true", help="the output `gradient`, not its map")
     arguments.add_argument(
         "--gate",
         choices=GATES,
@@ -233,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None
     try:
         explained = append_input_gradient(
-            model, input=options.input, logits=options.logits, raw=options.raw, gate=options.gate
+            model,
+            input=options.input,
+            logits=options.logits,
+            outputs=("gradient",) if options.raw else ("saliency",),
+            gate=options.gate,
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None

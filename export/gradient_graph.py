@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx.checker
 import onnx.inliner
@@ -41,7 +43,7 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
     taken.update(value.name for value in graph.input)
     if "target" in taken or "saliency" in taken or any(name.startswith("grad/") for name in taken):
         raise ModelError(
-            "the model already has a tensor named 'target', 'saliency' or 'grad/...': it is differentiated "
+            "the model already has a tensor named 'target', 'saliency', 'gradient' or 'grad/...': it is differentiated "
             "already; start from the file without saliency"
         )
     for node in graph.node:
@@ -111,17 +113,17 @@ def find_logits(model: onnx.ModelProto, tape: Tape, name: str | None) -> str:
 
 
 def join_gradient(
-    model: onnx.ModelProto, inferred: onnx.ModelProto, tape: Tape, source: str, result: str, raw: bool
+    model: onnx.ModelProto, inferred: onnx.ModelProto, tape: Tape, source: str, result: str, outputs: Sequence[str]
 ) -> onnx.ModelProto:
     """Join both graphs into the first, name the outputs, and drop what no output needs.
 
     Args:
         model: the forward graph; changed and returned.
         inferred: the same with shapes.
-        tape: the gradient, whose last node computes `saliency`.
+        tape: the gradient, whose last nodes compute `outputs`.
         source: the tensor differentiated by, which lends its shape to the gradient.
         result: the tensor differentiated.
-        raw: whether `saliency` is the gradient itself.
+        outputs: which of `saliency` and `gradient` the tape computes.
 
     Raises:
         ModelError: another tensor is named `logits`, or the model contradicts itself.
@@ -133,8 +135,8 @@ def join_gradient(
     graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [batch]))
     if result not in [o.name for o in graph.output]:
         graph.output.insert(0, values[result])
-    kind = tape.type(source) if raw else TensorProto.FLOAT
-    graph.output.append(helper.make_tensor_value_info("saliency", kind, shape if raw else [batch, *size]))
+    forms = {"saliency": (TensorProto.FLOAT, [batch, *size]), "gradient": (tape.type(source), shape)}
+    graph.output.extend(helper.make_tensor_value_info(name, *forms[name]) for name in outputs)
     graph.node.extend(tape.nodes)
     graph.initializer.extend(tape.initializers)
     _rename(graph, result, "logits")

@@ -22,6 +22,8 @@ import onnx
 import torch
 
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
+from export.gradient import GATES, append_input_gradient
+from export.gradient import OUTPUTS as GRADIENT_OUTPUTS
 from export.operators import OPSET, TARGETS, translations
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
@@ -55,6 +57,8 @@ def export(
     *,
     int8: bool = True,
     target: str = "openvino",
+    saliency: bool = True,
+    gate: str = "code",
     resize: str = "bilinear",
     checkpoint_sha256: str = "",
 ) -> Exported:
@@ -64,6 +68,9 @@ def export(
         checkpoint: from `train.checkpoint.load`.
         int8: keep the trained integer grids as Q/DQ; False gives a float32 graph, of PACT the clip alone.
         target: engine to lower for, one of export.operators.TARGETS.
+        saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
+            logits alone does not compute them.
+        gate: of the gradient at quantized activations, see `export.gradient.append_input_gradient`.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
         checkpoint_sha256: of the checkpoint's file, for the manifest.
 
@@ -83,12 +90,14 @@ def export(
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
     _name_values(model, form)
-    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
-    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
-    onnx.checker.check_model(model, full_check=True)
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
     verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
+    if saliency:
+        model = append_input_gradient(model, input=NORMALIZED, logits="logits", outputs=GRADIENT_OUTPUTS, gate=gate)
+    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+    onnx.checker.check_model(model, full_check=True)
     return Exported(model, manifest, verification)
 
 
@@ -196,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision.add_argument("--int8", action="store_true", help="the trained integer grids, as Q/DQ (8 to 2 bits)")
     precision.add_argument("--fp32", action="store_true", help="float32; of PACT the clip alone")
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="engine (default: openvino)")
+    parser.add_argument("--no-saliency", action="store_true", help="leave out the input gradient: the smallest graph")
+    parser.add_argument("--gate", choices=GATES, default="code",
+                        help="where quantized activations pass the gradient (default: code)")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
     parser.add_argument("--resize", choices=RESIZES, default="bilinear",
                         help="what the runtime does with images of another size (default: bilinear)")  # fmt: skip
@@ -205,7 +217,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(output)
     sha256 = hashlib.sha256(read_bytes(options.checkpoint)).hexdigest()
     exported = export(
-        checkpoint, int8=options.int8, target=options.target, resize=options.resize, checkpoint_sha256=sha256
+        checkpoint,
+        int8=options.int8,
+        target=options.target,
+        saliency=not options.no_saliency,
+        gate=options.gate,
+        resize=options.resize,
+        checkpoint_sha256=sha256,
     )
     for layer in exported.manifest.layers:
         form = f"{layer['bits']}-bit weights, input {layer['input']}" if layer["bits"] else "float32"
@@ -213,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"verified: {exported.verification}")
     data = exported.model.SerializeToString()
     write_atomically(output, data)
-    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}")
+    gives = "class only" if options.no_saliency else "class and input gradient"
+    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
 def assert_gradient(body: str, x: np.ndarray, opset: int = 21, **constants: np.ndarray) -> None:
     """Compare the gradient of every logit at one image with central differences along every pixel."""
     model = classifier(body, x.shape, opset, **constants)
-    explained = append_input_gradient(model, raw=True)
+    explained = append_input_gradient(model, outputs=["gradient"])
     _, gradient = run(explained, x=np.stack([x] * CLASSES), target=np.arange(CLASSES))
     step = 1e-6
     moves = step * np.eye(x.size).reshape(-1, *x.shape)
@@ -329,7 +329,7 @@ def test_gemm_of_two_branches(a: int, b: int) -> None:
     model.graph.initializer.append(numpy_helper.from_array(integers(2, 2), "rows"))
     # Here N is a matrix axis: both rows' logits 0 are differentiated at once.
     x, target = image(1, 2, 2), np.zeros(2, np.int64)
-    explained = append_input_gradient(model, raw=True)
+    explained = append_input_gradient(model, outputs=["gradient"])
     explained.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 2
     _, gradient = run(explained, x=x, target=target)
     for i in np.ndindex(x.shape):
@@ -371,7 +371,7 @@ def _max_pool_of_ties(kernel: int, stride: int, pad: int, x: np.ndarray) -> tupl
     """Return our gradient of a sum of weighted maxima, and torch's."""
     pool = f"MaxPool<kernel_shape={[kernel] * 2}, strides={[stride] * 2}, pads={[pad] * 4}>"
     model = classifier(f"y = {pool}(x)", x.shape)
-    _, ours = run(append_input_gradient(model, raw=True), x=x[None], target=integers(1))
+    _, ours = run(append_input_gradient(model, outputs=["gradient"]), x=x[None], target=integers(1))
     mix = numpy_helper.to_array(model.graph.initializer[0])
     leaf = torch.tensor(x[None], requires_grad=True)
     pooled = torch.nn.functional.max_pool2d(leaf, kernel, stride, pad)
@@ -392,5 +392,5 @@ def test_global_maxima_give_the_whole_gradient_to_the_first() -> None:
     x = np.array([[[1.0, 3.0, 2.0], [3.0, 0.0, 3.0]]])
     for body in ("y = GlobalMaxPool(x)", "y = ReduceMax(x, axes)"):
         model = classifier(body, x.shape, axes=integers(2, 3))
-        _, gradient = run(append_input_gradient(model, raw=True), x=x[None], target=integers(0))
+        _, gradient = run(append_input_gradient(model, outputs=["gradient"]), x=x[None], target=integers(0))
         assert np.flatnonzero(gradient).tolist() == [1]

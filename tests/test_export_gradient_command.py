@@ -191,7 +191,7 @@ def test_what_cannot_be_differentiated_is_refused_in_one_line_and_nothing_is_wri
 )
 def test_wrong_options_are_named(options: dict[str, str], kind: type[ClearpactError], text: str) -> None:
     with pytest.raises(kind, match=re.escape(text)):
-        append_input_gradient(linear(), raw=True, **options)
+        append_input_gradient(linear(), outputs=["gradient"], **options)
 
 
 def test_the_refusal_lists_every_rule() -> None:

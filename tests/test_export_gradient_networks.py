@@ -110,7 +110,7 @@ def assert_same_maps(got: np.ndarray, expected: np.ndarray) -> None:
 def test_the_gradient_is_autograds(network: Network) -> None:
     net, model = exported(network)
     x, target = examples(net)
-    logits, gradient = session(append_input_gradient(model, raw=True))(x, target)
+    logits, gradient = session(append_input_gradient(model, outputs=["gradient"]))(x, target)
     assert relative_error(logits, net(torch.tensor(x)).detach().numpy()) < 1e-4
     assert_same_maps(gradient, autograd(net, x, target))
 

@@ -129,7 +129,7 @@ def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(target:
     model, w = quantized_network(target, n, alpha)
     x = np.random.default_rng(4).normal(size=(6, 2, SIZE, SIZE)).astype(np.float32)
     targets = np.arange(6) % 5
-    logits, gradient = run(append_input_gradient(model, raw=True, gate=gate), x=x, target=targets)
+    logits, gradient = run(append_input_gradient(model, outputs=["gradient"], gate=gate), x=x, target=targets)
 
     leaf, signed = torch.tensor(x, requires_grad=True), target == "signed"
     conv, fake = torch.nn.functional.conv2d, lambda t: FakeQuantize.apply(t, alpha, n, signed, gate)
@@ -147,7 +147,7 @@ def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(target:
 )
 def test_openvino_gates_the_same_codes(target: str, n: int, gate: str) -> None:
     model, _ = quantized_network(target, n, 1.5)
-    explained = append_input_gradient(model, raw=True, gate=gate)
+    explained = append_input_gradient(model, outputs=["gradient"], gate=gate)
     x = np.random.default_rng(4).normal(size=(6, 2, SIZE, SIZE)).astype(np.float32)
     targets = np.arange(6) % 5
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
@@ -172,7 +172,7 @@ def test_the_code_gate_is_exactly_zero_or_one(target: str, n: int, alpha: float)
     codes = np.arange(-n - 2, n + 3)
     x = (codes * np.float32(alpha / n)).astype(np.float32)[None]
     _, gradient = run(
-        append_input_gradient(_classes(model, x.size), raw=True),
+        append_input_gradient(_classes(model, x.size), outputs=["gradient"]),
         x=np.repeat(x, x.size, 0),
         target=np.arange(x.size),
     )
@@ -197,7 +197,7 @@ def test_scales_and_zero_points_for_each_channel() -> None:
     model = _classes(parse(body, s=s, z=z, axes=np.array([2, 3])), 2)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2
     x = np.random.default_rng(0).normal(size=(2, 2, SIZE, SIZE)).astype(np.float32) * 8
-    _, gradient = run(append_input_gradient(model, raw=True), x=x, target=np.array([0, 1]))
+    _, gradient = run(append_input_gradient(model, outputs=["gradient"]), x=x, target=np.array([0, 1]))
     code = np.rint(-x / s.reshape(2, 1, 1)) + z.reshape(2, 1, 1)
     value = (np.clip(code, 0, 255) - z.reshape(2, 1, 1)) * s.reshape(2, 1, 1)
     expected = -np.exp(value) * ((code > 0) & (code < 255)) * np.eye(2)[:, :, None, None]
@@ -215,7 +215,7 @@ def test_the_image_and_values_on_their_grid_pass_quantizers_unchanged(gate: str)
     m = np.random.default_rng(0).normal(size=(2 * SIZE * SIZE, 3)).astype(np.float32)
     model = parse(body, m=m, shape=np.array([-1, 2 * SIZE * SIZE]), **activation_constants(255, 1.0))
     _, gradient = run(
-        append_input_gradient(model, raw=True, gate=gate),
+        append_input_gradient(model, outputs=["gradient"], gate=gate),
         x=np.ones((1, 2, SIZE, SIZE), np.float32),
         target=np.array([2]),
     )
@@ -232,7 +232,7 @@ def test_a_clip_that_others_read_too_keeps_its_own_gate_for_them() -> None:
     model = _classes(parse(body, m=m, **activation_constants(3, 6.0)), 1)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2
     x = -np.linspace(-2, 8, 2 * SIZE * SIZE, dtype=np.float32).reshape(1, 2, SIZE, SIZE)
-    _, gradient = run(append_input_gradient(model, raw=True), x=x, target=np.array([0]))
+    _, gradient = run(append_input_gradient(model, outputs=["gradient"]), x=x, target=np.array([0]))
     code = np.rint(np.clip(-x, 0, 6) / 2)
     expected = -1.0 * ((code > 0) & (code < 3)) - np.exp(-x) * ((x < 0) & (x > -6))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
@@ -257,7 +257,7 @@ def test_integer_weights_of_groups(groups: int) -> None:
     model = _classes(parse(body, "float[N,4,8,8] x", c=codes, s=scales, axes=np.array([2, 3])), 8)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
     x = np.random.default_rng(6).normal(size=(8, 4, 8, 8)).astype(np.float32)
-    _, gradient = run(append_input_gradient(model, raw=True), x=x, target=np.arange(8))
+    _, gradient = run(append_input_gradient(model, outputs=["gradient"]), x=x, target=np.arange(8))
     leaf = torch.tensor(x, requires_grad=True)
     y = torch.nn.functional.conv2d(leaf, torch.tensor(codes * scales.reshape(-1, 1, 1, 1)), groups=groups)
     (wanted,) = torch.autograd.grad(y.mean((2, 3)).diagonal().sum(), leaf)
