@@ -5,10 +5,11 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.latency")
 
+import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from bench.statistics import Latency, check_seconds, measure, summarize
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
-from runtime.manifest import INPUT_NAME
+from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.session import ENGINES
 
 EXAMPLES = """
   python -m bench.latency model.onnx
   python -m bench.latency model.onnx --batch 1,8,32 --threads 1
+  python -m bench.latency model.onnx --explain               # class, and class with map, in turns
   python -m bench.latency model.onnx --engine ort --json >> results.jsonl
 """
 
@@ -51,16 +53,26 @@ class ColdStart:
     first_prediction_ms: float
 
 
-def session_latency(classifier: Classifier, batch: int, *, runs: int | None, seconds: float) -> Latency:
-    """Time the engine on random pixels, one batch after the other."""
+def session_latency(
+    classifier: Classifier, batch: int, *, explain: bool, runs: int | None, seconds: float
+) -> dict[str, Latency]:
+    """Time the engine on random pixels: "class", and with `explain` also "class + map", in turns.
+
+    Raises:
+        ModelError: the model was exported without the input gradient.
+    """
     manifest = classifier.manifest
     shape = (batch, *manifest.input.size, manifest.input.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     session = classifier.session
-    samples = measure(
-        {"model": lambda: session.run({INPUT_NAME: images})}, runs=runs, seconds=seconds, label=f"batch {batch}"
-    )
-    return summarize(samples["model"], batch)
+    contenders: dict[str, Callable[[], object]] = {"class": functools.partial(session.run, {INPUT_NAME: images})}
+    if explain:
+        if "saliency" not in session.outputs:
+            raise ModelError("--explain: this model gives classes only; export it again without --no-saliency")
+        inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(batch, -1, np.int64)}
+        contenders["class + map"] = functools.partial(session.run, inputs, ("logits", "saliency"))
+    samples = measure(contenders, runs=runs, seconds=seconds, label=f"batch {batch}")
+    return {name: summarize(times, batch) for name, times in samples.items()}
 
 
 def cold_start(model: str, *, engine: str, device: str, threads: int | None, repeats: int = 5) -> ColdStart:
@@ -93,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--runs", type=int, help="runs to measure (default: as many as fit in --seconds)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per batch size (default: 3)")
+    parser.add_argument("--explain", action="store_true", help="time the class with its saliency map too")
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh processes")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)
@@ -106,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as classifier:
         session = classifier.session
         latencies = {
-            batch: session_latency(classifier, batch, runs=options.runs, seconds=options.seconds)
+            batch: session_latency(
+                classifier, batch, explain=options.explain, runs=options.runs, seconds=options.seconds
+            )
             for batch in batches
         }
         cold = None
@@ -123,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "engine": f"{session.engine} {session.version}",
         "device": options.device,
         "threads": options.threads,
-        "latency": {str(batch): asdict(latency) for batch, latency in latencies.items()},
+        "latency": {
+            str(batch): {name: asdict(row) for name, row in rows.items()} for batch, rows in latencies.items()
+        },
         "cold_start": asdict(cold) if cold else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": where,
@@ -133,10 +150,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {options.device}, "
           f"threads {options.threads}")  # fmt: skip
-    print("batch   p50 ms   p90 ms   p99 ms  mean ms     ± ms   images/s     runs")
-    for batch, row in latencies.items():
-        print(f"{batch:5}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p99_ms:9.3f}{row.mean_ms:9.3f}{row.std_ms:9.3f}"
-              f"{row.images_per_second:11,.0f}{row.n:9,}")  # fmt: skip
+    print("batch                p50 ms   p90 ms   p99 ms  mean ms     ± ms  images/s   runs")
+    for batch, rows in latencies.items():
+        for name, row in rows.items():
+            print(f"{batch:5} {name:12}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p99_ms:9.3f}{row.mean_ms:9.3f}"
+                  f"{row.std_ms:9.3f}{row.images_per_second:10,.0f}{row.n:7,}")  # fmt: skip
+        if options.explain:
+            ratio = rows["class + map"].p50_ms / rows["class"].p50_ms
+            print(f"      class and map together cost {ratio:.2f} times the class alone")
     if cold:
         print(f"cold start {cold.first_prediction_ms:.0f} ms to the first prediction "
               f"(import runtime {cold.import_ms:.0f} ms)")  # fmt: skip

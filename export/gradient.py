@@ -86,8 +86,8 @@ def append_input_gradient(
     The result has one more input, `target` int64 [N]: the class whose logit is differentiated, -1 for the
     predicted one. Its logits are named `logits` [N, K], and more outputs are, as asked for: `gradient`,
     d logits[n, target[n]] / d input, of the input's own shape and type; `saliency` float32 [N, H, W], the
-    maximum over the channels of its magnitude. A target that is no class gives a map of zeros. All else in the model
-    stays as it was.
+    maximum over the channels of its magnitude. A target that is no class gives a map of zeros. All else in the
+    model stays as it was.
 
     Args:
         model: any ONNX classifier whose operators have rules (`RULES`); not changed.

@@ -41,10 +41,10 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = copy.graph
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
     taken.update(value.name for value in graph.input)
-    if "target" in taken or "saliency" in taken or any(name.startswith("grad/") for name in taken):
+    if not taken.isdisjoint(("target", "saliency", "gradient")) or any(name.startswith("grad/") for name in taken):
         raise ModelError(
-            "the model already has a tensor named 'target', 'saliency', 'gradient' or 'grad/...': it is differentiated "
-            "already; start from the file without saliency"
+            "the model already has a tensor named 'target', 'saliency', 'gradient' or 'grad/...': it is "
+            "differentiated already; start from the file without saliency"
         )
     for node in graph.node:
         if any(a.HasField("g") or a.graphs for a in node.attribute):

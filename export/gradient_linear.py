@@ -147,8 +147,11 @@ def _matmul(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
 
 
 def _transposed(t: Tape, name: str) -> str:
-    if t.value(name) is not None:
-        return t.rearranged(name, lambda w: w.swapaxes(-1, -2))
+    value = t.value(name)
+    if value is not None:
+        # As floats, also where the weight is stored in codes: OpenVINO 2026.4 multiplies up to four rows of floats
+        # by a matrix of codes with errors of up to 20 %, and crashes on it in bfloat16.
+        return t.array(value.swapaxes(-1, -2), name)
     *lead, rows, columns = range(t.rank(name))
     return t.op("Transpose", name, perm=[*lead, columns, rows])
 

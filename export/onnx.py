@@ -94,7 +94,7 @@ def export(
     reference = network if int8 else form.network
     verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
     if saliency:
-        model = append_input_gradient(model, input=NORMALIZED, logits="logits", outputs=GRADIENT_OUTPUTS, gate=gate)
+        model = append_input_gradient(model, input=NORMALIZED, outputs=GRADIENT_OUTPUTS, gate=gate)
     manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
@@ -162,9 +162,11 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
     for node in model.graph.node:
         node.input[:] = [names.get(v, v) for v in node.input]
         node.output[:] = [names.get(v, v) for v in node.output]
-    kept = [v for v in model.graph.value_info if v.name not in names]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
+    # The exporter's notes are stack traces with the paths of this machine; shapes are inferred again where needed.
+    del model.graph.value_info[:], model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _folded_quantizers(form: DeployForm) -> list[FoldedQuantizer]:
@@ -205,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision.add_argument("--int8", action="store_true", help="the trained integer grids, as Q/DQ (8 to 2 bits)")
     precision.add_argument("--fp32", action="store_true", help="float32; of PACT the clip alone")
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="engine (default: openvino)")
-    parser.add_argument("--no-saliency", action="store_true", help="leave out the input gradient: the smallest graph")
+    parser.add_argument("--no-saliency", action="store_true", help="leave the input gradient out: class only")
     parser.add_argument("--gate", choices=GATES, default="code",
                         help="where quantized activations pass the gradient (default: code)")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")

@@ -2,5 +2,6 @@
 
 from runtime.classifier import Classifier, Prediction
 from runtime.errors import ClearpactError
+from runtime.explanation import Explanation
 
-__all__ = ["Classifier", "ClearpactError", "Prediction"]
+__all__ = ["Classifier", "ClearpactError", "Explanation", "Prediction"]

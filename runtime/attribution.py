@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.errors import OptionError
 from runtime.manifest import ImageInput
 
 GradientOf = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-Progress = Callable[[Iterable[int], int], Iterable[int]]
+Progress = Callable[..., Iterable[int]]
+
+METHODS = ("gradient", "input_x_gradient", "smoothgrad", "integrated_gradients")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,56 @@ class Attribution:
     logits: np.ndarray
     target: np.ndarray
     completeness_gap: np.ndarray | None = None
+
+
+def attribute(
+    gradient_of: GradientOf,
+    images: np.ndarray,
+    target: np.ndarray,
+    expected: ImageInput,
+    *,
+    method: str,
+    samples: int,
+    noise: float,
+    steps: int,
+    baseline: int,
+    seed: int,
+    max_batch: int,
+    progress: Progress | None,
+) -> Attribution:
+    """Run one of METHODS; the arguments are those of the functions below, of which each takes its own.
+
+    Raises:
+        OptionError: no such method, or a number out of range.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    for name, value in (("samples", samples), ("steps", steps)):
+        if value < 1:
+            raise OptionError(f"{name} {value}: expected a whole number from 1")
+    if not 0 <= noise < np.inf:
+        raise OptionError(f"noise {noise}: expected a share of the image's range, from 0")
+    if not 0 <= baseline <= 255:
+        raise OptionError(f"baseline {baseline}: expected a pixel level, 0 to 255")
+    bar = progress or _no_progress
+    if method == "smoothgrad":
+        return smoothgrad(
+            gradient_of, images, target, samples=samples, noise=noise, seed=seed, max_batch=max_batch, progress=bar
+        )
+    if method == "integrated_gradients":
+        return integrated_gradients(
+            gradient_of,
+            images,
+            target,
+            expected,
+            steps=steps,
+            baseline=baseline,
+            max_batch=max_batch,
+            progress=bar,
+        )
+    if method == "input_x_gradient":
+        return input_x_gradient(gradient_of, images, target, expected, max_batch=max_batch)
+    return gradient(gradient_of, images, target, max_batch=max_batch)
 
 
 def normalize(images: np.ndarray, expected: ImageInput) -> np.ndarray:
@@ -94,7 +147,7 @@ def smoothgrad(
     """
     clean = gradient(gradient_of, images, target, max_batch=max_batch)
     values = np.empty_like(clean.values)
-    for index in progress(range(len(images)), len(images)):
+    for index in progress(range(len(images)), label="explaining"):
         total = np.zeros(values.shape[1:], np.float64)
         generator = np.random.default_rng([seed, index])
         for cut in _cuts(samples, max_batch):
@@ -143,7 +196,7 @@ def integrated_gradients(
     dark_logits, _ = gradient_of(np.full((1, *rest), baseline, np.uint8), np.zeros(1, np.int64))
     mean_gradient = np.empty_like(clean.values)
     positions = (np.arange(steps, dtype=np.float32) + 0.5) / steps
-    for index in progress(range(len(images)), len(images)):
+    for index in progress(range(len(images)), label="explaining"):
         total = np.zeros(mean_gradient.shape[1:], np.float64)
         image = images[index].astype(np.float32)
         for cut in _cuts(steps, max_batch):
@@ -161,3 +214,7 @@ def integrated_gradients(
 
 def _cuts(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _no_progress(items: Iterable[int], *, label: str) -> Iterable[int]:
+    return items

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import overload
 
 import numpy as np
 
-from runtime.errors import ImageError, OptionError
+from runtime import command
+from runtime.attribution import attribute
+from runtime.errors import ImageError, ModelError, OptionError
+from runtime.explanation import Explanation, explanation
 from runtime.images import to_batch
-from runtime.manifest import INPUT_NAME, Manifest
+from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
 from runtime.session import Session, open_session
 
 # Images in one run of the engine: large inputs are cut, so that memory stays bounded.
@@ -85,10 +89,61 @@ class Classifier:
         """
         if top_k < 1:
             raise OptionError(f"top_k {top_k}: expected a whole number from 1")
-        logits = self.logits(images)
-        predictions = [_prediction(row, self.manifest.classes, top_k) for row in logits]
-        single = not isinstance(images, list) and _is_single(np.asarray(images))
-        return predictions[0] if single else predictions
+        predictions = [_prediction(row, self.manifest.classes, top_k) for row in self.logits(images)]
+        return predictions[0] if _is_single(images) else predictions
+
+    def explain(
+        self,
+        images: np.ndarray,
+        target: int | Sequence[int] | np.ndarray | None = None,
+        *,
+        method: str = "gradient",
+        samples: int = 32,
+        noise: float = 0.15,
+        steps: int = 64,
+        baseline: int = 0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Explanation:
+        """Explain why images are, or would be, put into a class.
+
+        Args:
+            images: uint8, one image [H, W] or [H, W, C], or a batch [N, H, W, C], as for `predict`.
+            target: the class to explain, one for all images or one each; None explains the predicted class.
+            method: one of runtime.attribution.METHODS.
+            samples: noisy copies of each image (smoothgrad).
+            noise: standard deviation of the noise, as a share of the image's range of levels (smoothgrad).
+            steps: intervals of the path (integrated_gradients).
+            baseline: pixel level that the path starts from, 0 is black (integrated_gradients).
+            seed: of the noise.
+            progress: show a bar on standard error over the images of the methods that run many.
+
+        Raises:
+            ModelError: the file was exported without the input gradient.
+            ImageError: an image has a dtype, shape or size the model cannot take.
+            OptionError: no such method or class, or a number out of range.
+        """
+        if "gradient" not in self.session.outputs:
+            raise ModelError(
+                "this model gives classes only; export it again without --no-saliency to have them explained"
+            )
+        images = np.asarray(images)
+        batch = to_batch(images, self.manifest.input)
+        found = attribute(
+            self._gradient,
+            batch,
+            self._targets(target, len(batch)),
+            self.manifest.input,
+            method=method,
+            samples=samples,
+            noise=noise,
+            steps=steps,
+            baseline=baseline,
+            seed=seed,
+            max_batch=MAX_BATCH,
+            progress=command.progress if progress else None,
+        )
+        return explanation(found, images, self.manifest.classes, method, single=_is_single(images))
 
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""
@@ -100,6 +155,21 @@ class Classifier:
             batch = to_batch(images, self.manifest.input)
         parts = [batch[start : start + MAX_BATCH] for start in range(0, len(batch), MAX_BATCH)]
         return np.concatenate([self.session.run({INPUT_NAME: part})["logits"] for part in parts])
+
+    def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
+        return found["logits"], found["gradient"]
+
+    def _targets(self, target: int | Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
+        """Return the classes to explain, int64 [n], -1 for the predicted ones."""
+        if target is None:
+            return np.full(n, -1, np.int64)
+        classes = np.asarray(target)
+        known = len(self.manifest.classes)
+        fits = classes.dtype.kind in "iu" and classes.shape in ((), (n,))
+        if not fits or classes.min() < 0 or classes.max() >= known:
+            raise OptionError(f"target {target!r}: expected one class index below {known}, or one for each image")
+        return np.broadcast_to(classes.astype(np.int64), (n,)).copy()
 
     def close(self) -> None:
         """Free the model."""
@@ -128,5 +198,8 @@ def _prediction(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> Pre
     return Prediction(top[0][0], int(best[0]), top[0][1], top, logits)
 
 
-def _is_single(images: np.ndarray) -> bool:
+def _is_single(images: np.ndarray | list[np.ndarray]) -> bool:
+    if isinstance(images, list):
+        return False
+    images = np.asarray(images)
     return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3))

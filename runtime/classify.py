@@ -8,10 +8,13 @@ if __name__ == "__main__" and not __package__:
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from runtime import command
+from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import FileError, ImageError, OptionError
+from runtime.files import check_writable
 from runtime.images import list_images, load_image
 from runtime.session import ENGINES
 
@@ -19,6 +22,8 @@ EXAMPLES = """
   python -m runtime.classify model.onnx photo.png
   python -m runtime.classify model.onnx photos/ --top 5
   python -m runtime.classify model.onnx *.jpg --json > predictions.jsonl
+  python -m runtime.classify model.onnx photo.png --explain heat.png
+  python -m runtime.classify model.onnx photos/ --explain heats/ --method smoothgrad
 """
 
 
@@ -32,10 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
+    parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
+    parser.add_argument("--method", choices=METHODS, default="gradient", help="of --explain (default: gradient)")
     options = parser.parse_args(argv)
     if options.top < 1:
         raise OptionError(f"--top {options.top}: expected a whole number from 1")
     paths = list_images(options.images)
+    pictures = _pictures(options.explain, paths)
     failed = 0
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads
@@ -43,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = max(len(str(path)) for path in paths)
         for path in paths:
             try:
-                (prediction,) = classifier.predict([load_image(path)], top_k=options.top)
+                image = load_image(path)
+                (prediction,) = classifier.predict([image], top_k=options.top)
+                if options.explain:
+                    classifier.explain(image, method=options.method).save(pictures[path])
             except (FileError, ImageError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed += 1
@@ -54,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 print(f"{path!s:{width}}  {'  '.join(f'{label} {p:6.1%}' for label, p in prediction.top)}")
     return command.USER_ERROR if failed else 0
+
+
+def _pictures(where: Path | None, paths: list[Path]) -> dict[Path, Path]:
+    """Return the picture to write for each image, having checked that it can be written."""
+    if where is None:
+        return {}
+    if len(paths) == 1 and not where.is_dir():
+        pictures = {paths[0]: where}
+    elif where.suffix:
+        raise OptionError(f"--explain {where}: one file for {len(paths)} images, expected a folder")
+    else:
+        pictures = {path: where / f"{path.stem}.png" for path in paths}
+    for picture in pictures.values():
+        check_writable(picture)
+    return pictures
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.attribution import Attribution
 from runtime.errors import ImageError, OptionError
 from runtime.files import write_atomically
+from runtime.images import resize_maps
 
 # The map's value that is drawn as fully salient: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.0
@@ -94,3 +96,28 @@ class Explanation:
             raise OptionError(f"{path}: unknown kind of picture, expected a name such as heat.png")
         Image.fromarray(self.overlay()).save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
         write_atomically(path, buffer.getvalue())
+
+
+def explanation(
+    found: Attribution, images: np.ndarray, classes: tuple[str, ...], method: str, *, single: bool
+) -> Explanation:
+    """Return the explanation of images from what a method found.
+
+    Args:
+        found: the attribution, in the model's size.
+        images: as they were given.
+        classes: names of the classes.
+        method: name of the method.
+        single: leave the axis N out.
+    """
+    maps = np.abs(found.values).max(1)
+    height, width = images.shape[:2] if single else images.shape[1:3]
+    if maps.shape[1:] != (height, width):
+        maps = resize_maps(maps, (height, width))
+    labels = [classes[index] for index in found.target]
+    if not single:
+        return Explanation(
+            maps, found.target, labels, found.logits, found.values, method, images, found.completeness_gap
+        )
+    gap = None if found.completeness_gap is None else found.completeness_gap[0]
+    return Explanation(maps[0], found.target[0], labels[0], found.logits[0], found.values[0], method, images, gap)

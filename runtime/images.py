@@ -126,6 +126,13 @@ def resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized
 
 
+def resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return float32 [N, H', W'] of float32 maps [N, H, W], bilinear with antialiasing."""
+    rows, columns = (_bilinear_weights(maps.shape[axis + 1], size[axis]) for axis in (0, 1))
+    resized: np.ndarray = (rows @ maps.astype(np.float64) @ columns.T).astype(np.float32)
+    return resized
+
+
 @functools.lru_cache(maxsize=16)
 def _bilinear_weights(source: int, target: int) -> np.ndarray:
     """Return the weights float64 [target, source] of a triangle filter as wide as one target pixel.

@@ -13,28 +13,27 @@
     checkpoint   sha256 of the checkpoint file, hexadecimal
     versions     of the programs that wrote it
 
-The outputs are `logits` float32 [N, K], and `saliency` float32 [N, H, W] where the graph explains itself.
+The graph's output is `logits` float32 [N, K]. Where it explains itself it also takes `target` int64 [N] (-1: the
+predicted class) and gives `gradient`, d logit_target / d normalized image, float32 [N, C, H, W], and `saliency`
+float32 [N, H, W], the largest magnitude over channels.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from runtime.errors import ModelError
+from runtime.onnx_bytes import metadata
 
 METADATA_KEY = "clearpact"
 VERSION = 1
-INPUT_NAME = "image"
+INPUT_NAME, TARGET_NAME = "image", "target"
 RESIZES = ("bilinear", "none")
 
 _REMEDY = "export it with `python -m export.onnx`"
-# Field numbers of ModelProto and StringStringEntryProto in onnx.proto, and protobuf's wire types.
-_METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -114,45 +113,12 @@ def read_manifest(model: bytes, source: str) -> Manifest:
     if not model:
         raise ModelError(f"{source}: an empty file, expected an ONNX file; copy or export it again")
     try:
-        entries = [dict(_fields(value)) for number, value in _fields(model) if number == _METADATA_PROPS]
+        entries = metadata(model)
     except ValueError as error:
         raise ModelError(f"{source}: {error}, expected an ONNX file; copy or export it again") from None
-    for entry in entries:
-        if entry.get(_KEY) == METADATA_KEY.encode():
-            return Manifest.from_json(entry.get(_VALUE, b"").decode("utf-8", "replace"), source)
-    raise ModelError(f"{source}: an ONNX file without a clearpact manifest; {_REMEDY}")
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield number and contents of every length-delimited field of a protobuf message, skipping the others."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == _VARINT:
-            _, at = _varint(message, at)
-            continue
-        if wire not in (_FIXED64, _BYTES, _FIXED32):
-            raise ValueError(f"no protobuf message (byte {at})")
-        length, at = _varint(message, at) if wire == _BYTES else (8 if wire == _FIXED64 else 4, at)
-        if at + length > len(message):
-            raise ValueError(f"truncated at {len(message)} bytes")
-        if wire == _BYTES:
-            yield number, message[at : at + length]
-        at += length
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            raise ValueError(f"truncated at {len(message)} bytes")
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError(f"no protobuf message (byte {at})")
+    if METADATA_KEY not in entries:
+        raise ModelError(f"{source}: an ONNX file without a clearpact manifest; {_REMEDY}")
+    return Manifest.from_json(entries[METADATA_KEY], source)
 
 
 def _from_values(values: dict[str, Any]) -> Manifest:

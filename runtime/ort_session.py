@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
+from runtime.onnx_bytes import output_names, without_gradient
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class ORTSession:
-    """A model in ONNX Runtime; see runtime.session.Session."""
+    """A model in ONNX Runtime; see runtime.session.Session.
+
+    ONNX Runtime computes every output of a session, asked for or not: the class alone gets a session of its own,
+    without the gradient, and the one that explains is opened when a map is first asked for.
+    """
 
     engine = "ort"
 
@@ -22,49 +29,59 @@ class ORTSession:
         self.version: str = onnxruntime.__version__
         self.manifest = manifest
         self.device = device
+        self.outputs = output_names(model)
         self._source = source
-        provider = _PROVIDERS.get(device)
+        self._provider = _PROVIDERS.get(device)
         available = onnxruntime.get_available_providers()
-        if provider not in available:
+        if self._provider not in available:
             found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
             raise EngineError(f"device {device!r}: ONNX Runtime does not find it; expected one of: {found}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; its warnings are for graph authors
+        self._options = onnxruntime.SessionOptions()
+        self._options.log_severity_level = 3  # errors; its warnings are for graph authors
         if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=[provider])
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(
-                f"{source}: ONNX Runtime cannot load it ({reason}); export it with --target ort"
-            ) from None
-        # Where a provider's libraries do not load, ONNX Runtime takes the CPU and says so in a log only.
-        if provider not in session.get_providers():
-            raise EngineError(f"device {device!r}: ONNX Runtime cannot start it; check its driver, or use cpu")
-        self._session: onnxruntime.InferenceSession | None = session
-        self.outputs = tuple(output.name for output in session.get_outputs())
-        self._inputs = [value.name for value in session.get_inputs()]
-        # Without this, every run computes every output and throws away what was not asked for.
-        self._run_options = onnxruntime.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
+            self._options.intra_op_num_threads = threads
+            self._options.inter_op_num_threads = 1
+        self._model: bytes | None = model
+        self._lock = threading.Lock()
+        self._explaining: onnxruntime.InferenceSession | None = None
+        explains = self.outputs != ("logits",)
+        self._classifying = self._open(without_gradient(model) if explains else model)
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
     ) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
-        session = self._session  # held here, so that closing in another thread does not free it now
+        # Held here, so that closing in another thread does not free it now.
+        session = self._classifying if outputs == ("logits",) else self._explaining or self._open_explaining()
         if session is None:
             raise EngineError(f"{self._source}: the model is closed; open it again")
-        feeds = dict(inputs)
-        if "target" in self._inputs and "target" not in feeds:
-            feeds["target"] = np.full(len(feeds["image"]), -1, np.int64)  # must be fed, even where it is not used
-        return dict(zip(outputs, session.run(list(outputs), feeds, self._run_options), strict=True))
+        return dict(zip(outputs, session.run(list(outputs), dict(inputs)), strict=True))
 
     def close(self) -> None:
         """Free the model."""
-        self._session = None
+        with self._lock:
+            self._model = self._classifying = self._explaining = None
+
+    def _open_explaining(self) -> Any:
+        with self._lock:
+            if self._explaining is None and self._model is not None:
+                self._explaining = self._open(self._model)
+            return self._explaining
+
+    def _open(self, model: bytes) -> Any:
+        try:
+            session = onnxruntime.InferenceSession(model, self._options, providers=[self._provider])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"{self._source}: ONNX Runtime cannot load it ({reason}); export it with --target ort"
+            ) from None
+        # Where a provider's libraries do not load, ONNX Runtime takes the CPU and says so in a log only.
+        if self._provider not in session.get_providers():
+            raise EngineError(
+                f"device {self.device!r}: ONNX Runtime cannot start it; check its driver, or use cpu"
+            )
+        return session
 
 
 def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> ORTSession:

@@ -51,8 +51,8 @@ def test_results_are_recorded_after_those_that_are_there(
     printed = json.loads(capsys.readouterr().out)
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert lines == [{"old": 1}, printed]
-    assert list(printed["latency"]) == list(printed["ratio_to_openvino_int8"]) == NAMES
-    assert printed["ratio_to_openvino_int8"][OURS] == 1.0
+    assert list(printed["latency"]) == list(printed["ratio_to_OpenVINO INT8"]) == NAMES
+    assert printed["ratio_to_OpenVINO INT8"][OURS] == 1.0
     assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
     assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in printed["latency"].values())
     assert printed["environment"]["commit"]

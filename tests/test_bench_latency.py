@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_json_of_a_real_process_has_every_figure_and_its_environment(digits_mode
     assert (result["device"], result["threads"]) == ("cpu", 1)
     assert result["file_bytes"] == path.stat().st_size
     assert list(result["latency"]) == ["1", "3"]
-    for batch, row in result["latency"].items():
+    for batch, rows in result["latency"].items():
+        assert list(rows) == ["class"]
+        row = rows["class"]
         assert row["n"] == 20
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["images_per_second"] == pytest.approx(1000 * int(batch) / row["p50_ms"])
@@ -47,6 +50,20 @@ def test_json_of_a_real_process_has_every_figure_and_its_environment(digits_mode
     assert result["environment"]["commit"] == (commit.stdout.strip() or "unknown")
     assert result["environment"]["cores"] == len(os.sched_getaffinity(0))
     assert result["environment"]["openvino"].startswith("20")
+
+
+def test_class_and_map_are_measured_in_turns(
+    digits_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(digits_models["openvino"])
+    main([model, "--explain", "--batch", "2", "--runs", "5", "--no-cold-start", "--json"])
+    rows = json.loads(capsys.readouterr().out)["latency"]["2"]
+    assert list(rows) == ["class", "class + map"]
+    assert rows["class + map"]["n"] == 5
+    main([model, "--explain", "--runs", "5", "--no-cold-start"])
+    out = capsys.readouterr().out.splitlines()
+    assert [line[6:18].strip() for line in out[2:4]] == ["class", "class + map"]
+    assert re.match(r" +class and map together cost \d+\.\d\d times the class alone", out[4])
 
 
 def test_a_person_reads_one_row_per_batch_size(

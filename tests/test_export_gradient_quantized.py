@@ -157,7 +157,7 @@ def test_openvino_gates_the_same_codes(target: str, n: int, gate: str) -> None:
     )
     logits, gradient = run(explained, x=x, target=targets)
     np.testing.assert_allclose(result["logits"], logits, atol=1e-5)
-    assert np.linalg.norm(result["saliency"] - gradient) < 1e-4 * np.linalg.norm(gradient)
+    assert np.linalg.norm(result["gradient"] - gradient) < 1e-4 * np.linalg.norm(gradient)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -20,6 +20,7 @@ from export.onnx import NORMALIZED, export, main
 from export.verify import verify
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnx_bytes import output_names, without_gradient
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
 from train.data import InputSpec
@@ -38,6 +39,12 @@ def toy(model: nn.Module, bits: int) -> nn.Module:
     quantized = quantize(randomize_norms(model), QuantSpec(bits), input_scale=SPEC.grid_scale).eval()
     start_alphas(quantized, torch.randn(16, 3, 12, 12))
     return quantized
+
+
+def class_only(path: Path) -> onnx.ModelProto:
+    model = onnx.load_from_string(without_gradient(path.read_bytes()))
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -71,7 +78,7 @@ def test_folding_flips_codes_under_a_negative_gamma_and_clears_a_dead_channel() 
 def test_reference_evaluator_gives_the_trained_networks_logits(
     digits_models: dict[str, Path], digits_checkpoint: Checkpoint, target: str
 ) -> None:
-    model = onnx.load(digits_models[target])
+    model = class_only(digits_models[target])
     images = pixels(digits_checkpoint, 32)
     (found,) = ReferenceEvaluator(model).run(None, {"image": images})
     with torch.no_grad():
@@ -123,13 +130,26 @@ def test_each_target_gets_its_own_lowering(
 def test_batch_is_dynamic_and_rows_do_not_depend_on_it(
     digits_models: dict[str, Path], digits_checkpoint: Checkpoint
 ) -> None:
-    model = onnx.load(digits_models["openvino"])
+    model = class_only(digits_models["openvino"])
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     evaluator = ReferenceEvaluator(model)
     images = pixels(digits_checkpoint, 5)
     (together,) = evaluator.run(None, {"image": images})
     apart = np.concatenate([evaluator.run(None, {"image": images[i : i + 1]})[0] for i in range(5)])
     assert np.allclose(together, apart, atol=1e-5)
+
+
+def test_the_class_alone_is_the_file_as_exported_without_saliency(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint
+) -> None:
+    expected = export(digits_checkpoint, saliency=False).model
+    found = class_only(digits_models["openvino"])
+    assert list(found.graph.node) == list(expected.graph.node)
+    assert {t.name for t in found.graph.initializer} == {t.name for t in expected.graph.initializer}
+    assert list(found.graph.input) == list(expected.graph.input)
+    assert list(found.graph.output) == list(expected.graph.output)
+    assert found.metadata_props == expected.metadata_props
+    assert output_names(digits_models["openvino"].read_bytes()) == ("logits", "saliency", "gradient")
 
 
 def test_float_export_of_a_float_network(digits_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint) -> None:
@@ -141,7 +161,7 @@ def test_float_export_of_a_float_network(digits_checkpoint: Checkpoint, resnet_c
 
 
 def test_manifest_travels_in_the_file(digits_models: dict[str, Path], digits_checkpoint: Checkpoint) -> None:
-    model = onnx.load(digits_models["openvino"])
+    model = class_only(digits_models["openvino"])
     (text,) = [p.value for p in model.metadata_props if p.key == METADATA_KEY]
     manifest = Manifest.from_json(text, "test")
     assert (manifest.arch, manifest.precision, manifest.target, manifest.data) == (
@@ -172,7 +192,7 @@ def test_verification_names_the_weight_that_differs(
 ) -> None:
     network = digits_checkpoint.network()
     form = deploy_form(network, digits_checkpoint.input)
-    model = onnx.load(digits_models["openvino"])
+    model = class_only(digits_models["openvino"])
     images = digits_checkpoint.samples["images"][:8]
     verify(model, form, network, digits_checkpoint.input, images)
     with pytest.raises(ModelError, match=r"weight conv2\.codes: differs from the checkpoint's"):
@@ -191,7 +211,7 @@ def test_verification_names_the_activation_that_differs(
 ) -> None:
     network = digits_checkpoint.network()
     form = deploy_form(network, digits_checkpoint.input)
-    model = with_initializer(onnx.load(digits_models["openvino"]), name, 1)
+    model = with_initializer(class_only(digits_models["openvino"]), name, 1)
     with pytest.raises(ModelError, match=message):
         verify(model, form, network, digits_checkpoint.input, digits_checkpoint.samples["images"][:8])
 
@@ -264,3 +284,11 @@ def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_check
         assert expected in done.stderr
         assert done.stderr.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["text.pt"]
+
+
+def test_the_file_says_nothing_of_the_machine_it_was_made_on(digits_models: dict[str, Path]) -> None:
+    for path in digits_models.values():
+        data = path.read_bytes()
+        assert str(ROOT).encode() not in data
+        assert b"deploy_form.py" not in data
+        assert [p.key for p in onnx.load_from_string(data).metadata_props] == [METADATA_KEY]

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import InputXGradient, IntegratedGradients
+from PIL import Image
+from torch import nn
+
+from export.deploy_form import deploy_form
+from export.onnx import export
+from runtime import Classifier
+from runtime.attribution import noisy_copies, normalize
+from runtime.classify import main as classify
+from runtime.errors import ImageError, ModelError, OptionError
+from runtime.session import open_session
+from train.checkpoint import Checkpoint
+from train.data import ImageData
+
+
+@pytest.fixture(scope="module")
+def frames(digits: ImageData) -> np.ndarray:
+    return digits.test_images[:40].permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@pytest.fixture(scope="module", params=["openvino", "ort"])
+def classifier(request: pytest.FixtureRequest, digits_models: dict[str, Path]) -> Classifier:
+    return Classifier(digits_models[request.param], threads=1)
+
+
+@pytest.fixture(scope="module")
+def network(digits_checkpoint: Checkpoint) -> nn.Module:
+    """The fake-quantized network with the gate of the exported graph: 0 < code < n."""
+    model = digits_checkpoint.network()
+
+    class CodeGate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y, inside):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(inside)
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            (inside,) = ctx.saved_tensors
+            return grad * inside, None, None
+
+    def gate(module, inputs, output):  # type: ignore[no-untyped-def]
+        codes = torch.round(output.detach() / module.scale.detach())
+        return CodeGate.apply(inputs[0], output.detach(), (codes > 0) & (codes < module.qmax))
+
+    for name in ("relu1", "relu2", "relu3"):
+        model.get_submodule(f"quantizers.{name}").register_forward_hook(gate)
+    return model
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def normalized(checkpoint: Checkpoint, frames: np.ndarray) -> torch.Tensor:
+    return checkpoint.input.normalize(torch.from_numpy(frames).permute(0, 3, 1, 2))
+
+
+def test_gradient_is_autograds(
+    classifier: Classifier, network: nn.Module, digits_checkpoint: Checkpoint, frames: np.ndarray
+) -> None:
+    x = normalized(digits_checkpoint, frames).requires_grad_()
+    logits = network(x)
+    found = classifier.explain(frames)
+    assert np.array_equal(found.target, logits.argmax(1).numpy())
+    (expected,) = torch.autograd.grad(logits.max(1).values.sum(), x)
+    assert relative_error(found.attribution, expected.numpy()) < 1e-4
+    assert np.array_equal(found.map, np.abs(found.attribution).max(1))
+    assert np.allclose(found.logits, logits.detach().numpy(), atol=0.05)
+
+
+def test_saliency_output_is_the_map(classifier: Classifier, frames: np.ndarray) -> None:
+    target = np.arange(40) % 10
+    outputs = classifier.session.run({"image": frames, "target": target}, ("saliency", "gradient"))
+    assert np.array_equal(outputs["saliency"], np.abs(outputs["gradient"]).max(1))
+    assert np.allclose(outputs["gradient"], classifier.explain(frames, target).attribution, atol=1e-6)
+
+
+def test_different_images_and_targets_have_different_maps(classifier: Classifier, frames: np.ndarray) -> None:
+    by_image = classifier.explain(frames, 3).map
+    by_target = classifier.explain(np.repeat(frames[:1], 10, 0), np.arange(10)).map
+    for maps in (by_image, by_target):
+        flat = maps.reshape(len(maps), -1)
+        flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        cosines = (flat @ flat.T)[np.triu_indices(len(flat), 1)]
+        assert cosines.max() < 0.999
+
+
+def test_a_batch_equals_single_runs(classifier: Classifier, frames: np.ndarray) -> None:
+    together = classifier.explain(frames[:9], list(range(9)))
+    for index in range(9):
+        alone = classifier.explain(frames[index], index)
+        assert alone.map.shape == (8, 8)
+        assert alone.label == str(index)
+        assert np.allclose(alone.attribution, together.attribution[index], rtol=1e-4, atol=1e-5)
+
+
+def test_input_x_gradient_is_captums(
+    classifier: Classifier, network: nn.Module, digits_checkpoint: Checkpoint, frames: np.ndarray
+) -> None:
+    target = np.arange(40) % 10
+    expected = InputXGradient(network).attribute(
+        normalized(digits_checkpoint, frames).requires_grad_(), torch.from_numpy(target)
+    )
+    found = classifier.explain(frames, target, method="input_x_gradient")
+    assert relative_error(found.attribution, expected.detach().numpy()) < 1e-3
+
+
+def test_smoothgrad_is_the_mean_gradient_over_the_same_noise(
+    classifier: Classifier, network: nn.Module, digits_checkpoint: Checkpoint, frames: np.ndarray
+) -> None:
+    found = classifier.explain(frames[:3], [1, 2, 3], method="smoothgrad", samples=70, noise=0.2, seed=5)
+    for index in range(3):
+        generator = np.random.default_rng([5, index])
+        noisy = np.concatenate([noisy_copies(frames[index], n, 0.2, generator) for n in (64, 6)])
+        x = normalized(digits_checkpoint, noisy).requires_grad_()
+        (expected,) = torch.autograd.grad(network(x)[:, index + 1].sum(), x)
+        assert relative_error(found.attribution[index], expected.mean(0).numpy()) < 1e-3
+
+
+def test_integrated_gradients_are_captums_on_the_float_network(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, frames: np.ndarray
+) -> None:
+    classifier = Classifier(digits_models["float"], engine="ort")
+    form = deploy_form(digits_checkpoint.network(), digits_checkpoint.input, int8=False)
+    x = normalized(digits_checkpoint, frames[:8])
+    black = normalized(digits_checkpoint, np.zeros_like(frames[:8]))
+    # 255 steps between levels that are multiples of 2: every point of the path is a whole level.
+    expected, gap = IntegratedGradients(form.network).attribute(
+        x, black, target=4, n_steps=256, method="riemann_middle", return_convergence_delta=True
+    )
+    found = classifier.explain(frames[:8], 4, method="integrated_gradients", steps=256)
+    assert relative_error(found.attribution, expected.detach().numpy()) < 2e-2
+    assert found.completeness_gap is not None
+    change = form.network(x)[:, 4] - form.network(black)[:, 4]
+    assert np.abs(found.completeness_gap).max() < 0.02 * float(change.abs().max())
+    assert np.allclose(found.completeness_gap, gap.detach().numpy(), atol=0.02 * float(change.abs().max()))
+
+
+def test_integrated_gradients_from_the_image_itself_are_zero(classifier: Classifier) -> None:
+    grey = np.full((8, 8), 77, np.uint8)
+    found = classifier.explain(grey, 2, method="integrated_gradients", baseline=77, steps=3)
+    assert np.abs(found.attribution).max() == 0
+    assert found.completeness_gap == pytest.approx(0, abs=1e-6)
+
+
+def test_normalization_is_the_graphs(
+    digits_checkpoint: Checkpoint, classifier: Classifier, frames: np.ndarray
+) -> None:
+    expected = normalized(digits_checkpoint, frames).numpy()
+    assert np.allclose(normalize(frames, classifier.manifest.input), expected, atol=1e-6)
+
+
+def test_map_and_overlay_have_the_frames_own_size(classifier: Classifier, frames: np.ndarray) -> None:
+    photo = np.asarray(Image.fromarray(frames[3, :, :, 0]).resize((90, 60)).convert("RGB"))
+    found = classifier.explain(photo)
+    assert found.map.shape == (60, 90)
+    assert found.map.dtype == np.float32
+    assert found.attribution.shape == (1, 8, 8)
+    picture = found.overlay()
+    assert picture.shape == (60, 90, 3)
+    assert picture.dtype == np.uint8
+    quiet = found.map < 0.01 * found.map.max()
+    assert np.abs(picture[quiet].astype(int) - photo[quiet]).max() <= 40
+    assert not np.array_equal(picture, photo)
+    with pytest.raises(ImageError, match=r"overlay on uint8 \[8, 8, 1\], expected uint8 \[60, 90, 3\]"):
+        found.overlay(frames[0])
+
+
+def test_explanations_are_saved(classifier: Classifier, frames: np.ndarray, tmp_path: Path) -> None:
+    one, many = classifier.explain(frames[0]), classifier.explain(frames[:2])
+    one.save(tmp_path / "heat.png")
+    with Image.open(tmp_path / "heat.png") as picture:
+        assert np.array_equal(np.asarray(picture), one.overlay())
+    many.save(tmp_path / "maps.npz")
+    with np.load(tmp_path / "maps.npz") as archive:
+        assert np.array_equal(archive["map"], many.map)
+        assert np.array_equal(archive["target"], many.target)
+    with pytest.raises(ImageError, match="explanation of 2 images, expected one; save one at a time"):
+        many.save(tmp_path / "heat2.png")
+    with pytest.raises(OptionError, match=r"heat\.doc: unknown kind of picture"):
+        one.save(tmp_path / "heat.doc")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["heat.png", "maps.npz"]
+
+
+def test_a_model_without_gradient_names_the_flag(digits_checkpoint: Checkpoint, frames: np.ndarray) -> None:
+    model = export(digits_checkpoint, saliency=False).model
+    assert [o.name for o in model.graph.output] == ["logits"]
+    with (
+        Classifier(model.SerializeToString()) as classifier,
+        pytest.raises(ModelError, match="classes only; export it again without --no-saliency"),
+    ):
+        classifier.explain(frames[0])
+
+
+@pytest.mark.parametrize("engine", ["openvino", "ort"])
+def test_logits_do_not_change_when_they_are_explained(
+    digits_models: dict[str, Path], frames: np.ndarray, engine: str
+) -> None:
+    session = open_session(digits_models[engine], engine=engine, threads=1)
+    assert session.outputs == ("logits", "saliency", "gradient")
+    alone = session.run({"image": frames})["logits"]
+    target = np.full(len(frames), -1, np.int64)
+    explained = session.run({"image": frames, "target": target}, ("logits", "saliency"))
+    assert sorted(explained) == ["logits", "saliency"]
+    assert np.array_equal(alone.argmax(1), explained["logits"].argmax(1))
+    assert np.allclose(alone, explained["logits"], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lime"}, "method 'lime': expected one of gradient, input_x_gradient"),
+        ({"target": 10}, "target 10: expected one class index below 10"),
+        ({"target": -2}, "target -2: expected one class index"),
+        ({"target": [1, 2]}, "or one for each image"),
+        ({"target": 1.5}, "target 1.5: expected one class index"),
+        ({"method": "smoothgrad", "samples": 0}, "samples 0: expected a whole number from 1"),
+        ({"method": "smoothgrad", "noise": float("nan")}, "noise nan: expected a share"),
+        ({"method": "integrated_gradients", "baseline": 256}, "baseline 256: expected a pixel level"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    classifier: Classifier, frames: np.ndarray, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        classifier.explain(frames[:3], **options)  # type: ignore[arg-type]
+
+
+def test_command_writes_heat_maps(digits_models: dict[str, Path], frames: np.ndarray, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(2):
+        Image.fromarray(frames[index, :, :, 0]).resize((32, 32)).save(photos / f"{index}.png")
+    model = str(digits_models["openvino"])
+    assert classify([model, str(photos / "0.png"), "--explain", str(tmp_path / "heat.png")]) == 0
+    with Image.open(tmp_path / "heat.png") as picture:
+        assert picture.size == (32, 32)
+    classify([model, str(photos), "--explain", str(tmp_path / "heats"), "--method", "integrated_gradients"])
+    assert sorted(p.name for p in (tmp_path / "heats").iterdir()) == ["0.png", "1.png"]
+    with pytest.raises(OptionError, match="one file for 2 images, expected a folder"):
+        classify([model, str(photos), "--explain", str(tmp_path / "one.png")])
