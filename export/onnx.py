@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.agreement import MapAgreement, map_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES, append_input_gradient
 from export.gradient import OUTPUTS as GRADIENT_OUTPUTS
@@ -40,6 +41,7 @@ EXAMPLES = """
   python -m export.onnx runs/mnist-cnn2-8bit-sgt/ckpt.pt --int8
   python -m export.onnx ckpt.pt --int8 --target ort -o model_ort.onnx
   python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
+  python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
 """
 
 
@@ -50,6 +52,7 @@ class Exported:
     model: onnx.ModelProto
     manifest: Manifest
     verification: Verification
+    agreement: MapAgreement | None
 
 
 def export(
@@ -59,6 +62,7 @@ def export(
     target: str = "openvino",
     saliency: bool = True,
     gate: str = "code",
+    required_agreement: float = -1.0,
     resize: str = "bilinear",
     checkpoint_sha256: str = "",
 ) -> Exported:
@@ -71,12 +75,14 @@ def export(
         saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
             logits alone does not compute them.
         gate: of the gradient at quantized activations, see `export.gradient.append_input_gradient`.
+        required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
         checkpoint_sha256: of the checkpoint's file, for the manifest.
 
     Raises:
         OptionError: int8 of a network that was trained in float, or an unknown target.
-        ModelError: the graph does not compute what was trained; the text names the tensor that differs.
+        ModelError: the graph does not compute what was trained (the text names the tensor that differs), or its
+            maps agree less than required.
     """
     if int8 and checkpoint.quant.bits == FLOAT_BITS:
         raise OptionError("int8 export of a network trained in float; train it with --bits 8, or export --fp32")
@@ -93,12 +99,19 @@ def export(
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
     verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
+    agreement = None
     if saliency:
         model = append_input_gradient(model, input=NORMALIZED, outputs=GRADIENT_OUTPUTS, gate=gate)
+        agreement = map_agreement(model, checkpoint)
+        if agreement.spearman < required_agreement:
+            raise ModelError(
+                f"saliency: Spearman {agreement.spearman:.3f} with the float network's maps, expected "
+                f"{required_agreement} at least; train with more bits, or require less"
+            )
     manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
-    return Exported(model, manifest, verification)
+    return Exported(model, manifest, verification, agreement)
 
 
 def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:
@@ -210,10 +223,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-saliency", action="store_true", help="leave the input gradient out: class only")
     parser.add_argument("--gate", choices=GATES, default="code",
                         help="where quantized activations pass the gradient (default: code)")  # fmt: skip
+    parser.add_argument("--require-agreement", type=float, default=-1.0, metavar="SPEARMAN",
+                        help="refuse a file whose maps agree less with the float network's")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
     parser.add_argument("--resize", choices=RESIZES, default="bilinear",
                         help="what the runtime does with images of another size (default: bilinear)")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.no_saliency and options.require_agreement > -1:
+        raise OptionError("--require-agreement needs the maps that --no-saliency leaves out; drop one of them")
     output = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     checkpoint = checkpoints.load(options.checkpoint)
     check_writable(output)
@@ -224,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target=options.target,
         saliency=not options.no_saliency,
         gate=options.gate,
+        required_agreement=options.require_agreement,
         resize=options.resize,
         checkpoint_sha256=sha256,
     )
@@ -231,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = f"{layer['bits']}-bit weights, input {layer['input']}" if layer["bits"] else "float32"
         print(f"  {layer['name']:24} {layer['kind']:8} {form}")
     print(f"verified: {exported.verification}")
+    if exported.agreement:
+        print(f"explains: {exported.agreement}")
     data = exported.model.SerializeToString()
     write_atomically(output, data)
     gives = "class only" if options.no_saliency else "class and input gradient"

@@ -85,7 +85,7 @@ def verify(
     """
     weight_codes = _compare_weights(model, form)
     names = [n for n, m in form.network.named_modules() if isinstance(m, FoldedQuantizer) and m.rounds]
-    run, reference = _reference(model, [f"{name}{CODES_SUFFIX}" for name in names])
+    run, reference = reference_run(model, [f"{name}{CODES_SUFFIX}" for name in names])
     found = run({"image": images.permute(0, 2, 3, 1).contiguous().numpy()})
     codes = {name: found[f"{name}{CODES_SUFFIX}"].astype(np.int32) for name in names}
     expected_codes, logits_on_same_codes = _run_layer_by_layer(network, input_spec, images, codes)
@@ -176,7 +176,7 @@ def _run_layer_by_layer(
     return expected, logits
 
 
-def _reference(model: onnx.ModelProto, values: list[str]) -> tuple[Run, str]:
+def reference_run(model: onnx.ModelProto, values: list[str]) -> tuple[Run, str]:
     """Return a function that runs the graph operator by operator, as written, and gives inner values too."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)

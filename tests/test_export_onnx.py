@@ -292,3 +292,30 @@ def test_the_file_says_nothing_of_the_machine_it_was_made_on(digits_models: dict
         assert str(ROOT).encode() not in data
         assert b"deploy_form.py" not in data
         assert [p.key for p in onnx.load_from_string(data).metadata_props] == [METADATA_KEY]
+
+
+def test_agreement_of_maps_is_reported_and_can_be_required(
+    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floating = export(digits_checkpoint, int8=False).agreement
+    assert floating is not None
+    assert floating.spearman > 0.9999
+    assert floating.top_overlap > 0.999
+    assert floating.float_accuracy == floating.exported_accuracy
+    quantized = export(digits_checkpoint).agreement
+    assert quantized is not None
+    assert 0.9 < quantized.spearman < floating.spearman
+    assert quantized.samples == 256
+    arguments = [str(digits_checkpoint_path), "--int8", "-o", str(tmp_path / "model.onnx"), "--require-agreement"]
+    with pytest.raises(
+        ModelError, match=r"saliency: Spearman 0\.\d+ with the float network's maps, expected 0\.9999"
+    ):
+        main([*arguments, "0.9999"])
+    assert not (tmp_path / "model.onnx").exists()
+    main([*arguments, "0.9"])
+    assert (
+        f"Spearman {quantized.spearman:.3f}, top-10 % overlap {quantized.top_overlap:.3f}"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(OptionError, match="--require-agreement needs the maps that --no-saliency leaves out"):
+        main([*arguments, "0.9", "--no-saliency"])
