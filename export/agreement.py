@@ -34,9 +34,10 @@ class MapAgreement:
     exported_accuracy: float
 
     def __str__(self) -> str:
+        accuracy = f"{self.float_accuracy:.2f} -> {self.exported_accuracy:.2f} %"
         return (
             f"maps against the float network's: Spearman {self.spearman:.3f}, top-10 % overlap "
-            f"{self.top_overlap:.3f}; accuracy {self.float_accuracy:.2f} -> {self.exported_accuracy:.2f} % ({self.samples} images)"
+            f"{self.top_overlap:.3f}; accuracy {accuracy} ({self.samples} images)"
         )
 
 
