@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from train.checkpoint import Checkpoint
 from train.quant import QuantSpec
 from train.recipe import default_recipe
 
+# Started in the background of a script, this process and its children would ignore Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The networks are tiny: a second thread would cost more than it gives.
 torch.set_num_threads(1)
 # No deadline: other work on the machine is no defect. No database: tests write nothing into the working directory.
