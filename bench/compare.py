@@ -37,6 +37,9 @@ EXAMPLES = """
   python -m bench.compare ckpt.pt --record bench/results/latency.jsonl
 """
 
+# Until the threads of the contender before have stopped spinning, mostly: see bench.statistics.measure.
+_REST_MS = 100.0
+
 OURS = "OpenVINO INT8"
 OURS_WITH_MAP = "OpenVINO INT8 + map"
 
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     calls = (explainers if options.explain else contenders)(checkpoint, images, threads=options.threads)
     ours = OURS_WITH_MAP if options.explain else OURS
-    samples = measure(calls, seconds=options.seconds)
+    samples = measure(calls, seconds=options.seconds, rest_ms=_REST_MS if options.threads > 1 else 0.0)
     rows = {name: summarize(times, options.batch) for name, times in samples.items()}
     ratios = {name: float(np.median(times / samples[ours])) for name, times in samples.items()}
     where = environment()

@@ -54,6 +54,7 @@ def measure(
     runs: int | None = None,
     seconds: float = 3.0,
     warm_up_seconds: float = 0.5,
+    rest_ms: float = 0.0,
     label: str = "measuring",
 ) -> dict[str, np.ndarray]:
     """Time each contender again and again, one after the other in every round.
@@ -67,6 +68,8 @@ def measure(
         runs: rounds to measure; None fills `seconds` per contender, with 20 rounds at least.
         seconds: see `runs`.
         warm_up_seconds: calls before anything is timed, per contender.
+        rest_ms: pause before each turn. Worker threads of ONNX Runtime and of OpenMP spin on after their work is
+            done and would take a core from the next contender: with several threads, give them time to sleep.
         label: of the progress bar.
 
     Returns:
@@ -81,11 +84,12 @@ def measure(
             calls += 1
         typical_s[name] = (time.perf_counter() - began) / calls
     settle_s = SETTLE_MS / 1000 if len(contenders) > 1 else 0.0
-    round_s = sum(max(settle_s, typical) + typical for typical in typical_s.values())
+    round_s = sum(rest_ms / 1000 + max(settle_s, typical) + typical for typical in typical_s.values())
     rounds = runs or max(20, int(seconds * len(typical_s) / round_s))
     samples = {name: np.empty(rounds) for name in contenders}
     for index in command.progress(range(rounds), label=label):
         for name, call in contenders.items():
+            time.sleep(rest_ms / 1000)
             settled = time.perf_counter() + settle_s
             call()
             while time.perf_counter() < settled:
