@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from export.operators import dequantize_weight, fake_quantize
 from train.data import InputSpec
-from train.quant import float_weight, quantizers, weight_quantizer
+from train.quant import float_weight, weight_quantizer
 from train.quantizers import PACT, InputQuantizer
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -208,8 +208,3 @@ def _unique(module: fx.GraphModule, name: str, node: fx.Node) -> str:
 def folded_layers(form: DeployForm) -> dict[str, FoldedLayer]:
     """Return the folded layers of a deploy form by name, in the order of the forward pass."""
     return {n: m for n, m in form.network.named_modules() if isinstance(m, FoldedLayer)}
-
-
-def quantizer_names(network: nn.Module) -> list[str]:
-    """Return the module paths of the activation quantizers, in the order of the forward pass."""
-    return [f"quantizers.{name}" for name in quantizers(network)]

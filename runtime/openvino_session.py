@@ -123,7 +123,7 @@ class _Request:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, value in inputs.items():
             if self._inputs is not None:
-                self._inputs[name][...] = value
+                np.copyto(self._inputs[name], value, casting="no")
             else:
                 # OpenVINO shares only what it could write to; it never writes to an input.
                 self._request.set_tensor(name, openvino.Tensor(value, shared_memory=value.flags.writeable))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +177,3 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
     )
-
-
-def settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a run was asked for, as plain values: to print, or to compare with another request."""
-    return {"arch": checkpoint.arch["name"], **asdict(checkpoint.recipe), **asdict(checkpoint.quant)}
