@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import io
 import logging
+import shutil
+import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,7 @@ def export(
     required_agreement: float = -1.0,
     resize: str = "bilinear",
     checkpoint_sha256: str = "",
+    status: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Return the ONNX graph of a trained network, verified on the checkpoint's real images.
 
@@ -78,6 +81,7 @@ def export(
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
         checkpoint_sha256: of the checkpoint's file, for the manifest.
+        status: told what is being done, step by step.
 
     Raises:
         OptionError: int8 of a network that was trained in float, or an unknown target.
@@ -92,16 +96,20 @@ def export(
         raise OptionError(
             "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
         )
+    status("exporting ...")
     network = checkpoint.network()
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
     _name_values(model, form)
+    status("verifying on real images ...")
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
     verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
     agreement = None
     if saliency:
+        status("differentiating ...")
         model = append_input_gradient(model, input=NORMALIZED, outputs=GRADIENT_OUTPUTS, gate=gate)
+        status("comparing maps ...")
         agreement = map_agreement(model, checkpoint)
         if agreement.spearman < required_agreement:
             raise ModelError(
@@ -244,17 +252,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         required_agreement=options.require_agreement,
         resize=options.resize,
         checkpoint_sha256=sha256,
+        status=command.status,
     )
+    command.status("")
     for layer in exported.manifest.layers:
-        form = f"{layer['bits']}-bit weights, input {layer['input']}" if layer["bits"] else "float32"
-        print(f"  {layer['name']:24} {layer['kind']:8} {form}")
-    print(f"verified: {exported.verification}")
+        form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
+        print(f"  {layer['name']:20} {layer['kind']:7} {form}")
+    print(_wrapped(f"verified: {exported.verification}"))
     if exported.agreement:
-        print(f"explains: {exported.agreement}")
+        print(_wrapped(f"explains: {exported.agreement}"))
     data = exported.model.SerializeToString()
     write_atomically(output, data)
     gives = "class only" if options.no_saliency else "class and input gradient"
     print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
+def _wrapped(text: str) -> str:
+    """Break a line at words where a terminal would break it anywhere; pipes get it whole."""
+    columns = shutil.get_terminal_size((10_000, 24)).columns
+    return "\n".join(textwrap.wrap(text, columns - 1, subsequent_indent=" " * 10))
 
 
 if __name__ == "__main__":

@@ -40,19 +40,27 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     Anything else is a defect and keeps its traceback.
     """
     try:
-        status = main(None) or 0
+        code = main(None) or 0
         sys.stdout.flush()
     except ClearpactError as error:
+        status("")
         print(f"error: {error}", file=sys.stderr)
-        status = USER_ERROR
+        code = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone: leave quietly, without Python's complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    raise SystemExit(status)
+        code = 0
+    raise SystemExit(code)
+
+
+def status(text: str) -> None:
+    """Show what is being done on standard error where that is a terminal, over the status before; "" clears it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterable[T]:

@@ -255,7 +255,7 @@ def test_command_verifies_writes_and_prints(
     output = tmp_path / "deep" / "model.onnx"
     main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
     out = capsys.readouterr().out
-    assert "conv1                    Conv2d   8-bit weights, input 8-bit -128..127" in out
+    assert "  conv1                Conv2d  8-bit codes; input 8-bit -128..127, scale" in out
     assert "verified: 52,768 weight codes equal; on 256 images" in out
     (text,) = [p.value for p in onnx.load(output).metadata_props if p.key == METADATA_KEY]
     assert (
