@@ -19,7 +19,7 @@ import torch
 
 from bench.environment import describe, environment
 from bench.record import append
-from bench.statistics import check_seconds, measure, summarize
+from bench.statistics import SETTLE_MS, check_seconds, measure, summarize
 from export.deploy_form import deploy_form
 from export.onnx import export
 from runtime import command
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bits": checkpoint.quant.bits,
         "input": list(shape),
         "threads": options.threads,
+        "settle_ms": SETTLE_MS,
         "latency": {name: asdict(row) for name, row in rows.items()},
         f"ratio_to_{ours}": ratios,
         "environment": where,
