@@ -22,6 +22,7 @@ from runtime.session import ENGINES
 EXAMPLES = """
   python -m bench.accuracy ckpt.onnx --data mnist --data-root data
   python -m bench.accuracy ckpt.onnx --data mnist_test.npz --engine ort
+  python -m bench.accuracy ckpt.onnx --data mnist --against ckpt.pt    # image by image
   python -m bench.accuracy ckpt.onnx --data digits --json >> results.jsonl
 """
 
@@ -72,12 +73,42 @@ def classify(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     return np.concatenate([classifier.logits(images[start : start + MAX_BATCH]).argmax(1) for start in parts])
 
 
+def classify_with_checkpoint(path: str, images: np.ndarray) -> np.ndarray:
+    """Return the classes int64 [N] that the fake-quantized network of a checkpoint predicts.
+
+    Args:
+        path: checkpoint file.
+        images: uint8 [N, H, W, C], of the network's size.
+
+    Raises:
+        FileError: no checkpoint of this project.
+        OptionError: torch is not installed.
+    """
+    try:
+        import torch
+
+        from train import checkpoint as checkpoints
+    except ImportError as error:
+        raise OptionError(f"--against: needs {error.name}; pip install 'clearpact[train]'") from None
+    checkpoint = checkpoints.load(path)
+    network = checkpoint.network()
+    predicted = []
+    with torch.no_grad():
+        for start in command.progress(range(0, len(images), MAX_BATCH), label="checkpoint, images / 64"):
+            batch = torch.from_numpy(images[start : start + MAX_BATCH]).permute(0, 3, 1, 2)
+            predicted.append(network(checkpoint.input.normalize(batch)).argmax(1).numpy())
+    return np.concatenate(predicted)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores of one model on a test split, for a person or as one JSON line."""
     parser = command.parser("bench.accuracy", "Measure the accuracy of an exported model on its engine.", EXAMPLES)
     parser.add_argument("model", help="ONNX file written by python -m export.onnx")
     parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
+    parser.add_argument(
+        "--against", metavar="CKPT", help="count images that this checkpoint classifies differently"
+    )
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
@@ -93,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "
                 f"classes of {options.model}; name the data it was trained on"
             )
-        scores = score(confusion_matrix(test.labels, classify(classifier, test.images), len(classes)))
+        predicted = classify(classifier, test.images)
+        scores = score(confusion_matrix(test.labels, predicted, len(classes)))
+        differing = None
+        if options.against:
+            differing = int((predicted != classify_with_checkpoint(options.against, test.images)).sum())
         engine = f"{classifier.session.engine} {classifier.session.version}"
         before = classifier.manifest.metrics.get("test_accuracy")
     where = environment()
@@ -103,13 +138,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
             "data": test.name, "n": len(test.labels), "accuracy": scores.accuracy,
             "sensitivity": scores.sensitivity, "specificity": scores.specificity,
-            "checkpoint_accuracy": before, "confusion": scores.confusion.tolist(), "environment": where,
+            "checkpoint_accuracy": before, "classified_differently": differing, "confusion": scores.confusion.tolist(), "environment": where,
         }))  # fmt: skip
         return
     print(
         f"{options.model}  {classifier.manifest.precision} on {engine}, {len(test.labels):,} images of {test.name}"
     )
     print(f"accuracy     {scores.accuracy:6.2f} %" + (f"   (checkpoint {before:.2f} %)" if before else ""))
+    if differing is not None:
+        print(f"differently  {differing:6,}     images of {len(test.labels):,}, from {options.against}")
     print(f"sensitivity  {scores.sensitivity:6.2f} %   macro, one against the rest")
     print(f"specificity  {scores.specificity:6.2f} %")
     print(_table(scores.confusion, classes))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from bench.accuracy import classify, confusion_matrix, main, score
 from bench.environment import environment
 from runtime import Classifier
 from runtime.errors import FileError, OptionError
+from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 from train.data import main as write_data
@@ -214,3 +216,21 @@ command.run(main)
         "error: --data digits: named data sets need torch; pip install 'clearpact[train]', or name an .npz file "
         "that `python -m train.data` wrote elsewhere\n"
     )
+
+
+def test_images_classified_differently_from_the_checkpoint_are_counted(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = str(digits_models["openvino"])
+    main([model, "--data", "digits", "--against", str(digits_checkpoint_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["classified_differently"] == 0
+    # A checkpoint whose last layer is turned around agrees on hardly any image.
+    weight = "fc2.parametrizations.weight.original"
+    other = dataclasses.replace(digits_checkpoint, state_dict=dict(digits_checkpoint.state_dict))
+    other.state_dict[weight] = -other.state_dict[weight]
+    checkpoints.save(other, tmp_path / "other.pt")
+    main([model, "--data", "digits", "--against", str(tmp_path / "other.pt")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("differently"))
+    assert 300 < int(line.split()[1]) <= 360
+    assert line.endswith(f"images of 360, from {tmp_path / 'other.pt'}")
