@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="ONNX file written by python -m export.onnx")
     parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    parser.add_argument(
-        "--against", metavar="CKPT", help="count images that this checkpoint classifies differently"
-    )
+    parser.add_argument("--against", metavar="CKPT", help="count images this checkpoint classifies differently")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
@@ -138,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
             "data": test.name, "n": len(test.labels), "accuracy": scores.accuracy,
             "sensitivity": scores.sensitivity, "specificity": scores.specificity,
-            "checkpoint_accuracy": before, "classified_differently": differing, "confusion": scores.confusion.tolist(), "environment": where,
+            "checkpoint_accuracy": before, "classified_differently": differing,
+            "confusion": scores.confusion.tolist(), "environment": where,
         }))  # fmt: skip
         return
     print(
