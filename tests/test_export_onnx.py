@@ -319,3 +319,16 @@ def test_agreement_of_maps_is_reported_and_can_be_required(
     )
     with pytest.raises(OptionError, match="--require-agreement needs the maps that --no-saliency leaves out"):
         main([*arguments, "0.9", "--no-saliency"])
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_any_normalization_is_in_the_graph(digits_checkpoint: Checkpoint, int8: bool) -> None:
+    spec = dataclasses.replace(digits_checkpoint.input, mean=(0.13,), std=(0.31,))
+    assert not spec.exact
+    state = digits_checkpoint.state_dict | {"quantizers.x_grid.scale": torch.tensor(spec.grid_scale)}
+    exported = export(dataclasses.replace(digits_checkpoint, input=spec, state_dict=state), int8=int8)
+    assert "Div" in {n.op_type for n in exported.model.graph.node}
+    assert exported.manifest.input.mean == (0.13,)
+    assert (
+        exported.verification.max_logit_steps < 0.5 if int8 else exported.verification.max_logit_difference < 1e-3
+    )
