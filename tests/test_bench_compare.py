@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.compare import OURS, contenders, main
+from bench.compare import OURS, OURS_WITH_MAP, contenders, explainers, main
 from bench.record import append
+from runtime.agreement import spearman
 from runtime.errors import FileError, OptionError
 from train.checkpoint import Checkpoint
 
@@ -106,3 +107,19 @@ def test_a_missing_checkpoint_is_one_line_of_a_real_process() -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: absent.pt: no such file; check the path\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile's own deprecations, none of which are ours
+def test_every_explainer_gives_the_map_of_the_predicted_class(digits_checkpoint: Checkpoint) -> None:
+    images = digits_checkpoint.samples["images"][:16].permute(0, 2, 3, 1).contiguous().numpy()
+    calls = explainers(digits_checkpoint, images, threads=1)
+    expected = calls["Captum Saliency"]().detach().numpy().max(1)  # type: ignore[attr-defined]
+    for name in ("PyTorch autograd", "torch.compile autograd"):
+        _, (gradient,) = calls[name]()  # type: ignore[misc]
+        assert np.allclose(gradient.abs().amax(1).numpy(), expected, rtol=1e-3, atol=1e-5)
+    for name in ("ONNX Runtime FP32 + map", "OpenVINO FP32 + map"):
+        assert np.allclose(calls[name]()["saliency"], expected, rtol=1e-3, atol=1e-4)  # type: ignore[index]
+    for name in ("ONNX Runtime INT8 + map", OURS_WITH_MAP):
+        assert spearman(calls[name]()["saliency"], expected).mean() > 0.9  # type: ignore[index]
+    assert list(calls[OURS]()) == ["logits"]  # type: ignore[call-overload]
