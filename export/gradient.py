@@ -181,9 +181,9 @@ def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[
 
 def _check_complete(tape: Tape, node: onnx.NodeProto, reached: set[str]) -> None:
     """Refuse a node with an input, such as a weight, that the image changes and its rule holds constant."""
-    # A quantizer's gradient may skip the Clip before it: it is wholly accounted for.
+    # The gradient of a quantizer may skip the Clip before it, a Slice's the Slice before: both are accounted for.
     left = [x for x in node.input if x in tape.active and x not in reached]
-    if left and not (node.op_type == "QuantizeLinear" and left == [node.input[0]]):
+    if left and not (node.op_type in ("QuantizeLinear", "Slice") and left == [node.input[0]]):
         raise ModelError(
             f"{describe(node)}: its input {left[0]!r} is computed from the image, expected a constant; "
             "it has no gradient rule"

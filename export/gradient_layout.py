@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -10,6 +11,19 @@ import onnx
 from export.gradient_pointwise import Pairs, Rule, unbroadcast
 from export.gradient_tape import Tape, attributes, describe
 from runtime.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Places:
+    """`count` places along an axis of `size` elements, from `first` on, at a distance told elsewhere."""
+
+    size: int
+    first: int
+    count: int
+
+    def cells(self, block: int) -> int:
+        """Return how many cells of `block` elements cover the axis."""
+        return -(-self.size // block)
 
 
 def move_axis(t: Tape, name: str, rank: int, source: int, target: int) -> str:
@@ -35,6 +49,26 @@ def scatter(t: Tape, dy: str, rank: int, axis: int, index: np.ndarray, size: int
     place[np.arange(len(index)), index] = 1
     last = rank - 1
     return move_axis(t, t.op("MatMul", move_axis(t, dy, rank, axis, last), place), rank, last, axis)
+
+
+def place_on_grid(t: Tape, dy: str, channels: int, block: int, places: list[Places]) -> str:
+    """Place dy [N, C, h, w] at every `block`-th row and column of a tensor of zeros [N, C, H, W].
+
+    A grid cell of block x block pixels is block^2 channels at the place of one pixel; DepthToSpace lays them out.
+    """
+    (top, below), (left, right) = ((p.first // block, p.cells(block) - p.first // block - p.count) for p in places)
+    phase = places[0].first % block * block + places[1].first % block
+    before, after = phase * channels, (block * block - 1 - phase) * channels
+    return lay_out(t, t.op("Pad", dy, [0, before, top, left, 0, after, below, right]), block, places)
+
+
+def lay_out(t: Tape, cells: str, block: int, places: list[Places], mode: str = "DCR") -> str:
+    """Turn [N, block^2 C, h, w] into [N, C, H, W], cropped where the last cells reach over the edge."""
+    pixels = t.op("DepthToSpace", cells, blocksize=block, mode=mode)
+    sizes = [p.size for p in places]
+    if all(p.cells(block) * block == p.size for p in places):
+        return pixels
+    return t.op("Slice", pixels, [0, 0], sizes, [2, 3])
 
 
 def axes_of(t: Tape, node: onnx.NodeProto, rank: int) -> list[int]:
@@ -92,18 +126,47 @@ def _split(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
 
 
 def _slice(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-    x, rank = node.input[0], t.rank(node.input[0])
+    """Every second row and column, x[:, :, ::2, ::2], arrives as two Slices; they are differentiated as one."""
+    x, taken = node.input[0], _taken(t, node)
+    before = t.producer.get(x)
+    if before is not None and before.op_type == "Slice" and len(t.consumers[x]) == 1 and x != t.source:
+        earlier = _taken(t, before)
+        if earlier.keys().isdisjoint(taken):
+            x, taken = before.input[0], taken | earlier
+    rank = t.rank(x)
+    block = _block(taken) if rank == 4 else 0
+    if block:
+        places = [Places(t.sizes(x, [a])[0], int(taken[a][0]), len(taken[a])) for a in (2, 3)]
+        dy = place_on_grid(t, dy, t.sizes(x, [1])[0], block, places)
+    else:
+        for axis, index in taken.items():
+            dy = scatter(t, dy, rank, axis, index, t.sizes(x, [axis])[0])
+    yield x, dy
+
+
+def _taken(t: Tape, node: onnx.NodeProto) -> dict[int, np.ndarray]:
+    """Return axis -> the places that a Slice takes; an axis taken whole, whose size may stay open, is left out."""
+    x = node.input[0]
     starts, ends = t.constant(node, 1).tolist(), t.constant(node, 2).tolist()
     axes = t.constant(node, 3, range(len(starts))).tolist()
     steps = t.constant(node, 4, [1] * len(starts)).tolist()
+    taken = {}
     for axis, start, end, stride in zip(axes, starts, ends, steps, strict=True):
         if (start, stride) == (0, 1) and end >= np.iinfo(np.int32).max:
-            continue  # all of an axis, whose size may stay open
+            continue
         size = t.sizes(x, [axis])[0]
         # ONNX clamps as Python does, but for "down to the first": an end before every element.
         last = None if stride < 0 and end < -size else end
-        dy = scatter(t, dy, rank, axis % rank, np.arange(size)[start:last:stride], size)
-    yield x, dy
+        taken[axis % t.rank(x)] = np.arange(size)[start:last:stride]
+    return taken
+
+
+def _block(taken: dict[int, np.ndarray]) -> int:
+    """Return the step at which both rows and columns are taken, 0 where there is no such step above 1."""
+    if taken.keys() != {2, 3} or min(map(len, taken.values())) < 2:
+        return 0
+    steps = {int(step) for index in taken.values() for step in np.diff(index)}
+    return step if len(steps) == 1 and (step := steps.pop()) > 1 else 0
 
 
 def _gather(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:

@@ -5,6 +5,7 @@ The gradient of a linear map is its transpose. What can be rearranged in the wei
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,14 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
+from export.gradient_layout import Places, lay_out, place_on_grid
 from export.gradient_pointwise import Pairs, Rule, unbroadcast
 from export.gradient_tape import Tape, attributes, describe
 from runtime.errors import ModelError
-
-# How the gradient of a strided convolution is spread over the input: "transpose" is one ConvTranspose,
-# "insert" puts zeros between the gradients and convolves them at stride 1. The same numbers; which is faster
-# depends on the engine.
-STRIDED = "transpose"
 
 
 class Axis(NamedTuple):
@@ -62,7 +59,7 @@ def sliding(t: Tape, node: onnx.NodeProto, kernel: Sequence[int]) -> list[Axis]:
 
 
 def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-    """A convolution at stride 1 with the kernel turned around; strided, what `STRIDED` says."""
+    """A convolution at stride 1 with the kernel turned around; strided, one at the outputs' resolution."""
     x, weight = node.input[:2]
     at, shape = attributes(node), t.sizes(weight, range(t.rank(weight)))
     axes, groups = sliding(t, node, shape[2:]), at.get("group", 1)
@@ -70,15 +67,14 @@ def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     rests = [a.size + a.before + a.after - (a.steps - 1) * a.stride - a.span for a in axes]
     if all(a.stride == 1 for a in axes):
         yield x, _correlate(t, dy, weight, axes, rests, groups)
-    elif STRIDED == "insert":
-        # The zeros after the last gradient are part of the padding that it needs anyway.
-        spread = _insert_zeros(t, dy, shape[0], axes)
-        rests = [rest - (a.stride - 1) for a, rest in zip(axes, rests, strict=True)]
-        yield x, _correlate(t, spread, weight, axes, rests, groups)
+    elif len(axes) == 2 and axes[0].stride == axes[1].stride and all(_Phases.of(a).fit for a in axes):
+        yield x, _sub_pixel(t, dy, weight, axes, groups)
     else:
         pads = [a.before for a in axes] + [a.after for a in axes]
         slide = {"strides": [a.stride for a in axes], "dilations": [a.dilation for a in axes]}
-        yield x, t.op("ConvTranspose", dy, weight, group=groups, pads=pads, output_padding=rests, **slide)
+        # A copy, since OpenVINO 2026.4 runs the forward convolution in float where the two share their codes.
+        own = t.rearranged(weight, np.copy)
+        yield x, t.op("ConvTranspose", dy, own, group=groups, pads=pads, output_padding=rests, **slide)
 
 
 def _correlate(t: Tape, dy: str, weight: str, axes: list[Axis], rests: list[int], groups: int) -> str:
@@ -101,12 +97,59 @@ def _correlate(t: Tape, dy: str, weight: str, axes: list[Axis], rests: list[int]
     return t.op("Slice", dx, starts, stops, list(range(2, 2 + len(axes))))
 
 
-def _insert_zeros(t: Tape, dy: str, channels: int, axes: list[Axis]) -> str:
-    """Follow every gradient by stride - 1 zeros: [.., h, w] -> [.., h, 1, w, 1] -> pad -> [.., h s, w s]."""
-    columns = t.op("Reshape", dy, [-1, channels, *(n for a in axes for n in (a.steps, 1))])
-    pads = [0, 0] * (1 + len(axes)) + [0, 0, *(n for a in axes for n in (0, a.stride - 1))]
-    padded = t.op("Pad", columns, pads)
-    return t.op("Reshape", padded, [-1, channels, *(a.steps * a.stride for a in axes)])
+class _Phases(NamedTuple):
+    """How inputs at a distance of one stride, which meet the same taps of the kernel, gather their gradient.
+
+    dx[stride i + phase] is the sum over `taps[phase]`, pairs (k, u), of w[k] dy[i + u - before]; `size` is 1 + the
+    largest u. `after` zeros follow the last dy, so that there is an i for every input.
+    """
+
+    taps: list[list[tuple[int, int]]]
+    size: int
+    before: int
+    after: int
+
+    @classmethod
+    def of(cls, a: Axis) -> _Phases:
+        """Return the phases of an axis."""
+        reached = [[(k, p + a.before - k * a.dilation) for k in range(a.kernel)] for p in range(a.stride)]
+        steps = [[(k, n // a.stride) for k, n in phase if n % a.stride == 0] for phase in reached]
+        first, last = (f(u for phase in steps for _, u in phase) for f in (min, max))
+        taps = [[(k, u - first) for k, u in phase] for phase in steps]
+        cells = -(-a.size // a.stride)
+        return cls(taps, last - first + 1, -first, cells - a.steps + last)
+
+    @property
+    def fit(self) -> bool:
+        """Return whether the padding is one that ONNX has: where no input is padded far beyond the kernel."""
+        return self.before >= 0 and self.after >= 0
+
+
+def _sub_pixel(t: Tape, dy: str, weight: str, axes: list[Axis], groups: int) -> str:
+    """Compute the stride^2 phases of the gradient as channels of one convolution, and lay them out."""
+    stride, (rows, columns) = axes[0].stride, (_Phases.of(a) for a in axes)
+    live = [(r, c) for r, c in itertools.product(range(stride), repeat=2) if rows.taps[r] and columns.taps[c]]
+    # The phases are the slow axis of the channels; in groups they cannot be, since each group's channels adjoin.
+    one = len(live) == 1
+    mode = "DCR" if groups == 1 else "CRD"
+    wanted = live if one else list(itertools.product(range(stride), repeat=2))
+
+    def turn(w: np.ndarray) -> np.ndarray:
+        out, inner, *_ = w.shape
+        kernels = np.zeros((groups, len(wanted), inner, out // groups, rows.size, columns.size), w.dtype)
+        w = w.reshape(groups, out // groups, inner, *w.shape[2:]).swapaxes(1, 2)
+        for phase, (r, c) in enumerate(wanted):
+            for (i, u), (j, v) in itertools.product(rows.taps[r], columns.taps[c]):
+                kernels[:, phase, :, :, u, v] = w[..., i, j]
+        kernels = kernels if mode == "DCR" else kernels.swapaxes(1, 2)
+        return kernels.reshape(-1, *kernels.shape[3:])
+
+    pads = [rows.before, columns.before, rows.after, columns.after]
+    cells = t.op("Conv", dy, t.rearranged(weight, turn), group=groups, pads=pads)
+    places = [Places(a.size, p, -(-a.size // stride)) for a, p in zip(axes, live[0], strict=True)]
+    if one:
+        return place_on_grid(t, cells, groups * t.sizes(weight, [1])[0], stride, places)
+    return lay_out(t, cells, stride, places, mode)
 
 
 def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:

@@ -191,8 +191,8 @@ class Tape:
     def rearranged(self, name: str, rearrange: Callable[[np.ndarray], np.ndarray]) -> str:
         """Return a weight with its elements moved (flipped, transposed, reshaped) at export.
 
-        A weight stored as integer codes stays one wherever its scales still lie along one axis: the file
-        grows by a byte an element, not by four.
+        A weight stored as integer codes stays one wherever its zero points are 0 and its scales still lie along
+        one axis: the file grows by a byte an element, not by four.
 
         Raises:
             ModelError: the weight is computed from the image.
@@ -208,20 +208,22 @@ class Tape:
             return self.array(rearrange(value), name)
         codes = self.constant(node, 0)
         scale, zero_point = self.constant(node, 1), self.constant(node, 2, np.zeros((), codes.dtype))
-        if scale.size == 1:
+        if scale.size == 1 and not zero_point.any():
             grid = scale.reshape(()), zero_point.reshape(())
             return self.op("DequantizeLinear", self.array(rearrange(codes), name), *grid)
         layout = [1] * codes.ndim
         layout[attributes(node).get("axis", 1)] = -1
+        # Where a rearranged weight has a 0 that is not one of its elements, any grid with the code 0 does.
+        there = rearrange(np.ones(codes.shape, bool))
         spread = rearrange(np.broadcast_to(scale.reshape(layout), codes.shape))
-        zero_point = np.broadcast_to(zero_point, scale.shape).reshape(layout)
-        points = rearrange(np.broadcast_to(zero_point, codes.shape))
-        for axis in range(spread.ndim):
-            first = tuple(slice(None) if a == axis else slice(1) for a in range(spread.ndim))
-            if (spread == spread[first]).all() and (points == points[first]).all():
-                constants = [rearrange(codes), spread[first].reshape(-1), points[first].reshape(-1)]
-                names = [self.array(constant, name) for constant in constants]
-                return self.op("DequantizeLinear", *names, axis=axis)
+        if not zero_point.any():
+            for axis in range(spread.ndim):
+                largest = spread.max(tuple(a for a in range(spread.ndim) if a != axis), keepdims=True)
+                if np.all((spread == largest) | ~there):
+                    steps = np.where(largest > 0, largest, 1).reshape(-1)
+                    zeros = np.zeros(steps.shape, codes.dtype)
+                    names = [self.array(constant, name) for constant in (rearrange(codes), steps, zeros)]
+                    return self.op("DequantizeLinear", *names, axis=axis)
         return self.array(rearrange(value), name)
 
 

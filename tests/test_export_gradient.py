@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export import gradient_linear
 from export.gradient import append_input_gradient
 from tests.reference_operators import EXACT
 
@@ -268,8 +267,8 @@ def test_instance_and_group_normalization() -> None:
 
 
 @st.composite
-def windows(draw: st.DrawFn, pooling: bool = False) -> tuple[str, list[int], list[int]]:
-    """Draw the attributes of a sliding window, its kernel, and image sizes that it fits.
+def windows(draw: st.DrawFn, pooling: bool = False, square: bool = False) -> tuple[str, list[int], list[int]]:
+    """Draw the attributes of a sliding window, its kernel, and image sizes that it fits; `square`: of one stride.
 
     Engines refuse to pool padding alone: pooling pads less than half a kernel, and the last window of
     ceil_mode starts in the image.
@@ -279,9 +278,9 @@ def windows(draw: st.DrawFn, pooling: bool = False) -> tuple[str, list[int], lis
         draw(st.sampled_from(["", "", "SAME_UPPER", "SAME_LOWER", "VALID"])),
     )
     ceil_mode = pooling and not auto and draw(st.booleans())
-    axes = []
-    for _ in range(count):
-        kernel, stride, dilation, more = (draw(st.integers(*ends)) for ends in ((1, 3), (1, 3), (1, 2), (0, 4)))
+    axes, strides = [], draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
+    for stride in [max(strides)] * count if square else strides:
+        kernel, dilation, more = (draw(st.integers(*ends)) for ends in ((1, 3), (1, 2), (0, 4)))
         before, after = (draw(st.integers(0, (kernel - 1) // 2 if pooling else 2)) for _ in range(2))
         span = (kernel - 1) * dilation + 1
         assume(not ceil_mode or -(-(more + before + after) // stride) * stride < span + more + before)
@@ -292,20 +291,37 @@ def windows(draw: st.DrawFn, pooling: bool = False) -> tuple[str, list[int], lis
     return text if pooling else text.replace("ceil_mode=0, ", ""), kernels, sizes
 
 
-@pytest.mark.parametrize("strided", ["transpose", "insert"])
-@modest
+@settings(modest, max_examples=150)
 @given(st.data())
-def test_conv(strided: str, data: st.DataObject) -> None:
-    text, kernel, sizes = data.draw(windows())
+def test_conv(data: st.DataObject) -> None:
+    text, kernel, sizes = data.draw(windows(square=data.draw(st.booleans())))
     groups, inner, outer = (data.draw(st.integers(1, 2)) for _ in range(3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient_linear, "STRIDED", strided)
-        assert_gradient(
-            f"y = Conv<group={groups}, {text}>(x, w, b)",
-            image(groups * inner, *sizes),
-            w=constant(groups * outer, inner, *kernel),
-            b=constant(groups * outer),
-        )
+    assert_gradient(
+        f"y = Conv<group={groups}, {text}>(x, w, b)",
+        image(groups * inner, *sizes),
+        w=constant(groups * outer, inner, *kernel),
+        b=constant(groups * outer),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "size"), [(3, 2, 1, 8), (7, 2, 3, 9), (1, 2, 0, 6), (4, 4, 0, 8), (2, 3, 0, 8)]
+)
+def test_a_strided_conv_needs_no_transposed_one(kernel: int, stride: int, pad: int, size: int) -> None:
+    """The strides of ResNet, of its shortcut and of a vision transformer's patches."""
+    body = f"y = Conv<strides={[stride] * 2}, pads={[pad] * 4}>(x, w)"
+    x, w = image(3, size, size), constant(4, 3, kernel, kernel)
+    assert_gradient(body, x, w=w)
+    explained = append_input_gradient(classifier(body, x.shape, w=w))
+    assert "ConvTranspose" not in {node.op_type for node in explained.graph.node}
+
+
+def test_every_second_row_and_column() -> None:
+    for height, width, first in ((6, 8, 0), (7, 5, 1), (9, 9, 4)):
+        slices = f"y = Slice(r, first{first}, far, columns, two)"
+        slices = f"r = Slice(x, first{first}, far, rows, two) " + slices
+        ends = {"far": integers(2**62), "rows": integers(2), "columns": integers(3), "two": integers(2)}
+        assert_gradient(slices, image(2, height, width), **ends, **{f"first{first}": integers(first)})
 
 
 @pytest.mark.parametrize("turned", [0, 1])
