@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:
     sys.exit("error: export/gradient.py is part of a package; run: python -m export.gradient model.onnx")
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -39,7 +39,8 @@ from export.gradient_graph import (
     prepare_model,
 )
 from export.gradient_pointwise import Rule
-from export.gradient_tape import Tape, describe
+from export.gradient_precision import calibrate
+from export.gradient_tape import TARGET_SCOPE, Tape, describe
 from runtime.command import parser, run
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import check_writable, read_bytes, write_atomically
@@ -80,6 +81,7 @@ def append_input_gradient(
     logits: str | None = None,
     outputs: Sequence[str] = ("saliency",),
     gate: str = "code",
+    int8_samples: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of a classifier that also computes the gradient of one logit by the image.
 
@@ -97,6 +99,9 @@ def append_input_gradient(
         outputs: one or both of OUTPUTS. Engines compute all of them unless told otherwise.
         gate: where a quantized activation lets the gradient through: "code", where its code is strictly
             inside its range, or "ste", where the float before it is (0 <= x < alpha, as in the PACT paper).
+        int8_samples: the result's inputs, real images and their targets [n, ...]. Where a layer's weight is one of
+            int8 codes, its gradient is then a product of codes too, on a grid that holds these images' gradients
+            (gradient_precision.py). None: all gradients are computed in the model's own floats.
 
     Raises:
         ModelError: an operator has no rule, the model has control flow, several inputs or no logits, is
@@ -109,7 +114,7 @@ def append_input_gradient(
         raise OptionError(f"outputs: got {list(outputs)}, expected one or both of {', '.join(OUTPUTS)}")
     model = prepare_model(model)
     inferred = infer_shapes(model)
-    tape = Tape(inferred, gate)
+    tape = Tape(inferred, gate, int8=int8_samples is not None)
     source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
     if "saliency" in outputs and tape.rank(source) != 4:
         raise ModelError(
@@ -127,7 +132,10 @@ def append_input_gradient(
         if tape.type(strongest) != TensorProto.FLOAT:
             tape.op("Cast", strongest, to=TensorProto.FLOAT)
         tape.nodes[-1].output[0] = "saliency"
-    return join_gradient(model, inferred, tape, source, result, outputs)
+    join_gradient(model, inferred, tape, source, result, outputs)
+    if int8_samples is not None:
+        calibrate(model, int8_samples)
+    return model
 
 
 def _mark_active(model: onnx.ModelProto, tape: Tape, source: str) -> None:
@@ -192,7 +200,7 @@ def _check_complete(tape: Tape, node: onnx.NodeProto, reached: set[str]) -> None
 
 def _one_hot(tape: Tape, logits: str) -> str:
     """Return 1 at each image's target class and 0 elsewhere, of the logits' shape and type."""
-    tape.scope = "target"
+    tape.scope = TARGET_SCOPE
     (classes,) = tape.sizes(logits, [1])
     wanted = tape.op("Unsqueeze", "target", [1])
     predicted = tape.op("ArgMax", logits, axis=1, keepdims=1)

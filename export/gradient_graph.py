@@ -114,11 +114,11 @@ def find_logits(model: onnx.ModelProto, tape: Tape, name: str | None) -> str:
 
 def join_gradient(
     model: onnx.ModelProto, inferred: onnx.ModelProto, tape: Tape, source: str, result: str, outputs: Sequence[str]
-) -> onnx.ModelProto:
+) -> None:
     """Join both graphs into the first, name the outputs, and drop what no output needs.
 
     Args:
-        model: the forward graph; changed and returned.
+        model: the forward graph; changed.
         inferred: the same with shapes.
         tape: the gradient, whose last nodes compute `outputs`.
         source: the tensor differentiated by, which lends its shape to the gradient.
@@ -149,7 +149,6 @@ def join_gradient(
         ) from None
     except ValueError as error:
         raise ModelError(f"with its gradient the model is too large ({first_line(error)})") from None
-    return model
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

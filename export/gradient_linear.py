@@ -15,6 +15,7 @@ import onnx
 
 from export.gradient_layout import Places, lay_out, place_on_grid
 from export.gradient_pointwise import Pairs, Rule, unbroadcast
+from export.gradient_precision import factors
 from export.gradient_tape import Tape, attributes, describe
 from runtime.errors import ModelError
 
@@ -73,7 +74,7 @@ def _conv(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         pads = [a.before for a in axes] + [a.after for a in axes]
         slide = {"strides": [a.stride for a in axes], "dilations": [a.dilation for a in axes]}
         # A copy, since OpenVINO 2026.4 runs the forward convolution in float where the two share their codes.
-        own = t.rearranged(weight, np.copy)
+        dy, own = factors(t, dy, weight, np.copy, out_axis=0, channel_axis=1)
         yield x, t.op("ConvTranspose", dy, own, group=groups, pads=pads, output_padding=rests, **slide)
 
 
@@ -88,7 +89,8 @@ def _correlate(t: Tape, dy: str, weight: str, axes: list[Axis], rests: list[int]
     before = [a.span - 1 - a.before for a in axes]
     after = [a.span - 1 - a.after + rest for a, rest in zip(axes, rests, strict=True)]
     pads, dilations = [max(p, 0) for p in before + after], [a.dilation for a in axes]
-    dx = t.op("Conv", dy, t.rearranged(weight, turn), group=groups, pads=pads, dilations=dilations)
+    dy, turned = factors(t, dy, weight, turn, out_axis=0, channel_axis=1)
+    dx = t.op("Conv", dy, turned, group=groups, pads=pads, dilations=dilations)
     if min(before + after) >= 0:
         return dx
     # The forward padding is wider than the kernel: its gradients fall outside the image.
@@ -145,7 +147,8 @@ def _sub_pixel(t: Tape, dy: str, weight: str, axes: list[Axis], groups: int) -> 
         return kernels.reshape(-1, *kernels.shape[3:])
 
     pads = [rows.before, columns.before, rows.after, columns.after]
-    cells = t.op("Conv", dy, t.rearranged(weight, turn), group=groups, pads=pads)
+    dy, turned = factors(t, dy, weight, turn, out_axis=0, channel_axis=1)
+    cells = t.op("Conv", dy, turned, group=groups, pads=pads)
     places = [Places(a.size, p, -(-a.size // stride)) for a, p in zip(axes, live[0], strict=True)]
     if one:
         return place_on_grid(t, cells, groups * t.sizes(weight, [1])[0], stride, places)
@@ -159,13 +162,13 @@ def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     turn_a, turn_b = at.get("transA", 0), at.get("transB", 0)
     alpha, beta = at.get("alpha", 1.0), at.get("beta", 1.0)
     if a in t.active:
-        # A constant gets its own, transposed copy: where both directions of a vision transformer read one
-        # square weight, OpenVINO 2026.4 computed the gradient wrongly.
-        other, turned = (_transposed(t, b), turn_b) if t.value(b) is not None else (b, 1 - turn_b)
+        other, turned, by = b, 1 - turn_b, dy
+        if t.value(b) is not None:
+            by, other, turned = *_factors(t, dy, b, turn_b), turn_b
         if turn_a:
-            yield a, t.op("Gemm", other, dy, transA=1 - turned, transB=1, alpha=alpha)
+            yield a, t.op("Gemm", other, by, transA=1 - turned, transB=1, alpha=alpha)
         else:
-            yield a, t.op("Gemm", dy, other, transB=turned, alpha=alpha)
+            yield a, t.op("Gemm", by, other, transB=turned, alpha=alpha)
     if b in t.active:
         if turn_b:
             yield b, t.op("Gemm", dy, a, transA=1, transB=turn_a, alpha=alpha)
@@ -184,17 +187,25 @@ def _matmul(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
             f"{describe(node)}: multiplies a vector, expected matrices; reshape it to a row or a column"
         )
     if a in t.active:
-        yield a, unbroadcast(t, t.op("MatMul", dy, _transposed(t, b)), a, y)
+        by, other = _factors(t, dy, b, 0) if t.value(b) is not None else (dy, _transposed(t, b))
+        yield a, unbroadcast(t, t.op("MatMul", by, other), a, y)
     if b in t.active:
         yield b, unbroadcast(t, t.op("MatMul", _transposed(t, a), dy), b, y)
 
 
+def _factors(t: Tape, dy: str, matrix: str, turned: int) -> tuple[str, str]:
+    """Return the factors of dY B^T, where B is a constant matrix [I, O], or [O, I] if turned.
+
+    B^T is a copy: where both directions of a vision transformer read one square weight, OpenVINO 2026.4 computed
+    the gradient wrongly.
+    """
+    last = t.rank(matrix) - 1
+    return factors(t, dy, matrix, lambda w: w.swapaxes(-1, -2), out_axis=last - turned, channel_axis=last)
+
+
 def _transposed(t: Tape, name: str) -> str:
-    value = t.value(name)
-    if value is not None:
-        # As floats, also where the weight is stored in codes: OpenVINO 2026.4 multiplies up to four rows of floats
-        # by a matrix of codes with errors of up to 20 %, and crashes on it in bfloat16.
-        return t.array(value.swapaxes(-1, -2), name)
+    if t.value(name) is not None:
+        return t.rearranged(name, lambda w: w.swapaxes(-1, -2))
     *lead, rows, columns = range(t.rank(name))
     return t.op("Transpose", name, perm=[*lead, columns, rows])
 

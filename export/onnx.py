@@ -23,10 +23,9 @@ from pathlib import Path
 import onnx
 import torch
 
-from export.agreement import MapAgreement, map_agreement
+from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differentiate, export_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
-from export.gradient import GATES, append_input_gradient
-from export.gradient import OUTPUTS as GRADIENT_OUTPUTS
+from export.gradient import GATES
 from export.operators import OPSET, TARGETS, translations
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
@@ -49,12 +48,13 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Exported:
-    """A verified graph, its manifest and what the verification found."""
+    """A verified graph, its manifest, and what the comparisons found."""
 
     model: onnx.ModelProto
     manifest: Manifest
     verification: Verification
-    agreement: MapAgreement | None
+    differentiated: Differentiated | None
+    agreement: ExportAgreement | None
 
 
 def export(
@@ -64,6 +64,7 @@ def export(
     target: str = "openvino",
     saliency: bool = True,
     gate: str = "code",
+    saliency_precision: str = "auto",
     required_agreement: float = -1.0,
     resize: str = "bilinear",
     checkpoint_sha256: str = "",
@@ -78,6 +79,9 @@ def export(
         saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
             logits alone does not compute them.
         gate: of the gradient at quantized activations, see `export.gradient.append_input_gradient`.
+        saliency_precision: "float32"; "int8": gradients of layers with int8 weights are products of codes, see
+            export/gradient_precision.py; "auto": int8 on OpenVINO, unless its maps agree less than 0.99 (mean
+            Spearman) with float32's, else float32. (ONNX Runtime multiplies codes only between two grids.)
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
         checkpoint_sha256: of the checkpoint's file, for the manifest.
@@ -90,6 +94,10 @@ def export(
     """
     if int8 and checkpoint.quant.bits == FLOAT_BITS:
         raise OptionError("int8 export of a network trained in float; train it with --bits 8, or export --fp32")
+    if saliency_precision not in PRECISIONS:
+        raise OptionError(f"saliency precision {saliency_precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if saliency_precision == "int8" and not int8:
+        raise OptionError("int8 gradients of a float32 graph: they are products of int8 weights; export --int8")
     if target not in TARGETS:
         raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     if int8 and target == "tensorrt" and checkpoint.quant.full_grid:
@@ -105,21 +113,26 @@ def export(
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
     verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
-    agreement = None
+    differentiated = agreement = None
+    if saliency_precision == "auto" and not (int8 and target == "openvino"):
+        saliency_precision = "float32"
     if saliency:
         status("differentiating ...")
-        model = append_input_gradient(model, input=NORMALIZED, outputs=GRADIENT_OUTPUTS, gate=gate)
+        differentiated = differentiate(
+            model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
+        )
+        model = differentiated.model
         status("comparing maps ...")
-        agreement = map_agreement(model, checkpoint)
-        if agreement.spearman < required_agreement:
+        agreement = export_agreement(model, checkpoint)
+        if agreement.maps.spearman < required_agreement:
             raise ModelError(
-                f"saliency: Spearman {agreement.spearman:.3f} with the float network's maps, expected "
+                f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
                 f"{required_agreement} at least; train with more bits, or require less"
             )
     manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
-    return Exported(model, manifest, verification, agreement)
+    return Exported(model, manifest, verification, differentiated, agreement)
 
 
 def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:
@@ -231,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-saliency", action="store_true", help="leave the input gradient out: class only")
     parser.add_argument("--gate", choices=GATES, default="code",
                         help="where quantized activations pass the gradient (default: code)")  # fmt: skip
+    parser.add_argument("--saliency-precision", choices=PRECISIONS, default="auto",
+                        help="of gradients (default: auto, int8 on openvino if maps hardly change)")  # fmt: skip
     parser.add_argument("--require-agreement", type=float, default=-1.0, metavar="SPEARMAN",
                         help="refuse a file whose maps agree less with the float network's")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
@@ -249,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target=options.target,
         saliency=not options.no_saliency,
         gate=options.gate,
+        saliency_precision=options.saliency_precision,
         required_agreement=options.require_agreement,
         resize=options.resize,
         checkpoint_sha256=sha256,
@@ -259,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
         print(f"  {layer['name']:20} {layer['kind']:7} {form}")
     print(_wrapped(f"verified: {exported.verification}"))
-    if exported.agreement:
-        print(_wrapped(f"explains: {exported.agreement}"))
+    for part in filter(None, (exported.differentiated, exported.agreement)):
+        print(_wrapped(f"explains: {part}"))
     data = exported.model.SerializeToString()
     write_atomically(output, data)
     gives = "class only" if options.no_saliency else "class and input gradient"

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
+from export.reference import reference_run
 from runtime.errors import ModelError
 from train.data import InputSpec
 from train.quantizers import PACT, InputQuantizer
@@ -30,8 +31,6 @@ MAX_LOGIT_STEPS = 1.0
 # images may change class (those whose two best logits are nearly equal). An image without one may not.
 MAX_CHANGED_SHARE = 0.02
 CODES_SUFFIX = ".codes"
-
-Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -174,28 +173,6 @@ def _run_layer_by_layer(
         for handle in handles:
             handle.remove()
     return expected, logits
-
-
-def reference_run(model: onnx.ModelProto, values: list[str]) -> tuple[Run, str]:
-    """Return a function that runs the graph operator by operator, as written, and gives inner values too."""
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    known = {v.name for v in probed.graph.output}
-    probed.graph.output.extend(onnx.ValueInfoProto(name=v) for v in values if v not in known)
-    outputs = [v.name for v in probed.graph.output]
-    try:
-        import onnxruntime
-    except ImportError:
-        from onnx.reference import ReferenceEvaluator
-
-        evaluator = ReferenceEvaluator(probed)
-        return lambda feeds: dict(zip(outputs, evaluator.run(None, dict(feeds)), strict=True)), "onnx reference"
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda feeds: dict(zip(outputs, session.run(None, dict(feeds)), strict=True)), (
-        "ONNX Runtime, optimizations off"
-    )
 
 
 def _logit_step(form: DeployForm) -> np.ndarray:

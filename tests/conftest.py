@@ -49,11 +49,15 @@ def digits_checkpoint(digits_checkpoint_path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def digits_models(digits_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The digits checkpoint as ONNX files by name: openvino, ort, tensorrt (INT8 each) and float."""
+    """The digits checkpoint as ONNX files by name: openvino, ort, tensorrt (INT8 each) and float.
+
+    Their gradients are in float32, so that tests can hold them to autograd's.
+    """
     folder = tmp_path_factory.mktemp("models")
     made = {}
     for name in ("openvino", "ort", "tensorrt", "float"):
-        exported = export(digits_checkpoint, int8=name != "float", target="openvino" if name == "float" else name)
+        target = "openvino" if name == "float" else name
+        exported = export(digits_checkpoint, int8=name != "float", target=target, saliency_precision="float32")
         made[name] = folder / f"{name}.onnx"
         write_atomically(made[name], exported.model.SerializeToString())
     return made

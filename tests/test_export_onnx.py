@@ -15,9 +15,12 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from export import agreement
 from export.deploy_form import deploy_form, fold_weight, folded_layers
 from export.onnx import NORMALIZED, export, main
 from export.verify import verify
+from runtime import Classifier
+from runtime.agreement import spearman
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnx_bytes import output_names, without_gradient
@@ -299,13 +302,13 @@ def test_agreement_of_maps_is_reported_and_can_be_required(
 ) -> None:
     floating = export(digits_checkpoint, int8=False).agreement
     assert floating is not None
-    assert floating.spearman > 0.9999
-    assert floating.top_overlap > 0.999
+    assert floating.maps.spearman > 0.9999
+    assert floating.maps.top_overlap > 0.999
     assert floating.float_accuracy == floating.exported_accuracy
     quantized = export(digits_checkpoint).agreement
     assert quantized is not None
-    assert 0.9 < quantized.spearman < floating.spearman
-    assert quantized.samples == 256
+    assert 0.9 < quantized.maps.spearman < floating.maps.spearman
+    assert quantized.maps.samples == 256
     arguments = [str(digits_checkpoint_path), "--int8", "-o", str(tmp_path / "model.onnx"), "--require-agreement"]
     with pytest.raises(
         ModelError, match=r"saliency: Spearman 0\.\d+ with the float network's maps, expected 0\.9999"
@@ -313,12 +316,53 @@ def test_agreement_of_maps_is_reported_and_can_be_required(
         main([*arguments, "0.9999"])
     assert not (tmp_path / "model.onnx").exists()
     main([*arguments, "0.9"])
-    assert (
-        f"Spearman {quantized.spearman:.3f}, top-10 % overlap {quantized.top_overlap:.3f}"
-        in capsys.readouterr().out
-    )
+    assert str(quantized.maps) in " ".join(capsys.readouterr().out.split())
     with pytest.raises(OptionError, match="--require-agreement needs the maps that --no-saliency leaves out"):
         main([*arguments, "0.9", "--no-saliency"])
+
+
+def test_gradients_are_int8_on_openvino_and_their_price_is_told(
+    digits_checkpoint: Checkpoint, digits_models: dict[str, Path], tmp_path: Path
+) -> None:
+    exported = export(digits_checkpoint)
+    assert exported.differentiated is not None
+    price = exported.differentiated.price
+    assert price is not None
+    assert exported.differentiated.int8
+    assert price.samples == 128
+    assert 0.99 <= price.spearman < 1
+    assert f"gradients in int8; int8's maps against float32's: {price}" == str(exported.differentiated)
+    images = pixels(digits_checkpoint, 64)
+    model = exported.model.SerializeToString()
+    assert len(model) < len(digits_models["openvino"].read_bytes()) / 2
+    rounded, exact = (Classifier(m, threads=1).explain(images) for m in (model, digits_models["openvino"]))
+    assert 0.99 <= spearman(rounded.map, exact.map).mean() < 1
+    np.testing.assert_array_equal(rounded.logits, exact.logits)
+
+
+def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
+    digits_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "LEAST_SPEARMAN", 1.01)
+    differentiated = export(digits_checkpoint).differentiated
+    assert differentiated is not None
+    assert not differentiated.int8
+    assert str(differentiated).startswith("gradients in float32; int8's maps against float32's: Spearman 0.99")
+    asked = export(digits_checkpoint, saliency_precision="int8").differentiated
+    assert asked is not None
+    assert asked.int8
+
+
+def test_gradients_are_float32_elsewhere(digits_checkpoint: Checkpoint) -> None:
+    for options in ({"target": "ort"}, {"int8": False}, {"saliency_precision": "float32"}):
+        exported = export(digits_checkpoint, **options)  # type: ignore[arg-type]
+        assert str(exported.differentiated) == "gradients in float32"
+        backward = [n for n in exported.model.graph.node if n.output[0].startswith("grad/")]
+        assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in backward}
+    with pytest.raises(OptionError, match="int8 gradients of a float32 graph"):
+        export(digits_checkpoint, int8=False, saliency_precision="int8")
+    with pytest.raises(OptionError, match="saliency precision 'int4': expected one of auto, float32, int8"):
+        export(digits_checkpoint, saliency_precision="int4")
 
 
 @pytest.mark.parametrize("int8", [True, False])
