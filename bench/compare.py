@@ -100,13 +100,15 @@ def explainers(checkpoint: Checkpoint, images: np.ndarray, *, threads: int) -> d
         "torch.compile autograd": functools.partial(autograd, compiled),
     }
     inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(len(images), -1, np.int64)}
-    for name, engine, target, int8 in (
-        ("ONNX Runtime FP32 + map", "ort", "ort", False),
-        ("OpenVINO FP32 + map", "openvino", "openvino", False),
-        ("ONNX Runtime INT8 + map", "ort", "ort", True),
-        (OURS_WITH_MAP, "openvino", "openvino", True),
+    for name, engine, int8, precision in (
+        ("ONNX Runtime FP32 + map", "ort", False, "float32"),
+        ("OpenVINO FP32 + map", "openvino", False, "float32"),
+        ("ONNX Runtime INT8 + map", "ort", True, "float32"),
+        ("OpenVINO INT8 + f32 map", "openvino", True, "float32"),
+        (OURS_WITH_MAP, "openvino", True, "auto"),
     ):
-        model = export(checkpoint, int8=int8, target=target).model.SerializeToString()
+        exported = export(checkpoint, int8=int8, target=engine, saliency_precision=precision)
+        model = exported.model.SerializeToString()
         session = Classifier(model, engine=engine, threads=threads).session
         calls[name] = functools.partial(session.run, inputs, ("logits", "saliency"))
     calls[OURS] = functools.partial(session.run, {INPUT_NAME: images})

@@ -9,6 +9,7 @@ Quantized activations tie all the time, and a rule that marked every maximum wou
 
 from __future__ import annotations
 
+import itertools
 from functools import reduce
 
 import numpy as np
@@ -22,6 +23,9 @@ from export.gradient_tape import Tape, attributes
 
 def _max_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     x, axes = node.input[0], sliding(t, node, attributes(node)["kernel_shape"])
+    if _tiles(axes):
+        yield x, _max_in_tiles(t, x, y, dy, axes)
+        return
     # Pool along the last axis first: the first row that holds the maximum, and the first column in that row,
     # are the first maximum in row-major order.
     levels = [x]
@@ -34,6 +38,29 @@ def _max_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         dy = _max_along(t, x, y, dy, shape, i + 2, axis)
         shape[i + 2] = axis.size
     yield x, dy
+
+
+def _tiles(axes: list[Axis]) -> bool:
+    """Return whether square windows lie side by side on the image, as most networks pool."""
+    return len(axes) == 2 and all(
+        a.kernel == a.stride == axes[0].stride > 1 and a.dilation == 1 and a.before == 0 and _beyond(a) == 0
+        for a in axes
+    )
+
+
+def _max_in_tiles(t: Tape, x: str, y: str, dy: str, axes: list[Axis]) -> str:
+    """Give dy to the first maximum of each tile: a window's elements are channels that DepthToSpace lays out."""
+    block, parts, left = axes[0].stride, [], t.array(1.0, dy)
+    for first in itertools.product(range(block), repeat=2):
+        ends = [f + (a.steps - 1) * block + 1 for f, a in zip(first, axes, strict=True)]
+        element = t.op("Slice", x, list(first), ends, [2, 3], [block, block])
+        here = t.op("Mul", t.op("Cast", t.op("Equal", element, y), to=t.type(dy)), left)
+        left = t.op("Sub", left, here)
+        parts.append(t.op("Mul", dy, here))
+    dx = t.op("DepthToSpace", t.op("Concat", *parts, axis=1), blocksize=block)
+    for axis, a in enumerate(axes, 2):
+        dx = _resized(t, dx, 4, axis, 0, a.size - a.steps * block)
+    return dx
 
 
 def _pooled_along(t: Tape, x: str, axes: list[Axis], i: int) -> str:

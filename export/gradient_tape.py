@@ -209,7 +209,7 @@ class Tape:
     def rearranged(self, name: str, rearrange: Callable[[np.ndarray], np.ndarray]) -> str:
         """Return a weight with its elements moved (flipped, transposed, reshaped) at export, in floats.
 
-        In floats also where it is stored as codes: ONNX Runtime 1.27 would dequantize them in every run, and
+        In floats also where it is stored as codes: ONNX Runtime 1.31 would dequantize them in every run, and
         OpenVINO 2026.4 multiplies up to four rows of floats by a matrix of codes with errors of up to 20 %.
 
         Raises:
