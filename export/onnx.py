@@ -27,6 +27,7 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
 from export.operators import OPSET, TARGETS, translations
+from export.ort_lowering import store_float_weights
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -109,6 +110,8 @@ def export(
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
     _name_values(model, form)
+    if target == "ort":
+        store_float_weights(model)
     status("verifying on real images ...")
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network

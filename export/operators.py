@@ -54,12 +54,17 @@ def translations(target: str) -> dict[Any, Callable[..., Any]]:
     lower = {"openvino": _fake_quantize_openvino, "ort": _fake_quantize_ort, "tensorrt": _fake_quantize_tensorrt}
     return {
         torch.ops.clearpact.fake_quantize.default: lower[target],
-        torch.ops.clearpact.dequantize_weight.default: _dequantize_weight,
+        torch.ops.clearpact.dequantize_weight.default: _dequantize_weight if target != "ort" else _dequantize_ort,
     }
 
 
 def _dequantize_weight(codes: Any, scale: Any) -> Any:
     return opset21.DequantizeLinear(codes, scale, axis=0)
+
+
+def _dequantize_ort(codes: Any, scale: Any) -> Any:
+    """With a zero point: ONNX Runtime 1.31 makes a QGemm of a Gemm only where its weight states one."""
+    return opset21.DequantizeLinear(codes, scale, _constant(np.zeros(scale.shape[0], np.int8)), axis=0)
 
 
 def _fake_quantize_openvino(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int) -> Any:

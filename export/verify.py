@@ -129,14 +129,20 @@ def verify(
 
 
 def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
-    """Compare every int8 weight in the file with the checkpoint's codes, bit for bit; return how many codes."""
+    """Compare every quantized weight in the file with the checkpoint's codes, bit for bit; return how many codes.
+
+    A weight is codes and scales, or, where the engine runs its layer in float, their products.
+    """
     in_file = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     compared = 0
     for name, layer in folded_layers(form).items():
         if layer.codes is None:
             continue
-        for part, expected in (("codes", layer.codes), ("scale", layer.scale)):
-            assert expected is not None
+        assert layer.scale is not None
+        parts = {"codes": layer.codes, "scale": layer.scale}
+        if f"network.{name}.weight" in in_file:
+            parts = {"weight": layer.codes * layer.scale.reshape(-1, *[1] * (layer.codes.ndim - 1))}
+        for part, expected in parts.items():
             found = in_file.get(f"network.{name}.{part}")
             if (
                 found is None

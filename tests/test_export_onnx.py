@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -376,3 +377,40 @@ def test_any_normalization_is_in_the_graph(digits_checkpoint: Checkpoint, int8: 
     assert (
         exported.verification.max_logit_steps < 0.5 if int8 else exported.verification.max_logit_difference < 1e-3
     )
+
+
+def optimized_by_ort(model: onnx.ModelProto, tmp_path: Path) -> onnx.GraphProto:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that the file fits this machine only
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(tmp_path / "optimized.onnx").graph
+
+
+def test_onnx_runtime_dequantizes_no_weight_while_it_runs(
+    digits_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    for checkpoint, products, floats in (
+        (digits_checkpoint, {"QLinearConv": 2, "QGemm": 1}, ["fc2"]),
+        (
+            resnet_checkpoint,
+            {"QLinearConv": 10},
+            [f"stage{s}.{b}.conv2" for s in (1, 2, 3) for b in range(3)] + ["fc"],
+        ),
+    ):
+        model = export(checkpoint, target="ort", saliency=False).model
+        stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        form = deploy_form(checkpoint.network(), checkpoint.input)
+        layers = folded_layers(form)
+        assert [name for name in layers if f"network.{name}.weight" in stored] == floats
+        for name in floats:
+            layer = layers[name]
+            assert layer.codes is not None
+            assert layer.scale is not None
+            expected = layer.codes * layer.scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
+            np.testing.assert_array_equal(stored[f"network.{name}.weight"], expected)
+        optimized = optimized_by_ort(model, tmp_path)
+        for operator, count in products.items():
+            assert [n.op_type for n in optimized.node].count(operator) == count
+        constants = {t.name for t in optimized.initializer}
+        assert not [n for n in optimized.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
