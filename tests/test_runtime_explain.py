@@ -16,6 +16,7 @@ from runtime.attribution import noisy_copies, normalize
 from runtime.classify import main as classify
 from runtime.errors import ImageError, ModelError, OptionError
 from runtime.session import open_session
+from tests.code_gate import with_code_gate
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 
@@ -33,26 +34,7 @@ def classifier(request: pytest.FixtureRequest, digits_models: dict[str, Path]) -
 @pytest.fixture(scope="module")
 def network(digits_checkpoint: Checkpoint) -> nn.Module:
     """The fake-quantized network with the gate of the exported graph: 0 < code < n."""
-    model = digits_checkpoint.network()
-
-    class CodeGate(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y, inside):  # type: ignore[no-untyped-def]
-            ctx.save_for_backward(inside)
-            return y.clone()
-
-        @staticmethod
-        def backward(ctx, grad):  # type: ignore[no-untyped-def]
-            (inside,) = ctx.saved_tensors
-            return grad * inside, None, None
-
-    def gate(module, inputs, output):  # type: ignore[no-untyped-def]
-        codes = torch.round(output.detach() / module.scale.detach())
-        return CodeGate.apply(inputs[0], output.detach(), (codes > 0) & (codes < module.qmax))
-
-    for name in ("relu1", "relu2", "relu3"):
-        model.get_submodule(f"quantizers.{name}").register_forward_hook(gate)
-    return model
+    return with_code_gate(digits_checkpoint.network())
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
