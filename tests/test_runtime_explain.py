@@ -118,7 +118,7 @@ def at_pixel_levels(network: nn.Module, checkpoint: Checkpoint) -> Callable[[tor
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         # Rounded twice: what is half a level but for its own rounding must be half a level.
-        level = torch.round(torch.round(255 * (x.detach() * std + mean), decimals=6))
+        level = torch.round(torch.round(255 * (x.detach() * std + mean), decimals=3))
         rounded: torch.Tensor = checkpoint.input.normalize(level.to(torch.uint8))
         return network((x + (rounded - x).detach()).float())
 
