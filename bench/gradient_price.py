@@ -30,31 +30,34 @@ from train.checkpoint import Checkpoint
 
 EXAMPLES = """
   python -m bench.gradient_price ckpt.pt --data mnist --data-root data
+  python -m bench.gradient_price ckpt.pt --data mnist --choice saliency_precision
   python -m bench.gradient_price ckpt.pt --data cifar10 --images 10000 --record bench/results/cpu.jsonl
 """
 
-# What is compared -> the two settings of export.onnx.export, the default first.
-CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gate": ({"gate": "code"}, {"gate": "ste"}),
-}
+# Option of export.onnx.export -> the two values compared.
+CHOICES = {"gate": ("code", "ste"), "saliency_precision": ("float32", "int8")}
+# What the others are while one is compared; the default, auto, would choose by the maps themselves.
+FIXED = {"saliency_precision": "float32"}
 
 
 def saliency(
-    checkpoint: Checkpoint, settings: dict[str, Any], images: np.ndarray, labels: np.ndarray, *, threads: int
+    checkpoint: Checkpoint, choice: str, value: str, images: np.ndarray, labels: np.ndarray, *, threads: int
 ) -> np.ndarray:
     """Return the maps float32 [N, H, W] of an INT8 export on OpenVINO.
 
     Args:
         checkpoint: to export.
-        settings: of the export.
+        choice: one of CHOICES.
+        value: of this option.
         images: uint8 [N, H, W, C], of the network's size.
         labels: the classes to explain, int64 [N].
         threads: CPU threads of one inference.
     """
+    settings: dict[str, Any] = {**FIXED, choice: value}
     model = export(checkpoint, target="openvino", **settings).model.SerializeToString()
     with Classifier(model, engine="openvino", threads=threads) as classifier:
         maps = []
-        for start in command.progress(range(0, len(images), MAX_BATCH), label=f"{_text(settings)}, images / 64"):
+        for start in command.progress(range(0, len(images), MAX_BATCH), label=f"{choice} {value}, images / 64"):
             part = slice(start, start + MAX_BATCH)
             inputs = {INPUT_NAME: images[part], TARGET_NAME: labels[part]}
             maps.append(classifier.session.run(inputs, ("saliency",))["saliency"])
@@ -95,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--data {options.data}: images {list(images.shape[1:])} of {labels.max() + 1} classes, expected "
             f"{list(expected)} of {len(checkpoint.classes)} as in the checkpoint; name the data it was trained on"
         )
-    pair = CHOICES[options.choice]
-    a, b = (saliency(checkpoint, settings, images, labels, threads=options.threads) for settings in pair)
+    values = CHOICES[options.choice]
+    a, b = (saliency(checkpoint, options.choice, v, images, labels, threads=options.threads) for v in values)
     agreement = {"spearman": summarize(spearman(a, b)), "top_overlap": summarize(top_overlap(a, b))}
     where = environment()
     result = {
@@ -107,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": test.name,
         "n": len(images),
         "engine": "openvino",
-        "settings": list(pair),
+        "choice": options.choice,
+        "values": list(values),
         **agreement,
         "environment": where,
     }
@@ -118,15 +122,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(f"{options.checkpoint}  {checkpoint.arch['name']}, {checkpoint.quant.bits} bit, INT8 on OpenVINO, "
           f"{len(images):,} images of {test.name}")  # fmt: skip
-    print(f"maps of {_text(pair[0])} against {_text(pair[1])}")
+    print(f"maps of {options.choice} {values[0]} against {values[1]}")
     print(f"{'':18}    mean  median  lowest decile")
     for name, row in zip(("Spearman", "top-10 % overlap"), agreement.values(), strict=True):
         print(f"{name:18}{row['mean']:8.3f}{row['median']:8.3f}{row['lowest_decile']:15.3f}")
     print(describe(where))
-
-
-def _text(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_the_price_of_the_gate_is_that_in_torch(
     main([str(digits_checkpoint_path), "--data", "digits", "--images", "100", "--record", str(record)])
     printed = json.loads(record.read_text())
     assert (printed["arch"], printed["bits"], printed["data"], printed["n"]) == ("cnn2", 8, "digits", 100)
-    assert printed["settings"] == [{"gate": "code"}, {"gate": "ste"}]
+    assert (printed["choice"], printed["values"]) == ("gate", ["code", "ste"])
 
     maps = []
     for network in (with_code_gate(digits_checkpoint.network()), digits_checkpoint.network()):
@@ -38,7 +38,7 @@ def test_the_price_of_the_gate_is_that_in_torch(
         assert 0.5 < printed[name]["lowest_decile"] < printed[name]["mean"] < 1
 
     out = capsys.readouterr().out.splitlines()
-    assert out[1] == "maps of gate code against gate ste"
+    assert out[1] == "maps of gate code against ste"
     assert out[3].split()[1:] == [f"{value:.3f}" for value in printed["spearman"].values()]
     assert out[4].split()[3:] == [f"{value:.3f}" for value in printed["top_overlap"].values()]
 
