@@ -1,7 +1,7 @@
 """`python -m bench.compare`: one checkpoint on several engines, measured in turns in one process.
 
-The contenders get the same pixels and give logits: PyTorch eager and ONNX Runtime in float32, and the INT8 exports
-on OpenVINO and ONNX Runtime.
+The contenders (bench/contenders.py) get the same pixels and give logits: the float network on PyTorch, ONNX
+Runtime and OpenVINO, our INT8 exports, and what other makers offer.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ if __name__ == "__main__" and not __package__:
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
+from bench import data
+from bench.accuracy import confusion_matrix, score
+from bench.contenders import OURS, Contender, contenders, missing_peers
 from bench.environment import describe, environment
+from bench.explainers import OURS_WITH_MAP, explainers
 from bench.record import append
-from bench.statistics import SETTLE_MS, check_seconds, measure, summarize
-from export.deploy_form import deploy_form
-from export.onnx import export
+from bench.statistics import SETTLE_MS, check_seconds, measure, ratio, summarize
 from runtime import command
-from runtime.classifier import Classifier
+from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
 from runtime.files import check_writable
-from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train import checkpoint as checkpoints
-from train.checkpoint import Checkpoint
 
 EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt
   python -m bench.compare ckpt.pt --batch 32 --threads 2
+  python -m bench.compare ckpt.pt --data cifar10 --data-root data    # and their accuracy, on the same images
   python -m bench.compare ckpt.pt --explain                   # class and map, against Captum and autograd
   python -m bench.compare ckpt.pt --record bench/results/latency.jsonl
 """
@@ -40,88 +41,52 @@ EXAMPLES = """
 # Until the threads of the contender before have stopped spinning, mostly: see bench.statistics.measure.
 _REST_MS = 100.0
 
-OURS = "OpenVINO INT8"
-OURS_WITH_MAP = "OpenVINO INT8 + map"
 
+@dataclass(frozen=True)
+class Quality:
+    """What one contender gets right, in percent.
 
-def contenders(checkpoint: Checkpoint, images: np.ndarray, *, threads: int) -> dict[str, Callable[[], object]]:
-    """Return name -> function that classifies `images` uint8 [N, H, W, C] to logits [N, K]."""
-    float_form = deploy_form(checkpoint.network(), checkpoint.input, int8=False)
-    pixels = torch.from_numpy(images)
-
-    def eager() -> object:
-        with torch.inference_mode():
-            return float_form(pixels).numpy()
-
-    calls: dict[str, Callable[[], object]] = {"PyTorch FP32": eager}
-    for name, engine, target, int8 in (
-        ("ONNX Runtime FP32", "ort", "ort", False),
-        ("OpenVINO FP32", "openvino", "openvino", False),
-        ("ONNX Runtime INT8", "ort", "ort", True),
-        (OURS, "openvino", "openvino", True),
-    ):
-        model = export(checkpoint, int8=int8, target=target, saliency=False).model.SerializeToString()
-        session = Classifier(model, engine=engine, threads=threads).session
-        calls[name] = functools.partial(session.run, {INPUT_NAME: images})
-    return calls
-
-
-def explainers(checkpoint: Checkpoint, images: np.ndarray, *, threads: int) -> dict[str, Callable[[], object]]:
-    """Return name -> function that gives logits and the input gradient of the predicted class.
-
-    The opponents run the float network on images that are normalized already, which is less work than ours do; the
-    class alone, INT8 on OpenVINO, is there to compare with.
-
-    Raises:
-        OptionError: Captum is not installed.
+    Args:
+        accuracy: of the images.
+        sensitivity: macro, one class against the rest.
+        specificity: likewise.
+        agreement: images put into the same class as by the float network in PyTorch.
     """
-    try:
-        from captum.attr import Saliency
-    except ImportError:
-        raise OptionError("--explain compares with Captum; pip install 'clearpact[peers]'") from None
-    network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).network
-    x = checkpoint.input.normalize(torch.from_numpy(images).permute(0, 3, 1, 2)).contiguous()
-    saliency = Saliency(network)
 
-    def with_captum() -> object:
-        with torch.no_grad():
-            target = network(x).argmax(1)
-        return saliency.attribute(x.requires_grad_(), target)
+    accuracy: float
+    sensitivity: float
+    specificity: float
+    agreement: float
 
-    def autograd(model: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        leaf = x.detach().requires_grad_()
-        logits = model(leaf)
-        return logits, torch.autograd.grad(logits.amax(1).sum(), leaf)
 
-    compiled = torch.compile(network)
-    calls: dict[str, Callable[[], object]] = {
-        "Captum Saliency": with_captum,
-        "PyTorch autograd": functools.partial(autograd, network),
-        "torch.compile autograd": functools.partial(autograd, compiled),
-    }
-    inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(len(images), -1, np.int64)}
-    for name, engine, int8, precision in (
-        ("ONNX Runtime FP32 + map", "ort", False, "float32"),
-        ("OpenVINO FP32 + map", "openvino", False, "float32"),
-        ("ONNX Runtime INT8 + map", "ort", True, "float32"),
-        ("OpenVINO INT8 + f32 map", "openvino", True, "float32"),
-        (OURS_WITH_MAP, "openvino", True, "auto"),
-    ):
-        exported = export(checkpoint, int8=int8, target=engine, saliency_precision=precision)
-        model = exported.model.SerializeToString()
-        session = Classifier(model, engine=engine, threads=threads).session
-        calls[name] = functools.partial(session.run, inputs, ("logits", "saliency"))
-    calls[OURS] = functools.partial(session.run, {INPUT_NAME: images})
-    return calls
+def qualities(calls: Mapping[str, Contender], test: data.LabelledImages, classes: int) -> dict[str, Quality]:
+    """Return the quality of every contender on the same images; the first of them is what they agree with."""
+    predicted: dict[str, np.ndarray] = {}
+    for name, contender in calls.items():
+        parts = [
+            contender.classify(test.images[start : start + MAX_BATCH]).argmax(1)
+            for start in command.progress(range(0, len(test.images), MAX_BATCH), label=f"{name}, images / 64")
+        ]
+        predicted[name] = np.concatenate(parts)
+    reference = next(iter(predicted.values()))
+    found = {}
+    for name, values in predicted.items():
+        scores = score(confusion_matrix(test.labels, values, classes))
+        agreement = 100 * float((values == reference).mean())
+        found[name] = Quality(scores.accuracy, scores.sensitivity, scores.specificity, agreement)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the latency of every contender and its ratio to INT8 on OpenVINO."""
     parser = command.parser("bench.compare", "Compare engines on one checkpoint, in turns in one run.", EXAMPLES)
     parser.add_argument("checkpoint", help="quantized ckpt.pt written by python -m train")
+    parser.add_argument("--data", help="also accuracy: digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="per contender (default: 5)")
+    parser.add_argument("--no-peers", action="store_true", help="leave torch.compile, bf16 and others' PTQ out")
     parser.add_argument(
         "--explain", action="store_true", help="class and saliency map, against Captum and autograd"
     )
@@ -130,18 +95,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.batch < 1 or options.threads < 1:
         raise OptionError(f"--batch {options.batch} --threads {options.threads}: expected whole numbers from 1")
+    if options.explain and options.data:
+        raise OptionError("--explain with --data: accuracy is compared without --explain; drop one of them")
     check_seconds(options.seconds)
     if options.record:
         check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
+    test = data.load(options.data, options.data_root) if options.data else None
+    if test is not None:
+        data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
     torch.set_num_threads(options.threads)
     shape = (options.batch, *checkpoint.input.size, checkpoint.input.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    calls = (explainers if options.explain else contenders)(checkpoint, images, threads=options.threads)
+    command.status("preparing the contenders ...")
+    found: dict[str, Contender] = {}
+    if options.explain:
+        calls = explainers(checkpoint, images, threads=options.threads)
+    else:
+        found = contenders(checkpoint, threads=options.threads, peers=not options.no_peers)
+        calls = {name: functools.partial(contender.classify, images) for name, contender in found.items()}
+    command.status("")
+    missing = missing_peers(found) if found and not options.no_peers else []
     ours = OURS_WITH_MAP if options.explain else OURS
     samples = measure(calls, seconds=options.seconds, rest_ms=_REST_MS if options.threads > 1 else 0.0)
     rows = {name: summarize(times, options.batch) for name, times in samples.items()}
-    ratios = {name: float(np.median(times / samples[ours])) for name, times in samples.items()}
+    ratios = {name: ratio(times, samples[ours]) for name, times in samples.items()}
+    quality = qualities(found, test, len(checkpoint.classes)) if test is not None else {}
     where = environment()
     result = {
         "bench": "compare-explain" if options.explain else "compare",
@@ -151,7 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": options.threads,
         "settle_ms": SETTLE_MS,
         "latency": {name: asdict(row) for name, row in rows.items()},
-        f"ratio_to_{ours}": ratios,
+        f"ratio_to_{ours}": {name: asdict(value) for name, value in ratios.items()},
+        "file_bytes": {name: contender.file_bytes for name, contender in found.items()},
+        "data": test.name if test is not None else None,
+        "quality": {name: asdict(value) for name, value in quality.items()},
+        "missing": missing,
         "environment": where,
     }
     if options.record:
@@ -161,12 +144,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(f"{options.checkpoint}  {checkpoint.arch['name']}, input {list(shape)}, threads {options.threads}, "
           f"{len(samples[ours]):,} rounds in turns")  # fmt: skip
-    print(f"{'':24}   p50 ms   p90 ms   p99 ms     ± ms  images/s   ratio")
+    print(f"{'':24}   p50 ms   p99 ms  images/s   ratio   95 % interval")
     for name, row in rows.items():
-        print(f"{name:24}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p99_ms:9.3f}{row.std_ms:9.3f}"
-              f"{row.images_per_second:10,.0f}{ratios[name]:8.2f}")  # fmt: skip
-    print(f"ratio: median over rounds of its time / {ours}'s in the same round")
+        by = ratios[name]
+        print(f"{name:24}{row.p50_ms:9.3f}{row.p99_ms:9.3f}"
+              f"{row.images_per_second:10,.0f}{by.median:8.2f}{by.low:9.2f} ..{by.high:5.2f}")  # fmt: skip
+    print(f"ratio: median over rounds of its time / {ours}'s in the same round; interval: bootstrap")
+    if test is not None:
+        print(_quality_table(test.name, quality, found))
+    for name in missing:
+        print(f"not compared: {name}; pip install 'clearpact[peers]'")
     print(describe(where))
+
+
+def _quality_table(data_name: str, quality: Mapping[str, Quality], found: Mapping[str, Contender]) -> str:
+    lines = [f"\n{'on ' + data_name:24}accuracy  sensitivity  specificity  as float  file kB"]
+    for name, row in quality.items():
+        size = f"{found[name].file_bytes / 1000:,.0f}" if found[name].file_bytes else "-"
+        lines.append(f"{name:24}{row.accuracy:8.2f}{row.sensitivity:13.2f}{row.specificity:13.2f}"
+                     f"{row.agreement:10.2f}{size:>9}")  # fmt: skip
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

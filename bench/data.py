@@ -47,6 +47,16 @@ def load(name: str, root: str = "data") -> LabelledImages:
     return LabelledImages(loaded.name, images, loaded.test_labels.numpy())
 
 
+def check_fits(data: LabelledImages, size: tuple[int, int], channels: int, classes: int) -> None:
+    """Raise OptionError unless the images are of a model's size and the labels among its classes."""
+    expected = [*size, channels]
+    if list(data.images.shape[1:]) != expected or data.labels.max() >= classes:
+        raise OptionError(
+            f"--data {data.name}: images {list(data.images.shape[1:])} of {data.labels.max() + 1} classes, "
+            f"expected {expected} of {classes} as the model has; name the data it was trained on"
+        )
+
+
 def _load_npz(path: Path) -> LabelledImages:
     expected = "expected an .npz file written by `python -m train.data`"
     try:

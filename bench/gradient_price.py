@@ -91,13 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
     test = data.load(options.data, options.data_root)
+    data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
     images, labels = test.images[: options.images], test.labels[: options.images]
-    expected = (*checkpoint.input.size, checkpoint.input.channels)
-    if images.shape[1:] != expected or labels.max() >= len(checkpoint.classes):
-        raise OptionError(
-            f"--data {options.data}: images {list(images.shape[1:])} of {labels.max() + 1} classes, expected "
-            f"{list(expected)} of {len(checkpoint.classes)} as in the checkpoint; name the data it was trained on"
-        )
     values = CHOICES[options.choice]
     a, b = (saliency(checkpoint, options.choice, v, images, labels, threads=options.threads) for v in values)
     agreement = {"spearman": summarize(spearman(a, b)), "top_overlap": summarize(top_overlap(a, b))}

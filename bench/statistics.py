@@ -42,6 +42,29 @@ def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
     )
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The median over rounds of one contender's time by another's, with the bootstrap's 95 % interval of it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(times_ms: np.ndarray, by_ms: np.ndarray, *, resamples: int = 1000) -> Ratio:
+    """Return how many times as long one contender takes as another, measured in the same rounds.
+
+    Args:
+        times_ms: run times float64 [n] of the one.
+        by_ms: of the other, in the same rounds.
+        resamples: how often the rounds are drawn again, with replacement (percentile bootstrap, Efron 1979).
+    """
+    quotients = times_ms / by_ms
+    drawn = np.random.default_rng(0).integers(0, len(quotients), (resamples, len(quotients)))
+    low, high = np.percentile(np.median(quotients[drawn], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(quotients)), float(low), float(high))
+
+
 def check_seconds(seconds: float) -> None:
     """Raise OptionError unless `seconds` is a time that `measure` can fill."""
     if not (math.isfinite(seconds) and seconds > 0):

@@ -51,7 +51,10 @@ def test_summary() -> None:
     ("option", "message"),
     [
         (["--data", "digits", "--images", "0"], "--images 0 --threads 1: expected whole numbers from 1"),
-        (["--data", "large.npz"], r"images \[9, 9, 1\] of 10 classes, expected \[8, 8, 1\] of 10 as in the"),
+        (
+            ["--data", "large.npz"],
+            r"\[9, 9, 1\] of 10 classes, expected \[8, 8, 1\] of 10 as the model has",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
