@@ -52,7 +52,7 @@ def test_a_seed_makes_a_run_repeatable(small: data.ImageData, tmp_path: Path) ->
     assert not state_equal(first, other)
 
 
-@pytest.mark.parametrize("method", ["plain", "sgt"])
+@pytest.mark.parametrize("method", ["plain", "sgt", "smoot"])
 def test_resuming_gives_the_same_parameters_bit_for_bit(
     small: data.ImageData, tmp_path: Path, method: str
 ) -> None:
@@ -100,10 +100,14 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
     ("values", "message"),
     [
         ({"data": "imagenet"}, "data 'imagenet': expected one of digits"),
-        ({"method": "magic"}, "method 'magic': expected one of plain, sgt"),
+        ({"method": "magic"}, "method 'magic': expected one of plain, sgt, smoot"),
         ({"epochs": 0}, "epochs 0: expected a number >= 1"),
         ({"lr": float("nan")}, "lr nan: expected a number >= 0"),
         ({"mask_share": 1.5}, "mask_share 1.5: expected a share from 0 to 1"),
+        (
+            {"method": "smoot", "mask_share": 0.1},
+            "mask_share 0.1: expected 0.2 to 0.8, the bounds of smoot's masks",
+        ),
         ({"fill": "noise"}, "fill 'noise': expected one of random, zero, mean"),
     ],
 )

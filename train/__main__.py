@@ -21,10 +21,10 @@ from train import checkpoint as checkpoints
 from train import data, loop
 from train.checkpoint import Checkpoint
 from train.figures import draw_alphas, draw_training_curves
+from train.guidance import FILLS
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, Recipe, default_recipe
-from train.saliency import FILLS
 
 CHECKPOINT_NAME = "ckpt.pt"
 
@@ -88,9 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
     hyper.add_argument("--label-smoothing", type=float)
     hyper.add_argument("--crop-padding", type=int, help="border for random crops, with flips; 0: none")
-    hyper.add_argument("--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1")
-    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt")
+    hyper.add_argument(
+        "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot starts"
+    )
+    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt and smoot")
     hyper.add_argument("--fill", choices=FILLS, help="what masked pixels hold")
+    hyper.add_argument("--top1-weight", type=float, help="alpha of smoot, 0 to 1")
+    hyper.add_argument("--mask-speed", type=float, help="mu of smoot")
     hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
     return parser
 

@@ -17,7 +17,7 @@ from train.data import ImageData, augment, batches
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import LossTerms, plain_loss, sgt_loss
+from train.saliency import LossTerms, Smoot, filling, plain_loss, sgt_loss
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
@@ -69,19 +69,27 @@ def fit(
     recipe = checkpoint.recipe
     model = checkpoint.network().to(device)
     optimizer = _optimizer(model, recipe)
+    guidance = new_guidance(recipe, len(data.train_images))
     if checkpoint.optimizer:
         optimizer.load_state_dict(checkpoint.optimizer)
+    if guidance is not None:
+        guidance.to(device)
+        if checkpoint.guidance:
+            guidance.load_state_dict(checkpoint.guidance)
     train_images, train_labels = data.train_images.to(device), data.train_labels.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
 
     for epoch in range(len(checkpoint.history), recipe.epochs):
         began = time.perf_counter()
-        row = _train_epoch(checkpoint, model, optimizer, train_images, train_labels, epoch)
+        row = _train_epoch(checkpoint, model, guidance, optimizer, train_images, train_labels, epoch)
         row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
         row["seconds"] = time.perf_counter() - began
+        row |= guidance.metrics() if guidance is not None else {}
         row |= {f"alpha/{n}": q.alpha.item() for n, q in quantizers(model).items() if isinstance(q, PACT)}
         checkpoint.state_dict = {k: v.detach().cpu() for k, v in model.state_dict().items()}
         checkpoint.optimizer = optimizer.state_dict()
+        if guidance is not None:
+            checkpoint.guidance = {k: v.detach().cpu() for k, v in guidance.state_dict().items()}
         checkpoint.history = [*checkpoint.history, row]
         checkpoints.save(checkpoint, path)
         on_epoch(checkpoint)
@@ -103,27 +111,57 @@ def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: T
     return 100 * correct / len(images)
 
 
+def new_guidance(recipe: Recipe, n: int) -> Smoot | None:
+    """Return what the recipe's method learns beside the network, for n training images; None where nothing."""
+    if recipe.method == "smoot":
+        start = round(100 * recipe.mask_share)
+        return Smoot(n, start=start, top1_weight=recipe.top1_weight, speed=recipe.mask_speed)
+    return None
+
+
 def loss_terms(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    recipe: Recipe,
+    guidance: Smoot | None,
+    generator: torch.Generator,
 ) -> LossTerms:
-    """Return the loss of the recipe's method on normalized images."""
+    """Return the loss of the recipe's method.
+
+    Args:
+        model: in training mode.
+        images: normalized, float [N, C, H, W].
+        labels: int64 [N].
+        index: which training images they are, int64 [N].
+        recipe: method and its hyperparameters.
+        guidance: from `new_guidance`.
+        generator: random numbers of the fill, on the images' device.
+    """
     if recipe.method == "plain":
         return plain_loss(model, images, labels, label_smoothing=recipe.label_smoothing)
+    kl_weight, smoothing = recipe.kl_weight, recipe.label_smoothing
+    fill = filling(images, recipe.fill, generator)
+    if guidance is not None:
+        return guidance.loss(
+            model, images, labels, index, kl_weight=kl_weight, fill=fill, label_smoothing=smoothing
+        )
     return sgt_loss(
         model,
         images,
         labels,
         mask_share=recipe.mask_share,
-        kl_weight=recipe.kl_weight,
-        fill=recipe.fill,
-        label_smoothing=recipe.label_smoothing,
-        generator=generator,
+        kl_weight=kl_weight,
+        fill=fill,
+        label_smoothing=smoothing,
     )
 
 
 def _train_epoch(
     checkpoint: Checkpoint,
     model: nn.Module,
+    guidance: Smoot | None,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
@@ -143,10 +181,11 @@ def _train_epoch(
     for step, index in enumerate(command.progress(indices, label=label, total=steps_per_epoch)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
-        chosen, target = images[index.to(device)], labels[index.to(device)]
+        index = index.to(device)
+        chosen, target = images[index], labels[index]
         if recipe.crop_padding:
             chosen = augment(chosen, padding=recipe.crop_padding, generator=on_cpu)
-        terms = loss_terms(model, checkpoint.input.normalize(chosen), target, recipe, on_device)
+        terms = loss_terms(model, checkpoint.input.normalize(chosen), target, index, recipe, guidance, on_device)
         optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
         optimizer.step()

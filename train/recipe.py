@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from runtime.errors import OptionError
 from train.data import DATA_SETS
-from train.saliency import FILLS
+from train.guidance import FILLS
 
-METHODS = ("plain", "sgt")
+METHODS = ("plain", "sgt", "smoot")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class Recipe:
         alpha_decay: L2 on PACT's alpha.
         label_smoothing: of the cross entropy.
         crop_padding: pixels of border for random crops, with random flips; 0 trains on the images as they are.
-        mask_share: share of the pixels that saliency-guided training masks, 0 to 1.
+        mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot starts.
         kl_weight: lambda, weight of the divergence between clean and masked outputs.
-        fill: what masked pixels hold, one of train.saliency.FILLS.
+        fill: what masked pixels hold, one of train.guidance.FILLS.
+        top1_weight: alpha of smoot, weight of the most probable class in what adapts the mask share.
+        mask_speed: mu of smoot, percentage points of the mask share for a change of 1 in probability.
         seed: of initialization, data order, augmentation, dropout and fill.
     """
 
@@ -47,6 +49,8 @@ class Recipe:
     mask_share: float = 0.5
     kl_weight: float = 1.0
     fill: str = "random"
+    top1_weight: float = 0.8
+    mask_speed: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,14 +63,30 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
         ranges = {"epochs": 1, "batch_size": 2, "lr": 0, "momentum": 0, "weight_decay": 0, "alpha_decay": 0,
-                  "label_smoothing": 0, "crop_padding": 0, "mask_share": 0, "kl_weight": 0, "seed": 0}  # fmt: skip
+                  "label_smoothing": 0, "crop_padding": 0, "mask_share": 0, "kl_weight": 0, "top1_weight": 0,
+                  "mask_speed": 0, "seed": 0}  # fmt: skip
         for name, smallest in ranges.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= smallest):
                 raise OptionError(f"{name} {value}: expected a number >= {smallest}")
-        for name in ("mask_share", "label_smoothing", "momentum"):
+        for name in ("mask_share", "label_smoothing", "momentum", "top1_weight"):
             if getattr(self, name) > 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a share from 0 to 1")
+
+        if self.method == "smoot" and not 0.2 <= self.mask_share <= 0.8:
+            raise OptionError(f"mask_share {self.mask_share}: expected 0.2 to 0.8, the bounds of smoot's masks")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Return the recipe a checkpoint holds.
+
+        Raises:
+            OptionError: a field is unknown or out of range.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise OptionError(f"recipe: unknown fields {sorted(unknown)}; made by a newer version")
+        return cls(**values)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of a step, counted over the whole run from 0."""
@@ -79,8 +99,8 @@ class Recipe:
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 30, "batch_size": 64},
-    "mnist": {"epochs": 10},
-    "fashion-mnist": {"epochs": 20},
+    "mnist": {"epochs": 10, "top1_weight": 0.95},
+    "fashion-mnist": {"epochs": 20, "top1_weight": 0.95},
     "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4},
 }
 
