@@ -24,7 +24,7 @@ from train.figures import draw_alphas, draw_training_curves
 from train.guidance import FILLS
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
-from train.recipe import METHODS, Recipe, default_recipe
+from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
 
 CHECKPOINT_NAME = "ckpt.pt"
 
@@ -82,19 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set)")
     hyper.add_argument("--epochs", type=int)
     hyper.add_argument("--batch-size", type=int, help="images a step")
-    hyper.add_argument("--lr", type=float, help="peak learning rate of SGD; one epoch of warm-up, then cosine")
-    hyper.add_argument("--momentum", type=float)
+    hyper.add_argument("--optimizer", choices=OPTIMIZERS)
+    hyper.add_argument("--lr", type=float, help="(peak) learning rate")
+    hyper.add_argument("--schedule", choices=SCHEDULES, help="cosine after one epoch of warm-up, or constant")
+    hyper.add_argument("--momentum", type=float, help="of sgd")
     hyper.add_argument("--weight-decay", type=float, help="L2 on weights")
     hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
     hyper.add_argument("--label-smoothing", type=float)
     hyper.add_argument("--crop-padding", type=int, help="border for random crops, with flips; 0: none")
     hyper.add_argument(
-        "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot starts"
+        "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot and asg start"
     )
-    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt and smoot")
+    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt and smoot, lambda_1 of asg")
     hyper.add_argument("--fill", choices=FILLS, help="what masked pixels hold")
     hyper.add_argument("--top1-weight", type=float, help="alpha of smoot, 0 to 1")
     hyper.add_argument("--mask-speed", type=float, help="mu of smoot")
+    hyper.add_argument("--saliency-weight", type=float, help="lambda_2 of asg")
+    hyper.add_argument("--alpha-weight", type=float, help="eta of asg")
+    hyper.add_argument("--threshold-rate", type=float, help="gamma of asg")
     hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
     return parser
 
@@ -113,7 +118,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if options.data is None:
         raise OptionError(f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --resume FOLDER")
     given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
-    return replace(default_recipe(options.data), **{k: v for k, v in given.items() if v is not None})
+    return replace(
+        default_recipe(options.data, options.method), **{k: v for k, v in given.items() if v is not None}
+    )
 
 
 def _device(name: str) -> str:

@@ -15,12 +15,13 @@ FILLS = ("random", "zero", "mean")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss, its parts, and the logits of the unmasked images [N, K]."""
+    """A loss, its parts, and the logits of the unmasked images [N, K]; `saliency_norm` where it is a part."""
 
     loss: Tensor
     cross_entropy: Tensor
     divergence: Tensor
     logits: Tensor
+    saliency_norm: Tensor | None = None
 
 
 def label_saliency(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:

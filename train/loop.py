@@ -17,11 +17,21 @@ from train.data import ImageData, augment, batches
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import LossTerms, Smoot, filling, plain_loss, sgt_loss
+from train.saliency import (
+    AdaptiveThreshold,
+    LossTerms,
+    Smoot,
+    filling,
+    plain_loss,
+    sgt_loss,
+    start_threshold,
+)
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
 _MAX_SAMPLE_BYTES = 4 << 20
+
+Guidance = Smoot | AdaptiveThreshold
 
 
 def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Checkpoint:
@@ -32,7 +42,10 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     description = {"name": arch, **arguments}
     model = checkpoints.new_network(description, quant, input_spec)
     first = torch.randperm(len(data.train_images))[:256]
-    start_alphas(model, input_spec.normalize(data.train_images[first]))
+    images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
+    start_alphas(model, images)
+    threshold = start_threshold(model, images, labels, recipe.mask_share) if recipe.method == "asg" else 1.0
+    guidance = new_guidance(recipe, len(data.train_images), threshold)
     count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     return Checkpoint(
@@ -42,6 +55,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
         classes=data.classes,
         recipe=recipe,
         state_dict=model.state_dict(),
+        guidance={} if guidance is None else guidance.state_dict(),
         samples={"images": data.test_images[chosen].clone(), "labels": data.test_labels[chosen].clone()},
     )
 
@@ -73,9 +87,8 @@ def fit(
     if checkpoint.optimizer:
         optimizer.load_state_dict(checkpoint.optimizer)
     if guidance is not None:
+        guidance.load_state_dict(checkpoint.guidance)
         guidance.to(device)
-        if checkpoint.guidance:
-            guidance.load_state_dict(checkpoint.guidance)
     train_images, train_labels = data.train_images.to(device), data.train_labels.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
 
@@ -111,8 +124,16 @@ def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: T
     return 100 * correct / len(images)
 
 
-def new_guidance(recipe: Recipe, n: int) -> Smoot | None:
-    """Return what the recipe's method learns beside the network, for n training images; None where nothing."""
+def new_guidance(recipe: Recipe, n: int, threshold: float = 1.0) -> Guidance | None:
+    """Return what the recipe's method learns beside the network; None where that is nothing.
+
+    Args:
+        recipe: method and its hyperparameters.
+        n: number of training images.
+        threshold: where that of asg starts.
+    """
+    if recipe.method == "asg":
+        return AdaptiveThreshold(threshold, rate=recipe.threshold_rate)
     if recipe.method == "smoot":
         start = round(100 * recipe.mask_share)
         return Smoot(n, start=start, top1_weight=recipe.top1_weight, speed=recipe.mask_speed)
@@ -125,7 +146,7 @@ def loss_terms(
     labels: Tensor,
     index: Tensor,
     recipe: Recipe,
-    guidance: Smoot | None,
+    guidance: Guidance | None,
     generator: torch.Generator,
 ) -> LossTerms:
     """Return the loss of the recipe's method.
@@ -142,8 +163,18 @@ def loss_terms(
     if recipe.method == "plain":
         return plain_loss(model, images, labels, label_smoothing=recipe.label_smoothing)
     kl_weight, smoothing = recipe.kl_weight, recipe.label_smoothing
+    if isinstance(guidance, AdaptiveThreshold):
+        return guidance.loss(
+            model,
+            images,
+            labels,
+            kl_weight=kl_weight,
+            saliency_weight=recipe.saliency_weight,
+            alpha_weight=recipe.alpha_weight,
+            label_smoothing=smoothing,
+        )
     fill = filling(images, recipe.fill, generator)
-    if guidance is not None:
+    if isinstance(guidance, Smoot):
         return guidance.loss(
             model, images, labels, index, kl_weight=kl_weight, fill=fill, label_smoothing=smoothing
         )
@@ -161,7 +192,7 @@ def loss_terms(
 def _train_epoch(
     checkpoint: Checkpoint,
     model: nn.Module,
-    guidance: Smoot | None,
+    guidance: Guidance | None,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
@@ -174,7 +205,7 @@ def _train_epoch(
     on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
     on_device = torch.Generator(device).manual_seed(seed)  # fill
     steps_per_epoch = len(images) // min(recipe.batch_size, len(images))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums: dict[str, Tensor] = {}
     model.train()
     indices = batches(len(images), recipe.batch_size, generator=on_cpu)
     label = f"epoch {epoch + 1}/{recipe.epochs}"
@@ -189,21 +220,26 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
         optimizer.step()
-        accurate = (terms.logits.argmax(1) == target).double().mean() * 100
-        sums += torch.stack([terms.loss, terms.cross_entropy, terms.divergence, accurate]).detach()
-    loss, cross_entropy, divergence, accuracy = (sums / steps_per_epoch).tolist()
-    return {
-        "epoch": epoch + 1,
-        "lr": optimizer.param_groups[0]["lr"],
-        "train_loss": loss,
-        "train_cross_entropy": cross_entropy,
-        "train_divergence": divergence,
-        "train_accuracy": accuracy,
+        if isinstance(guidance, AdaptiveThreshold):
+            guidance.step()
+        for key, value in _measured(terms, target).items():
+            sums[key] = sums.get(key, 0) + value.detach().double()
+    row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+    return row | {f"train_{key}": (value / steps_per_epoch).item() for key, value in sums.items()}
+
+
+def _measured(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
+    measured = {
+        "loss": terms.loss,
+        "cross_entropy": terms.cross_entropy,
+        "divergence": terms.divergence,
+        "accuracy": (terms.logits.argmax(1) == labels).double().mean() * 100,
     }
+    return measured if terms.saliency_norm is None else {**measured, "saliency_norm": terms.saliency_norm}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with one decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
+    """One decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
     named = dict(model.named_parameters())
     alphas = [p for n, p in named.items() if n.endswith(".alpha")]
     weights = [p for n, p in named.items() if p.ndim > 1]
@@ -213,6 +249,9 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": alphas, "weight_decay": recipe.alpha_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
-    )
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=recipe.lr)
+    if recipe.optimizer == "adadelta":
+        return torch.optim.Adadelta(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.adaptive_threshold import AdaptiveThreshold, start_threshold
 from train.guidance import (
     FILLS,
     LossTerms,
@@ -23,7 +24,10 @@ from train.guidance import (
 )
 from train.smoot import Smoot
 
-__all__ = ["FILLS", "LossTerms", "Smoot", "filling", "frozen_statistics", "plain_loss", "sgt_loss"]
+__all__ = [
+    "FILLS", "AdaptiveThreshold", "LossTerms", "Smoot", "filling", "frozen_statistics", "plain_loss", "sgt_loss",
+    "start_threshold",
+]  # fmt: skip
 
 
 def plain_loss(model: nn.Module, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> LossTerms:
