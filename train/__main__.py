@@ -16,9 +16,9 @@ import torch
 
 from runtime import command
 from runtime.errors import EngineError, OptionError
-from runtime.files import check_writable, write_atomically
+from runtime.files import check_writable, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import data, loop, processes
 from train.checkpoint import Checkpoint
 from train.figures import draw_alphas, draw_training_curves
 from train.guidance import FILLS
@@ -33,6 +33,7 @@ EXAMPLES = """
   python -m train --data mnist --arch cnn2 --bits 8 --method sgt
   python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
   python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
+  torchrun --nproc-per-node 2 -m train --data cifar10 --arch resnet20    # two GPUs, or two processes on the CPU
   tensorboard --logdir runs                                    # curves and alphas of all runs
 """
 
@@ -40,11 +41,11 @@ EXAMPLES = """
 def main(argv: Sequence[str] | None = None) -> None:
     """Train or resume one run: checkpoint, metrics.csv, TensorBoard events and plots in its folder."""
     options = _parser().parse_args(argv)
-    device = _device(options.device)
+    device = processes.join(_device(options.device))
     if options.resume:
         folder = Path(options.resume)
         checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
-        images = data.load(checkpoint.recipe.data, options.data_root)
+        images = _load(checkpoint.recipe.data, options.data_root)
     else:
         recipe, quant = _recipe(options), QuantSpec(options.bits, options.weights, full_grid=options.full_grid)
         name = options.name or f"{recipe.data}-{options.arch}-{_bits_name(quant)}-{recipe.method}"
@@ -55,12 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "replace it with --overwrite, or choose another --name"
             )
         check_writable(folder / CHECKPOINT_NAME)
-        images = data.load(recipe.data, options.data_root)
+        images = _load(recipe.data, options.data_root)
         checkpoint = loop.start(options.arch, images, quant, recipe)
 
-    _print_run(checkpoint, folder, device)
+    if processes.rank() == 0:
+        remove_leftovers(folder)
+        _print_run(checkpoint, folder, device)
     _train(checkpoint, images, folder, device)
-    print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+    if processes.rank() == 0:
+        print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+    processes.leave()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,11 +149,20 @@ def _print_run(checkpoint: Checkpoint, folder: Path, device: str) -> None:
         print(f"resumed  after epoch {len(checkpoint.history)}")
 
 
+def _load(name: str, root: str) -> data.ImageData:
+    with processes.first_alone():
+        return data.load(name, root)
+
+
 def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
+    if processes.rank() > 0:
+        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device)
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    # Epochs that a crash left in the event file but not in the checkpoint are hidden on resuming.
-    events = SummaryWriter(str(folder), purge_step=len(checkpoint.history) + 1)
+    # A crash may have left more epochs in the event file than in the checkpoint, or have come between the two: all
+    # from the checkpoint's last epoch on are hidden, and that one is written again.
+    events = SummaryWriter(str(folder), purge_step=max(1, len(checkpoint.history)))
 
     def record(current: Checkpoint) -> None:
         row = current.history[-1]
@@ -159,6 +173,10 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         write_atomically(folder / "metrics.csv", _csv(current.history))
         draw_training_curves(current.history, folder / "curves.png")
         draw_alphas(current.history, folder / "alpha.png")
+
+    def record_and_print(current: Checkpoint) -> None:
+        record(current)
+        row = current.history[-1]
         print(
             f"epoch {int(row['epoch']):3d}/{current.recipe.epochs}  loss {row['train_loss']:.4f}  "
             f"train {row['train_accuracy']:6.2f} %  test {row['test_accuracy']:6.2f} %  {row['seconds']:.1f} s",
@@ -166,7 +184,9 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         )
 
     try:
-        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device, on_epoch=record)
+        if checkpoint.history:
+            record(checkpoint)
+        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device, on_epoch=record_and_print)
     except KeyboardInterrupt:
         if checkpoint.history:
             print(f"\n{len(checkpoint.history)} epochs are saved; continue: python -m train --resume {folder}")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import processes
 from train.guidance import LossTerms, frozen_statistics, guided_terms
 from train.quantizers import PACT
 
@@ -83,9 +84,12 @@ class AdaptiveThreshold(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update epsilon by the gradient that the backward pass of `loss` left, and clear it."""
+        """Update epsilon by the gradient that the backward pass of `loss` left, and clear it.
+
+        In several processes (`train.processes`) all use the mean of their gradients.
+        """
         if self.epsilon.grad is not None:
-            self.epsilon.sub_(self.rate * self.start.square() * self.epsilon.grad)
+            self.epsilon.sub_(self.rate * self.start.square() * processes.mean(self.epsilon.grad))
             self.epsilon.clamp_(min=0)
             self.epsilon.grad = None
 

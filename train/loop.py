@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from runtime import command
+from runtime.errors import TrainingError
 from train import checkpoint as checkpoints
+from train import processes
 from train.checkpoint import Checkpoint
 from train.data import ImageData, augment, batches
+from train.divergence import diverged, is_finite, where_it_diverged
+from train.methods import Guidance, loss_terms, new_guidance, start_guidance
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import (
-    AdaptiveThreshold,
-    LossTerms,
-    Smoot,
-    filling,
-    plain_loss,
-    sgt_loss,
-    start_threshold,
-)
+from train.saliency import AdaptiveThreshold, LossTerms, Smoot, filling
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
 _MAX_SAMPLE_BYTES = 4 << 20
-
-Guidance = Smoot | AdaptiveThreshold
 
 
 def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Checkpoint:
@@ -44,8 +38,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     first = torch.randperm(len(data.train_images))[:256]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     start_alphas(model, images)
-    threshold = start_threshold(model, images, labels, recipe.mask_share) if recipe.method == "asg" else 1.0
-    guidance = new_guidance(recipe, len(data.train_images), threshold)
+    guidance = start_guidance(recipe, len(data.train_images), model, images, labels)
     count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     return Checkpoint(
@@ -71,7 +64,8 @@ def fit(
     """Train from where `checkpoint` stands to the end of its recipe, saving to `path` after every epoch.
 
     Interrupted and resumed, a run gives the same parameters, bit for bit on the same machine, as one that was not:
-    every random number comes from generators seeded by (seed, epoch).
+    every random number comes from generators seeded by (seed, epoch). In several processes (`train.processes`)
+    each computes its part of every batch, and the first one saves.
 
     Args:
         checkpoint: from `start`, or loaded to resume; returned with its fields brought up to date.
@@ -79,9 +73,14 @@ def fit(
         path: checkpoint file.
         device: where to train, "cpu" or "cuda".
         on_epoch: called after each save, for logs and plots.
+
+    Raises:
+        TrainingError: the loss is not a number or explodes; `path` keeps the last good epoch.
+        OptionError: the batch cannot be shared equally among the processes.
     """
     recipe = checkpoint.recipe
     model = checkpoint.network().to(device)
+    trained = processes.parallel(model)
     optimizer = _optimizer(model, recipe)
     guidance = new_guidance(recipe, len(data.train_images))
     if checkpoint.optimizer:
@@ -94,7 +93,11 @@ def fit(
 
     for epoch in range(len(checkpoint.history), recipe.epochs):
         began = time.perf_counter()
-        row = _train_epoch(checkpoint, model, guidance, optimizer, train_images, train_labels, epoch)
+        try:
+            row = _train_epoch(checkpoint, trained, guidance, optimizer, train_images, train_labels, epoch)
+        except TrainingError as error:
+            kept = f"{path} keeps epoch {epoch}" if epoch else "no epoch was finished"
+            raise TrainingError(f"{error}; lower --lr ({recipe.lr:g}) or try another --seed; {kept}") from None
         row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
         row["seconds"] = time.perf_counter() - began
         row |= guidance.metrics() if guidance is not None else {}
@@ -104,8 +107,9 @@ def fit(
         if guidance is not None:
             checkpoint.guidance = {k: v.detach().cpu() for k, v in guidance.state_dict().items()}
         checkpoint.history = [*checkpoint.history, row]
-        checkpoints.save(checkpoint, path)
-        on_epoch(checkpoint)
+        if processes.rank() == 0:
+            checkpoints.save(checkpoint, path)
+            on_epoch(checkpoint)
     return checkpoint
 
 
@@ -113,80 +117,15 @@ def fit(
 def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the accuracy in percent on images uint8 [N, C, H, W] and labels int64 [N].
 
-    Leaves the model in evaluation mode.
+    Leaves the model in evaluation mode. Several processes share the images.
     """
     model.eval()
-    correct = 0
-    for start_index in range(0, len(images), 1000):
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for start_index in range(1000 * processes.rank(), len(images), 1000 * processes.size()):
         part = slice(start_index, start_index + 1000)
         logits = model(checkpoint.input.normalize(images[part]))
-        correct += int((logits.argmax(1) == labels[part]).sum())
-    return 100 * correct / len(images)
-
-
-def new_guidance(recipe: Recipe, n: int, threshold: float = 1.0) -> Guidance | None:
-    """Return what the recipe's method learns beside the network; None where that is nothing.
-
-    Args:
-        recipe: method and its hyperparameters.
-        n: number of training images.
-        threshold: where that of asg starts.
-    """
-    if recipe.method == "asg":
-        return AdaptiveThreshold(threshold, rate=recipe.threshold_rate)
-    if recipe.method == "smoot":
-        start = round(100 * recipe.mask_share)
-        return Smoot(n, start=start, top1_weight=recipe.top1_weight, speed=recipe.mask_speed)
-    return None
-
-
-def loss_terms(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    recipe: Recipe,
-    guidance: Guidance | None,
-    generator: torch.Generator,
-) -> LossTerms:
-    """Return the loss of the recipe's method.
-
-    Args:
-        model: in training mode.
-        images: normalized, float [N, C, H, W].
-        labels: int64 [N].
-        index: which training images they are, int64 [N].
-        recipe: method and its hyperparameters.
-        guidance: from `new_guidance`.
-        generator: random numbers of the fill, on the images' device.
-    """
-    if recipe.method == "plain":
-        return plain_loss(model, images, labels, label_smoothing=recipe.label_smoothing)
-    kl_weight, smoothing = recipe.kl_weight, recipe.label_smoothing
-    if isinstance(guidance, AdaptiveThreshold):
-        return guidance.loss(
-            model,
-            images,
-            labels,
-            kl_weight=kl_weight,
-            saliency_weight=recipe.saliency_weight,
-            alpha_weight=recipe.alpha_weight,
-            label_smoothing=smoothing,
-        )
-    fill = filling(images, recipe.fill, generator)
-    if isinstance(guidance, Smoot):
-        return guidance.loss(
-            model, images, labels, index, kl_weight=kl_weight, fill=fill, label_smoothing=smoothing
-        )
-    return sgt_loss(
-        model,
-        images,
-        labels,
-        mask_share=recipe.mask_share,
-        kl_weight=kl_weight,
-        fill=fill,
-        label_smoothing=smoothing,
-    )
+        correct += (logits.argmax(1) == labels[part]).sum()
+    return 100 * int(processes.total(correct)) / len(images)
 
 
 def _train_epoch(
@@ -201,31 +140,47 @@ def _train_epoch(
     recipe = checkpoint.recipe
     device = images.device
     seed = recipe.seed * 1_000_003 + epoch
-    torch.manual_seed(seed)  # dropout
+    torch.manual_seed(seed + (processes.rank() << 32))  # dropout
     on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
     on_device = torch.Generator(device).manual_seed(seed)  # fill
     steps_per_epoch = len(images) // min(recipe.batch_size, len(images))
     sums: dict[str, Tensor] = {}
+    before = guidance.percent.clone() if isinstance(guidance, Smoot) else None
     model.train()
-    indices = batches(len(images), recipe.batch_size, generator=on_cpu)
-    label = f"epoch {epoch + 1}/{recipe.epochs}"
-    for step, index in enumerate(command.progress(indices, label=label, total=steps_per_epoch)):
+    indices: Iterable[Tensor] = batches(len(images), recipe.batch_size, generator=on_cpu)
+    if processes.rank() == 0:
+        indices = command.progress(indices, label=f"epoch {epoch + 1}/{recipe.epochs}", total=steps_per_epoch)
+    for step, index in enumerate(indices):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
         index = index.to(device)
         chosen, target = images[index], labels[index]
         if recipe.crop_padding:
             chosen = augment(chosen, padding=recipe.crop_padding, generator=on_cpu)
-        terms = loss_terms(model, checkpoint.input.normalize(chosen), target, index, recipe, guidance, on_device)
+        inputs = checkpoint.input.normalize(chosen)
+        fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
+        inputs, target = inputs[mine], target[mine]
+        terms = loss_terms(model, inputs, target, index[mine], fill[mine], recipe, guidance)
         optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
+        if diverged(terms.loss.item()):
+            raise _divergence(f"the loss is {terms.loss.item():.4g}", epoch, step, model, inputs)
         optimizer.step()
         if isinstance(guidance, AdaptiveThreshold):
             guidance.step()
         for key, value in _measured(terms, target).items():
             sums[key] = sums.get(key, 0) + value.detach().double()
+    if not is_finite(model.state_dict()):
+        raise _divergence("a parameter is not finite", epoch, step, model, inputs)
+    if isinstance(guidance, Smoot) and before is not None:
+        # Each image was seen by one process.
+        guidance.percent.copy_(before + processes.total(guidance.percent - before))
     row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-    return row | {f"train_{key}": (value / steps_per_epoch).item() for key, value in sums.items()}
+    return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
+
+
+def _divergence(what: str, epoch: int, step: int, model: nn.Module, images: Tensor) -> TrainingError:
+    return TrainingError(f"epoch {epoch + 1}, step {step + 1}: {what}; {where_it_diverged(model, images)}")
 
 
 def _measured(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
