@@ -44,7 +44,8 @@ def least_salient(saliency: Tensor, count: int | Tensor) -> Tensor:
         saliency: float [N, H, W].
         count: pixels, one number for all images or one each, [N].
     """
-    order = saliency.flatten(1).argsort(1)
+    # Stable: equal saliencies, zeros above all, are taken in the pixels' order whatever the size of the batch.
+    order = saliency.flatten(1).argsort(dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )

@@ -9,6 +9,7 @@ Dropout alone is drawn by each process for itself.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +33,9 @@ def join(device: str) -> str:
 
 
 def leave() -> None:
-    """Leave the other processes, where there are any."""
+    """Leave the other processes, where there are any, when all have come this far."""
     if size() > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -95,6 +97,8 @@ def parallel(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = _GlobalBatchNorm
+    # Said once per process of a convolution with one input channel; it costs nothing worth a line.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
