@@ -27,5 +27,9 @@ class EngineError(ClearpactError):
     """An inference engine or one of its devices is not there."""
 
 
+class TrainingError(ClearpactError):
+    """Training cannot go on: the loss is not a number or explodes."""
+
+
 class OptionError(ClearpactError):
     """An option's value is outside what the command accepts."""

@@ -71,6 +71,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
             temporary.unlink()
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that a killed process left in a folder to which nobody else writes now."""
+    for leftover in Path(folder).glob(".clearpact-*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
 def _check_kind(path: Path) -> None:
     if path.is_dir():
         raise FileError(f"{path}: is a folder, expected the name of a file to write; add a file name")

@@ -52,7 +52,7 @@ def test_a_seed_makes_a_run_repeatable(small: data.ImageData, tmp_path: Path) ->
     assert not state_equal(first, other)
 
 
-@pytest.mark.parametrize("method", ["plain", "sgt"])
+@pytest.mark.parametrize("method", ["plain", "sgt", "smoot", "asg"])
 def test_resuming_gives_the_same_parameters_bit_for_bit(
     small: data.ImageData, tmp_path: Path, method: str
 ) -> None:
@@ -96,14 +96,35 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adadelta"])
+def test_every_optimizer_learns_and_resumes(small: data.ImageData, tmp_path: Path, optimizer: str) -> None:
+    lr = {"sgd": 0.05, "adam": 1e-3, "adadelta": 1.0}[optimizer]
+    recipe = dataclasses.replace(
+        default_recipe("digits", "plain"), optimizer=optimizer, lr=lr, schedule="constant", epochs=4
+    )
+    straight = run(small, tmp_path / "a.pt", recipe)
+    assert straight.history[-1]["train_cross_entropy"] < straight.history[0]["train_cross_entropy"] - 0.2
+    assert [row["lr"] for row in straight.history] == [lr] * 4
+    halfway = run(small, tmp_path / "b.pt", dataclasses.replace(recipe, epochs=2))
+    halfway.recipe = recipe
+    checkpoints.save(halfway, tmp_path / "b.pt")
+    assert state_equal(loop.fit(checkpoints.load(tmp_path / "b.pt"), small, tmp_path / "b.pt"), straight)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"data": "imagenet"}, "data 'imagenet': expected one of digits"),
-        ({"method": "magic"}, "method 'magic': expected one of plain, sgt"),
+        ({"method": "magic"}, "method 'magic': expected one of plain, sgt, smoot, asg"),
         ({"epochs": 0}, "epochs 0: expected a number >= 1"),
         ({"lr": float("nan")}, "lr nan: expected a number >= 0"),
         ({"mask_share": 1.5}, "mask_share 1.5: expected a share from 0 to 1"),
+        (
+            {"method": "smoot", "mask_share": 0.1},
+            "mask_share 0.1: expected 0.2 to 0.8, the bounds of smoot's masks",
+        ),
+        ({"optimizer": "lion"}, "optimizer 'lion': expected one of sgd, adam, adadelta"),
+        ({"threshold_rate": -1.0}, "threshold_rate -1.0: expected a number >= 0"),
         ({"fill": "noise"}, "fill 'noise': expected one of random, zero, mean"),
     ],
 )

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from train.guidance import filling, frozen_statistics, least_salient
 from train.models import CNN2, ResNet20
 from train.quant import QuantSpec, quantize
-from train.saliency import frozen_statistics, mask_least_salient, plain_loss, sgt_loss
+from train.saliency import plain_loss, sgt_loss
 
 
 def literal_sgt(model: nn.Module, images: Tensor, labels: Tensor, share: float, kl_weight: float) -> Tensor:
@@ -56,53 +57,54 @@ def test_without_masking_the_divergence_is_zero() -> None:
     assert terms.loss.item() == pytest.approx(plain_loss(model, images, labels).loss.item(), rel=1e-6)
 
 
-@given(
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(2, 9),
-    st.integers(2, 9),
-    st.floats(0, 1),
-    st.integers(0, 999),
-)
-@settings(deadline=None, max_examples=60)
-def test_mask_takes_exactly_the_least_salient_pixels(
-    n: int, channels: int, height: int, width: int, share: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, channels, height, width, generator=generator) + 1  # never 0
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(2, 9), st.data())
+@settings(max_examples=60)
+def test_mask_takes_exactly_the_least_salient_pixels(n: int, height: int, width: int, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, height * width), min_size=n, max_size=n))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     saliency = torch.stack([torch.randperm(height * width, generator=generator) for _ in range(n)]).float()
-    masked = mask_least_salient(images, saliency.reshape(n, height, width), share, fill="zero")
-    gone = (masked == 0).all(1).reshape(n, -1)
-    count = int(torch.tensor(share).mul(height * width).floor())
-    assert torch.equal(gone, saliency < count)
-    assert torch.equal(masked[~(masked == 0)], images[~(masked == 0)])
+    expected = saliency < torch.tensor(counts).reshape(-1, 1)
+    saliency = saliency.reshape(n, height, width)
+    assert torch.equal(least_salient(saliency, torch.tensor(counts)).reshape(n, -1), expected)
+    assert torch.equal(least_salient(saliency, counts[0])[0].flatten(), expected[0])
 
 
-def test_each_image_can_have_a_share_of_its_own() -> None:
-    images, saliency = torch.ones(3, 1, 4, 4), torch.arange(48.0).reshape(3, 4, 4)
-    masked = mask_least_salient(images, saliency, torch.tensor([0.0, 0.25, 1.0]), fill="zero")
-    assert (masked == 0).sum((1, 2, 3)).tolist() == [0, 4, 16]
+def test_ties_are_broken_so_that_the_count_is_exact() -> None:
+    masked = least_salient(torch.zeros(3, 4, 4), torch.tensor([0, 4, 16]))
+    assert masked.sum((1, 2)).tolist() == [0, 4, 16]
 
 
-def test_random_fill_stays_in_the_range_of_its_image_and_is_repeatable() -> None:
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.29, 29), (0.57, 57), (0.999, 99), (1.0, 100)])
+def test_share_counts_whole_pixels(share: float, count: int) -> None:
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(100, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.zeros = int((x == 0).sum())
+            return self.fc(x.flatten(1))
+
+    model = Recorder()
+    sgt_loss(model, torch.rand(1, 1, 10, 10) + 1, torch.tensor([0]), mask_share=share, fill="zero")
+    assert model.zeros == count
+
+
+def test_random_filling_stays_in_the_range_of_its_image_and_is_repeatable() -> None:
     images = torch.stack([torch.rand(1, 16, 16), torch.rand(1, 16, 16) * 5 + 3])
-    saliency = torch.rand(2, 16, 16)
-
-    def fill(seed: int) -> Tensor:
-        return mask_least_salient(images, saliency, 1.0, generator=torch.Generator().manual_seed(seed))
-
-    filled = fill(0)
-    assert torch.equal(filled, fill(0))
-    assert not torch.equal(filled, fill(1))
+    filled, again, other = (filling(images, "random", torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(filled, again)
+    assert not torch.equal(filled, other)
     for image, new in zip(images, filled, strict=True):
         assert image.min() <= new.min() < new.max() <= image.max()
 
 
-def test_mean_fill_is_the_mean_of_image_and_channel() -> None:
+def test_other_fillings() -> None:
     images = torch.arange(32.0).reshape(1, 2, 4, 4)
-    masked = mask_least_salient(images, torch.rand(1, 4, 4), 1.0, fill="mean")
-    assert masked[0, 0].unique().tolist() == [7.5]
-    assert masked[0, 1].unique().tolist() == [23.5]
+    assert filling(images, "mean").unique().tolist() == [7.5, 23.5]
+    assert filling(images, "zero").unique().tolist() == [0.0]
+    assert filling(images, images + 1) is not images
+    assert torch.equal(filling(images, images + 1), images + 1)
 
 
 def test_masked_images_leave_the_running_statistics_alone() -> None:

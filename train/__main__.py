@@ -16,15 +16,15 @@ import torch
 
 from runtime import command
 from runtime.errors import EngineError, OptionError
-from runtime.files import check_writable, write_atomically
+from runtime.files import check_writable, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import data, loop, processes
 from train.checkpoint import Checkpoint
 from train.figures import draw_alphas, draw_training_curves
+from train.guidance import FILLS
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
-from train.recipe import METHODS, Recipe, default_recipe
-from train.saliency import FILLS
+from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
 
 CHECKPOINT_NAME = "ckpt.pt"
 
@@ -33,6 +33,7 @@ EXAMPLES = """
   python -m train --data mnist --arch cnn2 --bits 8 --method sgt
   python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
   python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
+  torchrun --nproc-per-node 2 -m train --data cifar10 --arch resnet20    # two GPUs, or two processes on the CPU
   tensorboard --logdir runs                                    # curves and alphas of all runs
 """
 
@@ -40,11 +41,11 @@ EXAMPLES = """
 def main(argv: Sequence[str] | None = None) -> None:
     """Train or resume one run: checkpoint, metrics.csv, TensorBoard events and plots in its folder."""
     options = _parser().parse_args(argv)
-    device = _device(options.device)
+    device = processes.join(_device(options.device))
     if options.resume:
         folder = Path(options.resume)
         checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
-        images = data.load(checkpoint.recipe.data, options.data_root)
+        images = _load(checkpoint.recipe.data, options.data_root)
     else:
         recipe, quant = _recipe(options), QuantSpec(options.bits, options.weights, full_grid=options.full_grid)
         name = options.name or f"{recipe.data}-{options.arch}-{_bits_name(quant)}-{recipe.method}"
@@ -55,12 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "replace it with --overwrite, or choose another --name"
             )
         check_writable(folder / CHECKPOINT_NAME)
-        images = data.load(recipe.data, options.data_root)
+        images = _load(recipe.data, options.data_root)
         checkpoint = loop.start(options.arch, images, quant, recipe)
 
-    _print_run(checkpoint, folder, device)
+    if processes.rank() == 0:
+        remove_leftovers(folder)
+        _print_run(checkpoint, folder, device)
     _train(checkpoint, images, folder, device)
-    print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+    if processes.rank() == 0:
+        print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+    processes.leave()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,15 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set)")
     hyper.add_argument("--epochs", type=int)
     hyper.add_argument("--batch-size", type=int, help="images a step")
-    hyper.add_argument("--lr", type=float, help="peak learning rate of SGD; one epoch of warm-up, then cosine")
-    hyper.add_argument("--momentum", type=float)
+    hyper.add_argument("--optimizer", choices=OPTIMIZERS)
+    hyper.add_argument("--lr", type=float, help="(peak) learning rate")
+    hyper.add_argument("--schedule", choices=SCHEDULES, help="cosine after one epoch of warm-up, or constant")
+    hyper.add_argument("--momentum", type=float, help="of sgd")
     hyper.add_argument("--weight-decay", type=float, help="L2 on weights")
     hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
     hyper.add_argument("--label-smoothing", type=float)
     hyper.add_argument("--crop-padding", type=int, help="border for random crops, with flips; 0: none")
-    hyper.add_argument("--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1")
-    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt")
+    hyper.add_argument(
+        "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot and asg start"
+    )
+    hyper.add_argument("--kl-weight", type=float, help="lambda of sgt and smoot, lambda_1 of asg")
     hyper.add_argument("--fill", choices=FILLS, help="what masked pixels hold")
+    hyper.add_argument("--top1-weight", type=float, help="alpha of smoot, 0 to 1")
+    hyper.add_argument("--mask-speed", type=float, help="mu of smoot")
+    hyper.add_argument("--saliency-weight", type=float, help="lambda_2 of asg")
+    hyper.add_argument("--alpha-weight", type=float, help="eta of asg")
+    hyper.add_argument("--threshold-rate", type=float, help="gamma of asg")
     hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
     return parser
 
@@ -109,7 +123,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if options.data is None:
         raise OptionError(f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --resume FOLDER")
     given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
-    return replace(default_recipe(options.data), **{k: v for k, v in given.items() if v is not None})
+    return replace(
+        default_recipe(options.data, options.method), **{k: v for k, v in given.items() if v is not None}
+    )
 
 
 def _device(name: str) -> str:
@@ -133,11 +149,20 @@ def _print_run(checkpoint: Checkpoint, folder: Path, device: str) -> None:
         print(f"resumed  after epoch {len(checkpoint.history)}")
 
 
+def _load(name: str, root: str) -> data.ImageData:
+    with processes.first_alone():
+        return data.load(name, root)
+
+
 def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
+    if processes.rank() > 0:
+        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device)
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    # Epochs that a crash left in the event file but not in the checkpoint are hidden on resuming.
-    events = SummaryWriter(str(folder), purge_step=len(checkpoint.history) + 1)
+    # A crash may have left more epochs in the event file than in the checkpoint, or have come between the two: all
+    # from the checkpoint's last epoch on are hidden, and that one is written again.
+    events = SummaryWriter(str(folder), purge_step=max(1, len(checkpoint.history)))
 
     def record(current: Checkpoint) -> None:
         row = current.history[-1]
@@ -148,6 +173,10 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         write_atomically(folder / "metrics.csv", _csv(current.history))
         draw_training_curves(current.history, folder / "curves.png")
         draw_alphas(current.history, folder / "alpha.png")
+
+    def record_and_print(current: Checkpoint) -> None:
+        record(current)
+        row = current.history[-1]
         print(
             f"epoch {int(row['epoch']):3d}/{current.recipe.epochs}  loss {row['train_loss']:.4f}  "
             f"train {row['train_accuracy']:6.2f} %  test {row['test_accuracy']:6.2f} %  {row['seconds']:.1f} s",
@@ -155,7 +184,9 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         )
 
     try:
-        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device, on_epoch=record)
+        if checkpoint.history:
+            record(checkpoint)
+        loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device, on_epoch=record_and_print)
     except KeyboardInterrupt:
         if checkpoint.history:
             print(f"\n{len(checkpoint.history)} epochs are saved; continue: python -m train --resume {folder}")

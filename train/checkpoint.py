@@ -11,6 +11,7 @@ It is a dictionary written with torch.save and read with weights_only=True, so r
     recipe        the Recipe
     state_dict    parameters and buffers of the (quantized) network
     optimizer     state of the optimizer, for resuming
+    guidance      what the method has learned beside the network: SMOOT's mask share of every training image
     history       one dictionary of numbers per epoch; its length is the epoch reached
     samples       real test images uint8 [n, C, H, W] and labels, on which export verifies itself
     versions      of torch and of this project
@@ -54,6 +55,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     samples: dict[str, Tensor]
     optimizer: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def network(self) -> nn.Module:
@@ -97,6 +99,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "recipe": asdict(checkpoint.recipe),
         "state_dict": checkpoint.state_dict,
         "optimizer": checkpoint.optimizer,
+        "guidance": checkpoint.guidance,
         "history": checkpoint.history,
         "samples": checkpoint.samples,
         "versions": {"torch": str(torch.__version__)},
@@ -137,9 +140,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         quant=QuantSpec.from_dict(contents["quant"]),
         input=InputSpec(tuple(image["size"]), image["channels"], tuple(image["mean"]), tuple(image["std"])),
         classes=tuple(contents["classes"]),
-        recipe=Recipe(**contents["recipe"]),
+        recipe=Recipe.from_dict(contents["recipe"]),
         state_dict=contents["state_dict"],
         samples=contents["samples"],
         optimizer=contents["optimizer"],
+        guidance=contents.get("guidance", {}),
         history=contents["history"],
     )

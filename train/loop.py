@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from runtime import command
+from runtime.errors import TrainingError
 from train import checkpoint as checkpoints
+from train import processes
 from train.checkpoint import Checkpoint
 from train.data import ImageData, augment, batches
+from train.divergence import diverged, is_finite, where_it_diverged
+from train.methods import Guidance, loss_terms, new_guidance, start_guidance
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import LossTerms, plain_loss, sgt_loss
+from train.saliency import AdaptiveThreshold, LossTerms, Smoot, filling
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
@@ -32,7 +36,9 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     description = {"name": arch, **arguments}
     model = checkpoints.new_network(description, quant, input_spec)
     first = torch.randperm(len(data.train_images))[:256]
-    start_alphas(model, input_spec.normalize(data.train_images[first]))
+    images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
+    start_alphas(model, images)
+    guidance = start_guidance(recipe, len(data.train_images), model, images, labels)
     count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     return Checkpoint(
@@ -42,6 +48,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
         classes=data.classes,
         recipe=recipe,
         state_dict=model.state_dict(),
+        guidance={} if guidance is None else guidance.state_dict(),
         samples={"images": data.test_images[chosen].clone(), "labels": data.test_labels[chosen].clone()},
     )
 
@@ -57,7 +64,8 @@ def fit(
     """Train from where `checkpoint` stands to the end of its recipe, saving to `path` after every epoch.
 
     Interrupted and resumed, a run gives the same parameters, bit for bit on the same machine, as one that was not:
-    every random number comes from generators seeded by (seed, epoch).
+    every random number comes from generators seeded by (seed, epoch). In several processes (`train.processes`)
+    each computes its part of every batch, and the first one saves.
 
     Args:
         checkpoint: from `start`, or loaded to resume; returned with its fields brought up to date.
@@ -65,26 +73,43 @@ def fit(
         path: checkpoint file.
         device: where to train, "cpu" or "cuda".
         on_epoch: called after each save, for logs and plots.
+
+    Raises:
+        TrainingError: the loss is not a number or explodes; `path` keeps the last good epoch.
+        OptionError: the batch cannot be shared equally among the processes.
     """
     recipe = checkpoint.recipe
     model = checkpoint.network().to(device)
+    trained = processes.parallel(model)
     optimizer = _optimizer(model, recipe)
+    guidance = new_guidance(recipe, len(data.train_images))
     if checkpoint.optimizer:
         optimizer.load_state_dict(checkpoint.optimizer)
+    if guidance is not None:
+        guidance.load_state_dict(checkpoint.guidance)
+        guidance.to(device)
     train_images, train_labels = data.train_images.to(device), data.train_labels.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
 
     for epoch in range(len(checkpoint.history), recipe.epochs):
         began = time.perf_counter()
-        row = _train_epoch(checkpoint, model, optimizer, train_images, train_labels, epoch)
+        try:
+            row = _train_epoch(checkpoint, trained, guidance, optimizer, train_images, train_labels, epoch)
+        except TrainingError as error:
+            kept = f"{path} keeps epoch {epoch}" if epoch else "no epoch was finished"
+            raise TrainingError(f"{error}; lower --lr ({recipe.lr:g}) or try another --seed; {kept}") from None
         row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
         row["seconds"] = time.perf_counter() - began
+        row |= guidance.metrics() if guidance is not None else {}
         row |= {f"alpha/{n}": q.alpha.item() for n, q in quantizers(model).items() if isinstance(q, PACT)}
         checkpoint.state_dict = {k: v.detach().cpu() for k, v in model.state_dict().items()}
         checkpoint.optimizer = optimizer.state_dict()
+        if guidance is not None:
+            checkpoint.guidance = {k: v.detach().cpu() for k, v in guidance.state_dict().items()}
         checkpoint.history = [*checkpoint.history, row]
-        checkpoints.save(checkpoint, path)
-        on_epoch(checkpoint)
+        if processes.rank() == 0:
+            checkpoints.save(checkpoint, path)
+            on_epoch(checkpoint)
     return checkpoint
 
 
@@ -92,38 +117,21 @@ def fit(
 def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the accuracy in percent on images uint8 [N, C, H, W] and labels int64 [N].
 
-    Leaves the model in evaluation mode.
+    Leaves the model in evaluation mode. Several processes share the images.
     """
     model.eval()
-    correct = 0
-    for start_index in range(0, len(images), 1000):
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for start_index in range(1000 * processes.rank(), len(images), 1000 * processes.size()):
         part = slice(start_index, start_index + 1000)
         logits = model(checkpoint.input.normalize(images[part]))
-        correct += int((logits.argmax(1) == labels[part]).sum())
-    return 100 * correct / len(images)
-
-
-def loss_terms(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
-) -> LossTerms:
-    """Return the loss of the recipe's method on normalized images."""
-    if recipe.method == "plain":
-        return plain_loss(model, images, labels, label_smoothing=recipe.label_smoothing)
-    return sgt_loss(
-        model,
-        images,
-        labels,
-        mask_share=recipe.mask_share,
-        kl_weight=recipe.kl_weight,
-        fill=recipe.fill,
-        label_smoothing=recipe.label_smoothing,
-        generator=generator,
-    )
+        correct += (logits.argmax(1) == labels[part]).sum()
+    return 100 * int(processes.total(correct)) / len(images)
 
 
 def _train_epoch(
     checkpoint: Checkpoint,
     model: nn.Module,
+    guidance: Guidance | None,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
@@ -132,39 +140,61 @@ def _train_epoch(
     recipe = checkpoint.recipe
     device = images.device
     seed = recipe.seed * 1_000_003 + epoch
-    torch.manual_seed(seed)  # dropout
+    torch.manual_seed(seed + (processes.rank() << 32))  # dropout
     on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
     on_device = torch.Generator(device).manual_seed(seed)  # fill
     steps_per_epoch = len(images) // min(recipe.batch_size, len(images))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums: dict[str, Tensor] = {}
+    before = guidance.percent.clone() if isinstance(guidance, Smoot) else None
     model.train()
-    indices = batches(len(images), recipe.batch_size, generator=on_cpu)
-    label = f"epoch {epoch + 1}/{recipe.epochs}"
-    for step, index in enumerate(command.progress(indices, label=label, total=steps_per_epoch)):
+    indices: Iterable[Tensor] = batches(len(images), recipe.batch_size, generator=on_cpu)
+    if processes.rank() == 0:
+        indices = command.progress(indices, label=f"epoch {epoch + 1}/{recipe.epochs}", total=steps_per_epoch)
+    for step, index in enumerate(indices):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
-        chosen, target = images[index.to(device)], labels[index.to(device)]
+        index = index.to(device)
+        chosen, target = images[index], labels[index]
         if recipe.crop_padding:
             chosen = augment(chosen, padding=recipe.crop_padding, generator=on_cpu)
-        terms = loss_terms(model, checkpoint.input.normalize(chosen), target, recipe, on_device)
+        inputs = checkpoint.input.normalize(chosen)
+        fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
+        inputs, target = inputs[mine], target[mine]
+        terms = loss_terms(model, inputs, target, index[mine], fill[mine], recipe, guidance)
         optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
+        if diverged(terms.loss.item()):
+            raise _divergence(f"the loss is {terms.loss.item():.4g}", epoch, step, model, inputs)
         optimizer.step()
-        accurate = (terms.logits.argmax(1) == target).double().mean() * 100
-        sums += torch.stack([terms.loss, terms.cross_entropy, terms.divergence, accurate]).detach()
-    loss, cross_entropy, divergence, accuracy = (sums / steps_per_epoch).tolist()
-    return {
-        "epoch": epoch + 1,
-        "lr": optimizer.param_groups[0]["lr"],
-        "train_loss": loss,
-        "train_cross_entropy": cross_entropy,
-        "train_divergence": divergence,
-        "train_accuracy": accuracy,
+        if isinstance(guidance, AdaptiveThreshold):
+            guidance.step()
+        for key, value in _measured(terms, target).items():
+            sums[key] = sums.get(key, 0) + value.detach().double()
+    if not is_finite(model.state_dict()):
+        raise _divergence("a parameter is not finite", epoch, step, model, inputs)
+    if isinstance(guidance, Smoot) and before is not None:
+        # Each image was seen by one process.
+        guidance.percent.copy_(before + processes.total(guidance.percent - before))
+    row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+    return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
+
+
+def _divergence(what: str, epoch: int, step: int, model: nn.Module, images: Tensor) -> TrainingError:
+    return TrainingError(f"epoch {epoch + 1}, step {step + 1}: {what}; {where_it_diverged(model, images)}")
+
+
+def _measured(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
+    measured = {
+        "loss": terms.loss,
+        "cross_entropy": terms.cross_entropy,
+        "divergence": terms.divergence,
+        "accuracy": (terms.logits.argmax(1) == labels).double().mean() * 100,
     }
+    return measured if terms.saliency_norm is None else {**measured, "saliency_norm": terms.saliency_norm}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with one decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
+    """One decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
     named = dict(model.named_parameters())
     alphas = [p for n, p in named.items() if n.endswith(".alpha")]
     weights = [p for n, p in named.items() if p.ndim > 1]
@@ -174,6 +204,9 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": alphas, "weight_decay": recipe.alpha_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
-    )
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=recipe.lr)
+    if recipe.optimizer == "adadelta":
+        return torch.optim.Adadelta(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)

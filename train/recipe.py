@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from runtime.errors import OptionError
 from train.data import DATA_SETS
-from train.saliency import FILLS
+from train.guidance import FILLS
 
-METHODS = ("plain", "sgt")
+METHODS = ("plain", "sgt", "smoot", "asg")
+OPTIMIZERS = ("sgd", "adam", "adadelta")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,22 @@ class Recipe:
         method: one of METHODS.
         epochs: passes over the training images.
         batch_size: images a step.
-        lr: peak learning rate of SGD, after one epoch of linear warm-up, then cosine to zero.
-        momentum: Nesterov momentum.
+        optimizer: one of OPTIMIZERS.
+        lr: (peak) learning rate.
+        schedule: "cosine" (one epoch of linear warm-up, then a cosine to zero) or "constant".
+        momentum: Nesterov momentum of SGD.
         weight_decay: L2 on weights (not on biases and BatchNorm).
         alpha_decay: L2 on PACT's alpha.
         label_smoothing: of the cross entropy.
         crop_padding: pixels of border for random crops, with random flips; 0 trains on the images as they are.
-        mask_share: share of the pixels that saliency-guided training masks, 0 to 1.
-        kl_weight: lambda, weight of the divergence between clean and masked outputs.
-        fill: what masked pixels hold, one of train.saliency.FILLS.
+        mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
+        kl_weight: lambda (lambda_1 of asg), weight of the divergence between clean and masked outputs.
+        fill: what masked pixels hold, one of train.guidance.FILLS; asg always masks with zeros.
+        top1_weight: alpha of smoot, weight of the most probable class in what adapts the mask share.
+        mask_speed: mu of smoot, percentage points of the mask share for a change of 1 in probability.
+        saliency_weight: lambda_2 of asg, weight of ||S||_1.
+        alpha_weight: eta of asg, weight of |alpha|.
+        threshold_rate: gamma of asg, learning rate of the threshold in units of its start.
         seed: of initialization, data order, augmentation, dropout and fill.
     """
 
@@ -38,7 +47,9 @@ class Recipe:
     method: str = "sgt"
     epochs: int = 10
     batch_size: int = 128
+    optimizer: str = "sgd"
     lr: float = 0.05
+    schedule: str = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     alpha_decay: float = 5e-4
@@ -47,6 +58,11 @@ class Recipe:
     mask_share: float = 0.5
     kl_weight: float = 1.0
     fill: str = "random"
+    top1_weight: float = 0.8
+    mask_speed: float = 10.0
+    saliency_weight: float = 1e-3
+    alpha_weight: float = 1e-4
+    threshold_rate: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,21 +71,38 @@ class Recipe:
         Raises:
             OptionError: a field is outside its range.
         """
-        for name, choices in (("data", DATA_SETS), ("method", METHODS), ("fill", FILLS)):
+        choices_of = {
+            "data": DATA_SETS, "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS
+        }  # fmt: skip
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        ranges = {"epochs": 1, "batch_size": 2, "lr": 0, "momentum": 0, "weight_decay": 0, "alpha_decay": 0,
-                  "label_smoothing": 0, "crop_padding": 0, "mask_share": 0, "kl_weight": 0, "seed": 0}  # fmt: skip
-        for name, smallest in ranges.items():
-            value = getattr(self, name)
+        for name in (f.name for f in fields(self) if f.name not in choices_of):
+            value, smallest = getattr(self, name), {"epochs": 1, "batch_size": 2}.get(name, 0)
             if not (math.isfinite(value) and value >= smallest):
                 raise OptionError(f"{name} {value}: expected a number >= {smallest}")
-        for name in ("mask_share", "label_smoothing", "momentum"):
+        for name in ("mask_share", "label_smoothing", "momentum", "top1_weight"):
             if getattr(self, name) > 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a share from 0 to 1")
+        if self.method == "smoot" and not 0.2 <= self.mask_share <= 0.8:
+            raise OptionError(f"mask_share {self.mask_share}: expected 0.2 to 0.8, the bounds of smoot's masks")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Return the recipe a checkpoint holds.
+
+        Raises:
+            OptionError: a field is unknown or out of range.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise OptionError(f"recipe: unknown fields {sorted(unknown)}; made by a newer version")
+        return cls(**values)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of a step, counted over the whole run from 0."""
+        if self.schedule == "constant":
+            return self.lr
         warm_up = min(steps_per_epoch, self.epochs * steps_per_epoch // 4)
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
@@ -79,9 +112,13 @@ class Recipe:
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 30, "batch_size": 64},
-    "mnist": {"epochs": 10},
-    "fashion-mnist": {"epochs": 20},
+    "mnist": {"epochs": 10, "top1_weight": 0.95},
+    "fashion-mnist": {"epochs": 20, "top1_weight": 0.95},
     "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4},
+}
+# Algorithm 2 of Lavaei et al. 2025: Adam, and alpha regularized by its magnitude instead of its square.
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "asg": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "alpha_decay": 0.0},
 }
 
 
@@ -91,4 +128,4 @@ def default_recipe(data: str, method: str = "sgt") -> Recipe:
     Raises:
         OptionError: no such data set or method.
     """
-    return replace(Recipe(data, method), **_DEFAULTS.get(data, {}))
+    return replace(Recipe(data, method), **{**_DEFAULTS.get(data, {}), **_METHOD_DEFAULTS.get(method, {})})
