@@ -20,7 +20,7 @@ from runtime.files import check_writable, write_atomically
 from train import checkpoint as checkpoints
 from train import data, loop
 from train.checkpoint import Checkpoint
-from train.figures import draw_alphas, draw_training_curves
+from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, Recipe, default_recipe
@@ -147,7 +147,8 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         events.flush()
         write_atomically(folder / "metrics.csv", _csv(current.history))
         draw_training_curves(current.history, folder / "curves.png")
-        draw_alphas(current.history, folder / "alpha.png")
+        if has_alphas(current.history):
+            draw_alphas({folder.name: current.history}, folder / "alpha.png")
         print(
             f"epoch {int(row['epoch']):3d}/{current.recipe.epochs}  loss {row['train_loss']:.4f}  "
             f"train {row['train_accuracy']:6.2f} %  test {row['test_accuracy']:6.2f} %  {row['seconds']:.1f} s",
