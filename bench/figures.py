@@ -43,6 +43,8 @@ EXAMPLES = """
   python -m bench.figures maps ckpt8.pt ckpt4.pt ckpt2.onnx --float --data mnist --images 6 -o bits.png
 """
 
+SCALES = ("shared", "network")
+
 _MARKERS = "os^Dv*"
 # The saliency drawn as brightest: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.5
@@ -85,21 +87,25 @@ def draw_removal_curves(result: Mapping[str, Any], path: Path) -> Figure:
     return save_figure(draw, path, (12, 4.6 + 0.1 * len(result["networks"])))
 
 
-def draw_maps(networks: Sequence[Network], test: LabelledImages, path: Path, *, target: str) -> Figure:
+def draw_maps(
+    networks: Sequence[Network], test: LabelledImages, path: Path, *, target: str, scale: str = "shared"
+) -> Figure:
     """Draw the saliency of the same images under several networks (Karkehabadi et al. 2024, Fig. 2).
 
-    One row per network and one colour scale for all, so that brightness can be compared. Above each map stands the
-    predicted class and its probability, in orange where it is wrong.
+    One row per network. Above each map stands the predicted class with its probability, in orange where wrong.
 
     Args:
         networks: to explain, all of the images' size.
         test: the images, at most runtime.classifier.MAX_BATCH.
         path: PNG file.
         target: class that is explained, one of bench.removal.TARGETS.
+        scale: of the colours, one of SCALES: with "shared", brightness can be compared between networks; with
+            "network", the shapes of maps can whose gradients differ by magnitudes, as after a penalty on them.
     """
     asked = test.labels if target == "true" else np.full(len(test.labels), -1, np.int64)
     found = [network.explain(test.images, asked) for network in networks]
-    brightest = float(np.percentile([maps for _, maps in found], _BRIGHT_PERCENTILE))
+    groups = [[maps for _, maps in found]] if scale == "shared" else [[maps] for _, maps in found]
+    brightest = [float(np.percentile(group, _BRIGHT_PERCENTILE)) for group in groups for _ in group]
     columns, rows = len(test.labels), len(networks) + 1
 
     def draw(figure: Figure) -> None:
@@ -111,16 +117,20 @@ def draw_maps(networks: Sequence[Network], test: LabelledImages, path: Path, *, 
             axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
             axes.set_title(networks[0].classes[label], fontsize=9)
         _label_row(grid[0, 0], "image,\ntrue class")
-        for line, network, (logits, maps) in zip(grid[1:], networks, found, strict=True):
+        for line, network, (logits, maps), vmax in zip(grid[1:], networks, found, brightest, strict=True):
             _label_row(line[0], "\n".join([*network.name.split("/"), network.precision]))
             predicted, probability = logits.argmax(1), softmax(logits).max(1)
             for axes, one, index, p, label in zip(line, maps, predicted, probability, test.labels, strict=True):
-                shown = axes.imshow(one, cmap="inferno", vmin=0, vmax=brightest)
+                shown = axes.imshow(one, cmap="inferno", vmin=0, vmax=vmax)
                 axes.set_title(f"{networks[0].classes[index]}  {p:.0%}", fontsize=8, pad=3,
                                color="black" if index == label else COLORS[1])  # fmt: skip
-        figure.colorbar(shown, ax=grid[1:], extend="max", aspect=30, pad=0.01,
-                        label="|d logit / d normalized pixel|")  # fmt: skip
-        figure.suptitle(f"saliency of the {target} class, {test.name}: one colour scale for all maps", fontsize=11)
+            if scale == "network":
+                figure.colorbar(shown, ax=line, extend="max", pad=0.01)
+        label = "|d logit / d normalized pixel|"
+        if scale == "shared":
+            figure.colorbar(shown, ax=grid[1:], extend="max", aspect=30, pad=0.01, label=label)
+        scales = "one colour scale for all maps" if scale == "shared" else f"each row on its own scale of {label}"
+        figure.suptitle(f"saliency of the {target} class, {test.name}: {scales}", fontsize=11)
 
     return save_figure(draw, path, (2.2 + 1.15 * columns, 0.6 + 1.35 * rows))
 
@@ -164,7 +174,7 @@ def _draw_maps(options: argparse.Namespace) -> None:
         for network in open_networks(path, engine=options.engine, with_float=options.float)
     ]
     test = one_of_each_class(load_for(networks, options.data, options.data_root), options.images)
-    draw_maps(networks, test, Path(options.output), target=options.target)
+    draw_maps(networks, test, Path(options.output), target=options.target, scale=options.scale)
 
 
 def _draw_histories(
@@ -201,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     maps.add_argument("--float", action="store_true", help="add the float network of every quantized checkpoint")
     maps.add_argument("--target", choices=TARGETS, default="predicted",
                       help="the class that is explained (default: predicted)")  # fmt: skip
+    maps.add_argument("--scale", choices=SCALES, default="shared",
+                      help="one colour scale for all maps, or one for each network (default: shared)")  # fmt: skip
     maps.add_argument("--engine", choices=tuple(ENGINES), help="of .onnx files (default: as exported)")
     return parser
 

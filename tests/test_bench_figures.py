@@ -121,6 +121,26 @@ def test_maps_of_all_networks_share_one_scale(
             assert axes.title.get_color() == ("black" if index == label else COLORS[1])
 
 
+def test_a_networks_maps_are_drawn_on_its_own_scale_on_request(
+    digits_models: dict[str, Path], digits: ImageData, tmp_path: Path
+) -> None:
+    (network,) = open_networks(str(digits_models["ort"]))
+
+    def faint(images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, maps = network.explain(images, target)
+        return logits, maps / 100
+
+    networks = [network, dataclasses.replace(network, explain=faint)]
+    images = digits.test_images[:3].permute(0, 2, 3, 1).contiguous().numpy()
+    test = LabelledImages("digits", images, digits.test_labels[:3].numpy())
+    figure = draw_maps(networks, test, tmp_path / "maps.png", target="true", scale="network")
+    limits = [axes.images[0].get_clim()[1] for axes in figure.axes[3:9]]
+    assert len(set(limits[:3])) == len(set(limits[3:])) == 1
+    assert limits[0] == pytest.approx(100 * limits[3], rel=1e-6)
+    figure = draw_maps(networks, test, tmp_path / "maps.png", target="true")
+    assert len({axes.images[0].get_clim() for axes in figure.axes[3:9]}) == 1
+
+
 def test_the_command_draws_from_run_folders(
     digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
