@@ -45,13 +45,13 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def test_split(digits: ImageData) -> LabelledImages:
+def split(digits: ImageData) -> LabelledImages:
     images = digits.test_images.permute(0, 2, 3, 1).contiguous().numpy()
     return LabelledImages("digits", images, digits.test_labels.numpy())
 
 
 def test_an_exported_float_network_has_the_checkpoints_curves(
-    digits_checkpoint_path: Path, digits_models: dict[str, Path], test_split: LabelledImages
+    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: LabelledImages
 ) -> None:
     _, reference = open_networks(str(digits_checkpoint_path), with_float=True)
     exported = [
@@ -60,7 +60,7 @@ def test_an_exported_float_network_has_the_checkpoints_curves(
         for network in open_networks(str(digits_models["float"]), engine=engine)
     ]
     assert [n.precision for n in (reference, *exported)] == ["float", "fp32", "fp32"]
-    (expected, *curves), agreements = measure([reference, *exported], test_split, **SETTINGS)
+    (expected, *curves), agreements = measure([reference, *exported], split, **SETTINGS)
     for found in curves:
         assert np.array_equal(found.correct, expected.correct)
         assert np.abs(found.deletion - expected.deletion).max() < 1e-5
@@ -69,7 +69,7 @@ def test_an_exported_float_network_has_the_checkpoints_curves(
 
 
 def test_an_exported_int8_network_has_the_checkpoints_curves(
-    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, test_split: LabelledImages
+    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, split: LabelledImages
 ) -> None:
     # Exported as it was trained: the paper's gate and float32 gradients. The default ranks some pixels otherwise.
     trained = export(digits_checkpoint, gate="ste", saliency_precision="float32")
@@ -77,7 +77,7 @@ def test_an_exported_int8_network_has_the_checkpoints_curves(
     for file, exported in zip(files, (trained, export(digits_checkpoint)), strict=True):
         write_atomically(file, exported.model.SerializeToString())
     networks = [n for path in (digits_checkpoint_path, *files) for n in open_networks(str(path))]
-    curves, agreements = measure(networks, test_split, **SETTINGS)
+    curves, agreements = measure(networks, split, **SETTINGS)
     expected, same, default = (summarize(n, c) for n, c in zip(networks, curves, strict=True))
     assert [n.precision for n in networks] == ["8 bit", "int8", "int8"]
     # Engines sum in another order, which moves a code at a tie: a probability by 0.005 at most when measured.
@@ -92,9 +92,9 @@ def test_an_exported_int8_network_has_the_checkpoints_curves(
 
 
 def test_agreement_is_that_of_the_two_sets_of_maps(
-    digits_checkpoint_path: Path, digits_models: dict[str, Path], test_split: LabelledImages
+    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: LabelledImages
 ) -> None:
-    test = evenly_spaced(test_split, 70)  # more than one batch, and a smaller last one
+    test = evenly_spaced(split, 70)  # more than one batch, and a smaller last one
     networks = [
         *open_networks(str(digits_checkpoint_path), with_float=True), *open_networks(str(digits_models["ort"]))
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_float_network_is_the_one_export_compares_with(
     assert found.top_overlap == pytest.approx(expected.top_overlap, abs=1e-2)
 
 
-def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], test_split: LabelledImages) -> None:
+def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], split: LabelledImages) -> None:
     (network,) = open_networks(str(digits_models["ort"]))
     sizes: list[int] = []
 
@@ -135,17 +135,17 @@ def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], te
         sizes.append(len(images))
         return network.logits(images)
 
-    (curves,), _ = measure([dataclasses.replace(network, logits=counted)], test_split, **SETTINGS)
+    (curves,), _ = measure([dataclasses.replace(network, logits=counted)], split, **SETTINGS)
     assert curves.correct.shape == (360, 10)
     assert curves.deletion.shape == curves.insertion.shape == (360, 11)
     assert (max(sizes), sum(sizes)) == (64, 20 * 360)
 
 
 def test_a_summary_has_means_and_standard_errors_over_the_images(
-    digits_models: dict[str, Path], test_split: LabelledImages
+    digits_models: dict[str, Path], split: LabelledImages
 ) -> None:
     (network,) = open_networks(str(digits_models["openvino"]))
-    (curves,), _ = measure([network], test_split, **SETTINGS)
+    (curves,), _ = measure([network], split, **SETTINGS)
     found = summarize(network, curves)
     per_image = [
         sum(5.0 * (a + b) for a, b in itertools.pairwise(row)) for row in curves.correct.astype(int).tolist()
@@ -262,9 +262,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(
         main([str(tmp_path), "--data", "digits"])
 
 
-def test_the_true_classs_map_is_measured_on_request(
-    digits_models: dict[str, Path], test_split: LabelledImages
-) -> None:
+def test_the_true_classs_map_is_measured_on_request(digits_models: dict[str, Path], split: LabelledImages) -> None:
     (network,) = open_networks(str(digits_models["ort"]))
     asked: list[np.ndarray] = []
 
@@ -273,8 +271,8 @@ def test_the_true_classs_map_is_measured_on_request(
         return network.explain(images, target)
 
     watched: Network = dataclasses.replace(network, explain=explain)
-    measure([watched], evenly_spaced(test_split, 100), fill="mean", canvas="random", target="true")
-    assert np.array_equal(np.concatenate(asked), evenly_spaced(test_split, 100).labels)
+    measure([watched], evenly_spaced(split, 100), fill="mean", canvas="random", target="true")
+    assert np.array_equal(np.concatenate(asked), evenly_spaced(split, 100).labels)
     asked.clear()
-    measure([watched], evenly_spaced(test_split, 100), fill="mean", canvas="random", target="predicted")
+    measure([watched], evenly_spaced(split, 100), fill="mean", canvas="random", target="predicted")
     assert (np.concatenate(asked) == -1).all()
