@@ -20,7 +20,7 @@ from runtime.files import check_writable, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
 from train import data, loop, processes
 from train.checkpoint import Checkpoint
-from train.figures import draw_alphas, draw_training_curves
+from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
@@ -172,7 +172,8 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
         events.flush()
         write_atomically(folder / "metrics.csv", _csv(current.history))
         draw_training_curves(current.history, folder / "curves.png")
-        draw_alphas(current.history, folder / "alpha.png")
+        if has_alphas(current.history):
+            draw_alphas({folder.name: current.history}, folder / "alpha.png")
 
     def record_and_print(current: Checkpoint) -> None:
         record(current)

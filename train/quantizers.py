@@ -71,12 +71,13 @@ class _PACT(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
         signed = qmin < 0
         lower = -alpha if signed else torch.zeros_like(alpha)
-        above = x >= alpha
-        below = x <= lower if signed else x < 0
-        ctx.save_for_backward(above, below)
-        ctx.signed = signed
+        if any(ctx.needs_input_grad):  # evaluation goes without the gates
+            above = x >= alpha
+            below = x <= lower if signed else x < 0
+            ctx.save_for_backward(above, below)
+            ctx.signed = signed
         scale = alpha / qmax
-        return torch.round(torch.clamp(x, lower, alpha) / scale) * scale
+        return torch.clamp(x, lower, alpha).div_(scale).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:

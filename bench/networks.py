@@ -1,0 +1,142 @@
+"""Networks to measure explanations of, whatever runs them: an exported file on its engine, a checkpoint in torch.
+
+Torch is imported only for checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench import data
+from bench.data import LabelledImages
+from runtime.classifier import Classifier
+from runtime.errors import ModelError, OptionError
+from runtime.manifest import INPUT_NAME, TARGET_NAME
+
+CHECKPOINT_NAME = "ckpt.pt"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier that explains itself. Its functions take at most runtime.classifier.MAX_BATCH images at a time.
+
+    Args:
+        name: from `display_name`.
+        precision: "int8" or "fp32" of an exported file, "8 bit" or "float" of a checkpoint.
+        engine: what computes it, with its version.
+        data: name of the data set it was trained on.
+        shape: height, width and channels of its images.
+        classes: class names.
+        logits: uint8 [N, H, W, C] -> float32 [N, K].
+        explain: the same images and the classes to explain, int64 [N] with -1 for the predicted one -> logits, and
+            saliency float32 [N, H, W]: the largest |d logit / d normalized pixel| over channels.
+    """
+
+    name: str
+    precision: str
+    engine: str
+    data: str
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    logits: Callable[[np.ndarray], np.ndarray]
+    explain: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def find(path: str) -> Path:
+    """Return the file of a network: of a run folder, its checkpoint."""
+    return Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+
+
+def display_name(file: Path) -> str:
+    """Return what tells a network's file from others: the run's name, or folder and file."""
+    *_, folder, name = file.absolute().parts
+    return folder if name == CHECKPOINT_NAME else f"{folder}/{name}"
+
+
+def open_networks(
+    path: str, *, engine: str | None = None, threads: int | None = None, with_float: bool = False
+) -> list[Network]:
+    """Return the network in a file and, if asked for, the float network that was quantized to it.
+
+    Args:
+        path: ONNX file, checkpoint (.pt), or run folder with a checkpoint in it.
+        engine: of ONNX files; None takes the one the file was exported for.
+        threads: CPU threads of one inference; None leaves the number to the engine.
+        with_float: of a quantized checkpoint, add its network with the quantizers off: float weights, and of PACT
+            the clip alone.
+
+    Raises:
+        ClearpactError: the file is missing or of another kind, gives classes only, or needs what is not installed.
+    """
+    file = find(path)
+    name = display_name(file)
+    if file.suffix != ".pt":
+        return [_exported_network(file, name, engine, threads)]
+    try:
+        from bench.checkpoint_networks import checkpoint_networks
+    except ImportError as error:
+        raise OptionError(
+            f"{file}: a checkpoint needs {error.name}; pip install 'clearpact[train]', or name an exported file"
+        ) from None
+    return checkpoint_networks(file, name, threads=threads, with_float=with_float)
+
+
+def load_for(networks: Sequence[Network], name: str, root: str) -> LabelledImages:
+    """Return the test split that the networks can be compared on.
+
+    Args:
+        networks: one at least.
+        name: data set or .npz file, see `bench.data.load`.
+        root: folder of the data set's files.
+
+    Raises:
+        OptionError: the networks were trained on another data set, or on different ones, or take other images.
+        FileError: the file is missing or of another kind, or the data set is not there.
+    """
+    first = networks[0]
+    for network in networks:
+        if network.data != first.data:
+            raise OptionError(
+                f"{network.name}: trained on {network.data}, but {first.name} on {first.data}; "
+                "compare networks of one data set"
+            )
+    test = data.load(name, root)
+    if not name.endswith(".npz") and name != first.data:
+        raise OptionError(f"--data {name}: {first.name} was trained on {first.data}; use --data {first.data}")
+    for network in networks:
+        shape, highest = test.images.shape[1:], test.labels.max()
+        if shape != network.shape or highest >= len(network.classes):
+            raise OptionError(
+                f"--data {name}: images {list(shape)} with labels up to {highest}, expected {list(network.shape)} "
+                f"and below {len(network.classes)} for {network.name}; name the data it was trained on"
+            )
+    return test
+
+
+def _exported_network(file: Path, name: str, engine: str | None, threads: int | None) -> Network:
+    session = Classifier(file, engine=engine, threads=threads).session
+    manifest = session.manifest
+    if "saliency" not in session.outputs:
+        raise ModelError(f"{file}: gives classes only; export it again without --no-saliency")
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        return session.run({INPUT_NAME: images})["logits"]
+
+    def explain(images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "saliency"))
+        return found["logits"], found["saliency"]
+
+    return Network(
+        name=name,
+        precision=manifest.precision,
+        engine=f"{session.engine} {session.version}",
+        data=manifest.data,
+        shape=(*manifest.input.size, manifest.input.channels),
+        classes=manifest.classes,
+        logits=logits,
+        explain=explain,
+    )
