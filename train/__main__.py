@@ -8,17 +8,19 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import csv
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from runtime import command
-from runtime.errors import EngineError, OptionError
-from runtime.files import check_writable, remove_leftovers, write_atomically
+from runtime.errors import EngineError, FileError, OptionError
+from runtime.files import check_writable, read_bytes, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
-from train import data, loop, processes
+from train import data, loop, processes, recipes
 from train.checkpoint import Checkpoint
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
@@ -32,6 +34,7 @@ EXAMPLES = """
   python -m train --data digits                                # seconds, no download
   python -m train --data mnist --arch cnn2 --bits 8 --method sgt
   python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
+  python -m train --recipe maleki2024-cifar10 --device cuda    # as published; see --list-recipes
   python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
   torchrun --nproc-per-node 2 -m train --data cifar10 --arch resnet20    # two GPUs, or two processes on the CPU
   tensorboard --logdir runs                                    # curves and alphas of all runs
@@ -41,14 +44,17 @@ EXAMPLES = """
 def main(argv: Sequence[str] | None = None) -> None:
     """Train or resume one run: checkpoint, metrics.csv, TensorBoard events and plots in its folder."""
     options = _parser().parse_args(argv)
+    if options.list_recipes:
+        print(recipes.table())
+        return
     device = processes.join(_device(options.device))
     if options.resume:
         folder = Path(options.resume)
         checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
         images = _load(checkpoint.recipe.data, options.data_root)
     else:
-        recipe, quant = _recipe(options), QuantSpec(options.bits, options.weights, full_grid=options.full_grid)
-        name = options.name or f"{recipe.data}-{options.arch}-{_bits_name(quant)}-{recipe.method}"
+        arch, quant, recipe = _settings(options)
+        name = options.name or options.recipe or f"{recipe.data}-{arch}-{_bits_name(quant)}-{recipe.method}"
         folder = Path(options.runs) / name
         if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
             raise OptionError(
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         check_writable(folder / CHECKPOINT_NAME)
         images = _load(recipe.data, options.data_root)
-        checkpoint = loop.start(options.arch, images, quant, recipe)
+        checkpoint = loop.start(arch, images, quant, recipe)
 
     if processes.rank() == 0:
         remove_leftovers(folder)
@@ -71,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("train", "Train a quantized, saliency-guided image classifier.", EXAMPLES)
     parser.add_argument("--data", choices=data.DATA_SETS, help="data set to train on")
-    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
-    parser.add_argument("--bits", type=_bits, default=8, help="2 to 8, or 32 for float (default: 8)")
-    parser.add_argument("--method", choices=METHODS, default="sgt", help="default: sgt")
-    parser.add_argument("--weights", choices=WEIGHT_METHODS, default="absmax",
-                        help="weight quantizer (default: absmax)")  # fmt: skip
+    parser.add_argument("--recipe", metavar="NAME", help="a published experiment; other options override it")
+    parser.add_argument("--list-recipes", action="store_true", help="show the published experiments and stop")
+    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), help="default: cnn2")
+    parser.add_argument("--bits", type=_bits, help="2 to 8, or 32 for float (default: 8)")
+    parser.add_argument("--bits-file", metavar="JSON", help='bits of single layers: {"conv2": 4, "fc1": 2}')
+    parser.add_argument("--method", choices=METHODS, help="default: sgt")
+    parser.add_argument("--weights", choices=WEIGHT_METHODS, help="weight quantizer (default: absmax)")
     parser.add_argument("--full-grid", action="store_true",
                         help="8-bit activations on 0..255 instead of 0..127; not exact on TensorRT")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
@@ -84,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     parser.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run; its settings are kept")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
-    hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set)")
+    hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set and the method)")
     hyper.add_argument("--epochs", type=int)
     hyper.add_argument("--batch-size", type=int, help="images a step")
     hyper.add_argument("--optimizer", choices=OPTIMIZERS)
@@ -116,16 +124,44 @@ def _bits(text: str) -> int:
 
 
 def _bits_name(quant: QuantSpec) -> str:
-    return "float" if quant.bits == FLOAT_BITS else f"{quant.bits}bit"
+    if quant.bits == FLOAT_BITS:
+        return "float"
+    return f"{quant.bits}bit-mixed" if quant.layer_bits else f"{quant.bits}bit"
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    if options.data is None:
-        raise OptionError(f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --resume FOLDER")
-    given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
-    return replace(
-        default_recipe(options.data, options.method), **{k: v for k, v in given.items() if v is not None}
-    )
+def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
+    """Return architecture, quantization and recipe: the published or default ones, then what is given."""
+    if options.recipe:
+        run = recipes.published_run(options.recipe)
+        arch, quant, recipe = run.arch, run.quant, run.recipe
+    elif options.data is None:
+        raise OptionError(
+            f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --recipe NAME, or --resume FOLDER"
+        )
+    else:
+        arch, quant = "cnn2", QuantSpec()
+        recipe = default_recipe(options.data, options.method or "sgt")
+    chosen = {"bits": options.bits, "weights": options.weights, "full_grid": options.full_grid or None}
+    if options.bits_file:
+        chosen["layer_bits"] = _layer_bits(options.bits_file)
+    quant = replace(quant, **_given(chosen))
+    recipe = replace(recipe, **_given({f.name: getattr(options, f.name) for f in fields(Recipe)}))
+    return options.arch or arch, quant, recipe
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _layer_bits(path: str) -> dict[str, int]:
+    expected = 'expected layer names and whole numbers from 2 to 8, as in {"conv2": 4, "fc1": 2}'
+    try:
+        bits = json.loads(read_bytes(path))
+    except ValueError:
+        raise FileError(f"{path}: no JSON, {expected}") from None
+    if not isinstance(bits, dict) or not all(type(value) is int for value in bits.values()):
+        raise FileError(f"{path}: other JSON, {expected}")
+    return bits
 
 
 def _device(name: str) -> str:

@@ -78,6 +78,10 @@ class QuantSpec:
         """
         if self.bits not in (*QUANTIZED_BITS, FLOAT_BITS):
             raise OptionError(f"bits {self.bits!r}: expected a whole number from 2 to 8, or 32 for float")
+        if self.bits == FLOAT_BITS and self.layer_bits:
+            raise OptionError(
+                "bits 32 leave every layer in float, but bits of single layers are given; choose one"
+            )
         for name, bits in {"first and last layer": self.first_last_bits, **self.layer_bits}.items():
             if bits not in QUANTIZED_BITS:
                 raise OptionError(f"bits {bits!r} of {name}: expected a whole number from 2 to 8")

@@ -1,0 +1,109 @@
+"""The published experiments as recipes: `python -m train --recipe NAME`, `--list-recipes`.
+
+Every value that a paper prints is the paper's. What it leaves open is said in the row's remark, and is then the
+simplest reading: no augmentation, no weight decay, a constant learning rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from runtime.errors import OptionError
+from train.quant import FLOAT_BITS, QuantSpec
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """One row of a paper.
+
+    Args:
+        name: what `--recipe` takes.
+        source: paper and table.
+        figure: the published result.
+        arch: one of train.models.ARCHITECTURES.
+        quant: bits and quantizers.
+        recipe: data, method and hyperparameters.
+        remark: what the paper leaves open.
+    """
+
+    name: str
+    source: str
+    figure: str
+    arch: str
+    quant: QuantSpec
+    recipe: Recipe
+    remark: str
+
+
+_PLAIN_DESCENT = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, "alpha_decay": 0.0}
+_MALEKI = Recipe("mnist", "sgt", epochs=50, optimizer="sgd", mask_share=0.5, **_PLAIN_DESCENT)  # type: ignore[arg-type]
+_KARKEHABADI = Recipe(
+    "mnist", "smoot", epochs=100, batch_size=256, optimizer="adadelta", lr=1.0, mask_share=0.5, kl_weight=1.0,
+    top1_weight=0.95, **_PLAIN_DESCENT,  # type: ignore[arg-type]
+)  # fmt: skip
+_NO_OPTIMIZER = "optimizer not published: gradient descent as in Algorithm 2"
+_NO_MU = "mu not published"
+
+PUBLISHED_RUNS = (
+    PublishedRun(
+        "maleki2024-mnist", "Maleki et al. 2024, Tables I and II", "99.35 % (99.23 % with --method plain)",
+        "resnet20", QuantSpec(8), replace(_MALEKI, lr=0.1, batch_size=128, kl_weight=0.1), _NO_OPTIMIZER,
+    ),
+    PublishedRun(
+        "maleki2024-cifar10", "Maleki et al. 2024, Tables I and II", "76.12 % (75.55 % with --method plain)",
+        "resnet20", QuantSpec(4), replace(_MALEKI, data="cifar10", lr=0.01, batch_size=64, kl_weight=0.05),
+        _NO_OPTIMIZER,
+    ),
+    PublishedRun(
+        "karkehabadi2024-mnist", "Karkehabadi et al. 2024, Tables I and II", "99.40 %, AUC 33.16",
+        "cnn2", QuantSpec(FLOAT_BITS), _KARKEHABADI, _NO_MU,
+    ),
+    PublishedRun(
+        "karkehabadi2024-fashion", "Karkehabadi et al. 2024, Tables I and III", "93.65 %, AUC 36.18",
+        "cnn2", QuantSpec(FLOAT_BITS), replace(_KARKEHABADI, data="fashion-mnist"), _NO_MU,
+    ),
+)  # fmt: skip
+
+# name: source, published figure, what is missing here
+MISSING_RUNS = {
+    "karkehabadi2024-cifar10": ("Karkehabadi et al. 2024, Table V", "96.35 %", "a tiny vision transformer"),
+    "karkehabadi2024-cifar100": (
+        "Karkehabadi et al. 2024, Table VI", "79.65 %", "CIFAR-100 and a tiny vision transformer"
+    ),
+    "karkehabadi2024-caltech101": (
+        "Karkehabadi et al. 2024, Table IV", "95.10 %", "images from folders and a ResNet-18 trained on ImageNet"
+    ),
+    "lavaei2025-kvasir": (
+        "Lavaei et al. 2025, Table I", "79.05 %, sensitivity 84.37 %",
+        "images from folders; its method is --method asg (50 epochs, batches of 128, Adam)",
+    ),
+}  # fmt: skip
+
+
+def published_run(name: str) -> PublishedRun:
+    """Return a row by name.
+
+    Raises:
+        OptionError: no such row, or one that cannot be trained here yet.
+    """
+    if name in MISSING_RUNS:
+        raise OptionError(f"--recipe {name}: not available yet, it needs {MISSING_RUNS[name][2]}")
+    for run in PUBLISHED_RUNS:
+        if run.name == name:
+            return run
+    names = ", ".join(run.name for run in PUBLISHED_RUNS)
+    raise OptionError(f"--recipe {name}: expected one of {names}; see --list-recipes")
+
+
+def table() -> str:
+    """Return all rows as text, those that cannot be trained yet at the end."""
+    rows = [("recipe", "data", "method", "network", "bits", "published", "source", "remark")]
+    for run in PUBLISHED_RUNS:
+        bits, recipe = str(run.quant.bits), run.recipe
+        rows.append((run.name, recipe.data, recipe.method, run.arch, bits, run.figure, run.source, run.remark))
+    rows += [(n, "-", "-", "-", "-", figure, source, f"not yet: needs {what}")
+             for n, (source, figure, what) in MISSING_RUNS.items()]  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
