@@ -203,3 +203,65 @@ def test_sawb_beats_absmax_at_two_bits_on_a_normal_weight() -> None:
         m: float((WeightQuantizer(weight, 2, m)(weight) - weight).square().mean()) for m in ("absmax", "sawb")
     }
     assert error["sawb"] < 0.25 < error["absmax"]
+
+
+def literal_pact(x: float, alpha: float, bits: int) -> float:
+    """Choi et al. 2018, equations 1 and 2: y = 0.5 (|x| - |x - alpha| + alpha), rounded to 2^bits - 1 steps."""
+    y = 0.5 * (abs(x) - abs(x - alpha) + alpha)
+    n = 2**bits - 1
+    return round(y * n / alpha) * alpha / n  # Python rounds half to even
+
+
+@given(st.floats(0.1, 20), st.integers(2, 8), st.integers(0, 999))
+def test_pact_is_the_equations_written_out(alpha: float, bits: int, seed: int) -> None:
+    x = (
+        torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * alpha
+    ).requires_grad_()
+    pact = PACT(alpha, bits, full_grid=True).double()
+    y = pact(x)
+    exact = pact.alpha.item()  # alpha was rounded to float32
+    assert y.tolist() == pytest.approx([literal_pact(value, exact, bits) for value in x.tolist()], abs=1e-5)
+    y.sum().backward()
+    assert x.grad is not None
+    assert pact.alpha.grad is not None
+    # Equation 3: d y_q / d alpha = 1 where x >= alpha, else 0; d y_q / d x = 1 between.
+    assert pact.alpha.grad.item() == sum(value >= exact for value in x.tolist())
+    assert x.grad.tolist() == [float(0 <= value < exact) for value in x.tolist()]
+
+
+@given(BITS, st.integers(1, 3), st.integers(0, 999))
+def test_sawb_is_the_equation_written_out(bits: int, out: int, seed: int) -> None:
+    """Choi et al. 2018 (SAWB), section 3: alpha = c1 sqrt(E[w^2]) - c2 E[|w|], here of each output channel."""
+    weight = torch.randn(out, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    quantizer = WeightQuantizer(weight, bits, "sawb")
+    quantized, (c1, c2), qmax = quantizer(weight), SAWB_COEFFICIENTS[bits], 2 ** (bits - 1) - 1
+    for row, found in zip(weight.tolist(), quantized.tolist(), strict=True):
+        alpha = c1 * math.sqrt(sum(w * w for w in row) / 64) - c2 * sum(abs(w) for w in row) / 64
+        if not 0 < alpha < max(map(abs, row)):  # outside the regression's domain: see WeightQuantizer.scale
+            alpha = max(map(abs, row))
+        expected = [round(max(-alpha, min(alpha, w)) * qmax / alpha) * alpha / qmax for w in row]
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@given(BITS, st.floats(0.05, 1.0), st.integers(0, 999))
+def test_lsq_is_the_equations_written_out(bits: int, step: float, seed: int) -> None:
+    """Esser et al. 2020, equations 1, 2, 3, 5 and section 2.2, with a symmetric grid."""
+    weight = torch.randn(
+        1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
+    quantizer = WeightQuantizer(weight, bits, "lsq").double()
+    quantizer.learned_scale.data.fill_(step)
+    quantized, q = quantizer(weight), 2 ** (bits - 1) - 1
+    quantized.sum().backward()
+    expected, gradient_w, gradient_s = [], [], 0.0
+    for w in weight[0].tolist():
+        ratio = w / step
+        expected.append(round(max(-q, min(q, ratio))) * step)
+        inside = -q < ratio < q
+        gradient_w.append(1.0 if inside else 0.0)
+        gradient_s += round(ratio) - ratio if inside else math.copysign(q, ratio)
+    assert quantized[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert weight.grad is not None
+    assert weight.grad[0].tolist() == gradient_w
+    assert quantizer.learned_scale.grad is not None
+    assert quantizer.learned_scale.grad.item() == pytest.approx(gradient_s / math.sqrt(50 * q), abs=1e-5)
