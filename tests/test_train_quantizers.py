@@ -103,6 +103,46 @@ def test_alpha_gradient_is_that_of_the_clip_by_finite_differences(alpha: float, 
     assert pact.alpha.grad.item() == pytest.approx(numeric, abs=1e-7)
 
 
+@given(BITS, st.booleans(), st.floats(0.01, 100.0), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=60)
+def test_pact_equals_its_equations_written_out(bits: int, signed: bool, alpha: float, seed: int) -> None:
+    """Choi et al. 2018, equations 1 to 3; only at a rounding error from alpha may the gate differ."""
+    pact = PACT(alpha, bits, signed=signed)
+    generator = torch.Generator().manual_seed(seed)
+    clip = pact.alpha.detach()
+    x = torch.cat([torch.randn(2000, generator=generator) * clip, torch.stack([clip, -clip, 0 * clip, -0 * clip])])
+    upstream = torch.randn(x.shape, generator=generator)
+    lower = -clip if signed else 0 * clip
+    scale = clip / pact.qmax
+    expected = torch.round(torch.minimum(torch.maximum(x, lower), clip) / scale) * scale
+    above, below = x >= clip, (x <= lower if signed else x < 0)
+    unsure = (x.abs() - clip).abs() <= 3e-7 * clip
+    unsure[-4:] = False
+    probe = x.clone().requires_grad_()
+    y = pact(probe)
+    y.backward(upstream)
+    assert torch.equal(y, expected)
+    assert probe.grad is not None
+    assert torch.equal(probe.grad[~unsure], torch.where(above | below, 0, upstream)[~unsure])
+    assert pact.alpha.grad is not None
+    if not unsure.any():
+        sums = upstream.double()[above].sum() - (upstream.double()[below].sum() if signed else 0)
+        assert pact.alpha.grad.item() == pytest.approx(float(sums), rel=1e-4, abs=1e-4)
+
+
+def test_pact_gates_in_bfloat16_as_in_float32() -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0, 1.984375, 2.0, 3.0])
+    gates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pact = PACT(alpha=2.0, bits=8)
+        probe = x.to(dtype, copy=True).requires_grad_()
+        pact(probe).sum().backward()
+        assert probe.grad is not None
+        assert pact.alpha.grad is not None
+        gates.append((probe.grad.tolist(), pact.alpha.grad.item(), pact.alpha.grad.dtype))
+    assert gates[0] == gates[1] == ([0, 1, 1, 1, 0, 0], 2.0, torch.float32)
+
+
 def test_pact_allows_a_second_derivative() -> None:
     pact = PACT(alpha=2.0, bits=8)
     weight = torch.tensor([0.5, 1.5, 3.0], requires_grad=True)

@@ -15,13 +15,15 @@ from runtime.errors import TrainingError
 from train import checkpoint as checkpoints
 from train import processes
 from train.checkpoint import Checkpoint
+from train.cpu_layers import use_fast_layers
 from train.data import ImageData, augment, batches
 from train.divergence import diverged, is_finite, where_it_diverged
-from train.methods import Guidance, loss_terms, new_guidance, start_guidance
+from train.methods import Guidance, new_guidance, start_guidance
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import AdaptiveThreshold, LossTerms, Smoot, filling
+from train.saliency import LossTerms, Smoot, filling
+from train.step import compute_gradients, new_optimizer, update
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
@@ -80,8 +82,10 @@ def fit(
     """
     recipe = checkpoint.recipe
     model = checkpoint.network().to(device)
+    if device == "cpu":
+        use_fast_layers(model)
     trained = processes.parallel(model)
-    optimizer = _optimizer(model, recipe)
+    optimizer = new_optimizer(model, recipe)
     guidance = new_guidance(recipe, len(data.train_images))
     if checkpoint.optimizer:
         optimizer.load_state_dict(checkpoint.optimizer)
@@ -160,14 +164,10 @@ def _train_epoch(
         inputs = checkpoint.input.normalize(chosen)
         fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
         inputs, target = inputs[mine], target[mine]
-        terms = loss_terms(model, inputs, target, index[mine], fill[mine], recipe, guidance)
-        optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()
+        terms = compute_gradients(model, guidance, inputs, target, index[mine], fill[mine], recipe)
         if diverged(terms.loss.item()):
             raise _divergence(f"the loss is {terms.loss.item():.4g}", epoch, step, model, inputs)
-        optimizer.step()
-        if isinstance(guidance, AdaptiveThreshold):
-            guidance.step()
+        update(optimizer, guidance)
         for key, value in _measured(terms, target).items():
             sums[key] = sums.get(key, 0) + value.detach().double()
     if not is_finite(model.state_dict()):
@@ -191,22 +191,3 @@ def _measured(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
         "accuracy": (terms.logits.argmax(1) == labels).double().mean() * 100,
     }
     return measured if terms.saliency_norm is None else {**measured, "saliency_norm": terms.saliency_norm}
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """One decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
-    named = dict(model.named_parameters())
-    alphas = [p for n, p in named.items() if n.endswith(".alpha")]
-    weights = [p for n, p in named.items() if p.ndim > 1]
-    others = [p for n, p in named.items() if p.ndim <= 1 and not n.endswith(".alpha")]
-    groups = [
-        {"params": weights, "weight_decay": recipe.weight_decay},
-        {"params": alphas, "weight_decay": recipe.alpha_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=recipe.lr)
-    if recipe.optimizer == "adadelta":
-        return torch.optim.Adadelta(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)

@@ -6,6 +6,7 @@ tensor is always ``scale * codes`` with integer codes held as float32, so that e
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -64,31 +65,62 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+def _round_to_grid(ratio: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Replace x / scale by its codes, as floats; in place, since what a pass costs is the memory it touches."""
+    return ratio.clamp_(qmin, qmax).round_()
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Fake quantization whose gradient is the identity's, inside the grid's range and outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        return _round_to_grid(x / scale, qmin, qmax).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad_outputs[0], None, None, None
+
+
 class _PACT(torch.autograd.Function):
-    """Clip to [lower, alpha] and round to the grid; the paper's straight-through gradients."""
+    """Clip to [lower, alpha] and round to the grid; the paper's straight-through gradients.
+
+    What is kept for the gradient is x in steps of the grid: there the clip lies at qmax, a constant, so that
+    one pass gates the gradient and no device has to tell the host its alpha. An x within a rounding error of alpha
+    counts as clipped.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
-        signed = qmin < 0
-        lower = -alpha if signed else torch.zeros_like(alpha)
-        if any(ctx.needs_input_grad):  # evaluation goes without the gates
-            above = x >= alpha
-            below = x <= lower if signed else x < 0
-            ctx.save_for_backward(above, below)
-            ctx.signed = signed
         scale = alpha / qmax
-        return torch.clamp(x, lower, alpha).div_(scale).round_().mul_(scale)
+        ratio = x / scale
+        ctx.save_for_backward(ratio)
+        ctx.signed, ctx.qmax, ctx.alpha_dtype = qmin < 0, qmax, alpha.dtype
+        return _round_to_grid(ratio.clone(), qmin, qmax).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
-        above, below = ctx.saved_tensors
-        # Built from differentiable operations, so that losses on the saliency itself can go through it twice.
-        grad_x = grad * ~(above | below)
-        grad_alpha = (grad * above).sum()
+        (ratio,) = ctx.saved_tensors
+        below_clip, clip = _clip_bounds(ctx.qmax, ratio.dtype)
+        # Both are differentiable in `grad`, so that losses on the saliency itself can go through them twice.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, -clip if ctx.signed else _BELOW_ZERO, clip)
+        grad_alpha = torch.ops.aten.threshold_backward(grad, ratio, below_clip).sum(dtype=ctx.alpha_dtype)
         if ctx.signed:
-            grad_alpha = grad_alpha - (grad * below).sum()
+            below = torch.ops.aten.threshold_backward(grad, -ratio, below_clip)
+            grad_alpha = grad_alpha - below.sum(dtype=ctx.alpha_dtype)
         return grad_x, grad_alpha, None, None
+
+
+# A gate that is open above the largest normal float below zero is open at 0 itself.
+_BELOW_ZERO = -torch.finfo(torch.float32).tiny
+
+
+@functools.cache
+def _clip_bounds(qmax: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return two neighbouring floats: the smallest that alpha / scale can be rounded to, and the one below it."""
+    clip = torch.tensor(qmax * (1 - 2 * torch.finfo(torch.float32).eps), dtype=dtype)
+    return torch.nextafter(clip, torch.zeros_like(clip)).item(), clip.item()
 
 
 class PACT(nn.Module):
@@ -157,8 +189,8 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the image on its grid; the gradient passes straight through."""
-        codes = torch.round(x.detach() / self.scale).clamp(self.qmin, self.qmax)
-        return straight_through(x, codes * self.scale)
+        y: Tensor = _RoundToGrid.apply(x, self.scale, self.qmin, self.qmax)
+        return y
 
     def extra_repr(self) -> str:
         """Show the grid in the module's printed form."""
@@ -172,7 +204,7 @@ class _LSQ(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, qmax: int) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.qmax = qmax
-        return torch.round((weight / scale).clamp(-qmax, qmax)) * scale
+        return _round_to_grid(weight / scale, -qmax, qmax).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -224,7 +256,7 @@ class WeightQuantizer(nn.Module):
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integer codes of the float weight, int8, same shape."""
         ratio = weight.detach() / _along_first_axis(self.scale(weight), weight)
-        return torch.round(ratio.clamp(-self.qmax, self.qmax)).to(torch.int8)
+        return _round_to_grid(ratio, -self.qmax, self.qmax).to(torch.int8)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return scale * codes, with a straight-through gradient (and LSQ's gradient for a learned scale)."""
@@ -232,7 +264,8 @@ class WeightQuantizer(nn.Module):
         if self.method == "lsq":
             quantized: Tensor = _LSQ.apply(weight, scale, self.qmax)
             return quantized
-        return straight_through(weight, self.codes(weight) * scale)
+        rounded: Tensor = _RoundToGrid.apply(weight, scale, -self.qmax, self.qmax)
+        return rounded
 
     def extra_repr(self) -> str:
         """Show the grid in the module's printed form."""

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.training import main, step_of
+from runtime.errors import OptionError
+from train import data
+from train.quant import QuantSpec
+from train.recipe import METHODS, default_recipe
+
+
+def test_command_prints_and_records_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "training.jsonl"
+    main(["--data", "digits", "--batch-size", "32", "--seconds", "0.1", "--record", str(path)])
+    out = capsys.readouterr().out
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert row["batch"] == 32
+    assert set(row["step"]) == set(METHODS)
+    assert row["plain_steps"]["plain"] == 1
+    assert 1 < row["plain_steps"]["sgt"] < 10
+    assert row["step"]["sgt"]["n"] >= 20
+    assert f"{row['plain_steps']['sgt']:.2f}" in out
+    assert row["environment"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_timed_step_leaves_the_network_as_it_was(digits: data.ImageData) -> None:
+    """Otherwise the last rounds would time a batch known by heart."""
+    step = step_of(digits, "cnn2", QuantSpec(8), default_recipe("digits"))
+    losses = [step().cross_entropy.item() for _ in range(6)]  # type: ignore[attr-defined]
+    assert max(losses) - min(losses) < 0.5  # dropout alone moves it
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--threads", "0"], "--threads 0: expected a whole number from 1"),
+     (["--seconds", "0"], "--seconds 0: expected a number above 0")],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        main(["--data", "digits", *options])

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train import loop
+from train.data import ImageData
+from train.methods import new_guidance
+from train.quant import QuantSpec
+from train.recipe import METHODS, default_recipe
+from train.saliency import filling
+from train.step import compute_gradients, loss_terms, new_optimizer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_those_of_the_loss_and_nothing_else(digits: ImageData, method: str) -> None:
+    """Quantizing once a step and leaving out the images' gradient must not change the parameters' own."""
+    recipe = default_recipe("digits", method)
+    checkpoint = loop.start("cnn2", digits, QuantSpec(4), recipe)
+    images, labels = checkpoint.input.normalize(digits.train_images[:64]), digits.train_labels[:64]
+    index, fill = torch.arange(64), filling(images, "zero")
+    cheap, literal = checkpoint.network(), checkpoint.network()
+    for _ in range(2):  # the second time, the first gradients must be gone
+        compute_gradients(cheap, new_guidance(recipe, 64), images, labels, index, fill, recipe)
+    loss_terms(literal, images, labels, index, fill, recipe, new_guidance(recipe, 64)).loss.backward()
+    for (name, a), b in zip(cheap.named_parameters(), literal.parameters(), strict=True):
+        assert a.grad is not None, name
+        assert b.grad is not None, name
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_optimizer_decays_weights_and_alphas_each_by_their_own(digits: ImageData) -> None:
+    recipe = default_recipe("digits")
+    model = loop.start("cnn2", digits, QuantSpec(4, "lsq"), recipe).network()
+    groups = new_optimizer(model, recipe).param_groups
+    assert [len(group["params"]) for group in groups] == [4, 3, 8]  # weights; alphas; biases and learned steps
+    assert [group["weight_decay"] for group in groups] == [recipe.weight_decay, recipe.alpha_decay, 0.0]

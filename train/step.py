@@ -1,0 +1,57 @@
+"""One step of training: the gradients of the recipe's loss, and the optimizer that follows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from train.methods import Guidance, loss_terms
+from train.recipe import Recipe
+from train.saliency import AdaptiveThreshold, LossTerms
+
+
+def compute_gradients(
+    model: nn.Module,
+    guidance: Guidance | None,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    fill: Tensor,
+    recipe: Recipe,
+) -> LossTerms:
+    """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`."""
+    learned = [p for module in (model, guidance) if module is not None for p in module.parameters()]
+    for parameter in learned:
+        parameter.grad = None
+    with parametrize.cached():  # a step quantizes each weight once, however often it runs the network
+        terms = loss_terms(model, images, labels, index, fill, recipe, guidance)
+        # Not into the images, which saliency made variables: their gradient costs a convolution.
+        terms.loss.backward(inputs=learned)
+    return terms
+
+
+def update(optimizer: torch.optim.Optimizer, guidance: Guidance | None) -> None:
+    """Move the network, and what the method learns beside it, by the gradients computed."""
+    optimizer.step()
+    if isinstance(guidance, AdaptiveThreshold):
+        guidance.step()
+
+
+def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer: a decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
+    named = dict(model.named_parameters())
+    alphas = [p for n, p in named.items() if n.endswith(".alpha")]
+    weights = [p for n, p in named.items() if p.ndim > 1]
+    others = [p for n, p in named.items() if p.ndim <= 1 and not n.endswith(".alpha")]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": alphas, "weight_decay": recipe.alpha_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=recipe.lr)
+    if recipe.optimizer == "adadelta":
+        return torch.optim.Adadelta(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
