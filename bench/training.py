@@ -17,7 +17,7 @@ from runtime import command
 from runtime.errors import OptionError
 from runtime.files import check_writable
 from train import data, loop
-from train.cpu_layers import use_fast_layers
+from train.device import PRECISIONS, in_precision, place
 from train.methods import new_guidance
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
@@ -39,8 +39,7 @@ def step_of(images: data.ImageData, arch: str, quant: QuantSpec, recipe: Recipe)
     """
     recipe = replace(recipe, lr=0.0)
     checkpoint = loop.start(arch, images, quant, recipe)
-    model = checkpoint.network().train()
-    use_fast_layers(model)
+    model = in_precision(place(checkpoint.network(), "cpu"), recipe.precision).train()
     count = min(recipe.batch_size, len(images.train_images))
     batch = checkpoint.input.normalize(images.train_images[:count])
     labels, index = images.train_labels[:count], torch.arange(count)
@@ -66,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
     parser.add_argument("--bits", type=int, choices=(*QUANTIZED_BITS, FLOAT_BITS), default=8, help="default: 8")
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="per method (default: 5)")
     parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
@@ -79,14 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     images, quant = data.load(options.data, options.data_root), QuantSpec(options.bits)
     steps = {}
     for method in METHODS:
-        recipe = replace(default_recipe(options.data, method), batch_size=options.batch_size)
+        recipe = replace(
+            default_recipe(options.data, method), batch_size=options.batch_size, precision=options.precision
+        )
         steps[method] = step_of(images, options.arch, quant, recipe)
     samples = measure(steps, seconds=options.seconds, label="steps")
     rows = {method: summarize(times, options.batch_size) for method, times in samples.items()}
     where = environment()
 
-    print(f"{options.arch} on {options.data}, {options.bits} bits, batches of {options.batch_size}, "
-          f"threads {options.threads}")  # fmt: skip
+    print(f"{options.arch} on {options.data}, {options.bits} bits, {options.precision}, "
+          f"batches of {options.batch_size}, threads {options.threads}")  # fmt: skip
     print("method      p50 ms   p90 ms   p99 ms     ± ms  images/s   runs   plain steps")
     for method, row in rows.items():
         print(f"{method:8}{row.p50_ms:10.1f}{row.p90_ms:9.1f}{row.p99_ms:9.1f}{row.std_ms:9.1f}"
@@ -96,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.record:
         record.append(options.record, {
             "bench": "training step", "data": options.data, "arch": options.arch, "bits": options.bits,
-            "batch": options.batch_size, "threads": options.threads, "device": "cpu",
+            "batch": options.batch_size, "precision": options.precision, "threads": options.threads,
+            "device": "cpu",
             "step": {method: asdict(row) for method, row in rows.items()},
             "plain_steps": {method: row.p50_ms / rows["plain"].p50_ms for method, row in rows.items()},
             "peak_memory_bytes": peak_memory_bytes(), "environment": where,

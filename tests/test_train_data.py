@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import FileError, OptionError
 from train import data
-from train.data import InputSpec, augment, batches
+from train.data import InputSpec, batches
 
 
 def test_digits_are_split_without_overlap(digits: data.ImageData) -> None:
@@ -41,27 +41,6 @@ def test_per_channel_normalization_covers_its_range() -> None:
     assert normalized[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229, rel=1e-6)
     assert normalized[1, 2, 0, 0].item() == pytest.approx((1 - 0.406) / 0.225, rel=1e-6)
     assert normalized.abs().max().item() == pytest.approx(127 * spec.grid_scale, rel=1e-6)
-
-
-@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 3), st.integers(0, 999))
-@settings(deadline=None, max_examples=40)
-def test_augmented_images_are_crops_of_the_padded_image_or_its_mirror(h: int, w: int, pad: int, seed: int) -> None:
-    images = torch.arange(2 * 3 * h * w).remainder(251).add(1).to(torch.uint8).reshape(2, 3, h, w)
-    padded = torch.nn.functional.pad(images, (pad,) * 4)
-    for original, new in zip(
-        padded, augment(images, padding=pad, generator=torch.Generator().manual_seed(seed)), strict=True
-    ):
-        crops = [original[:, r : r + h, c : c + w] for r in range(2 * pad + 1) for c in range(2 * pad + 1)]
-        assert any(torch.equal(new, crop) or torch.equal(new, crop.flip(2)) for crop in crops)
-
-
-def test_augmentation_flips_half_and_moves() -> None:
-    images = torch.zeros(2000, 1, 5, 5, dtype=torch.uint8)
-    images[:, 0, 2, 0] = 255
-    moved = augment(images, padding=1, generator=torch.Generator().manual_seed(0)).reshape(2000, 25).float()
-    columns = (moved.argmax(1) % 5)[moved.amax(1) > 0]
-    assert 0.45 < float((columns >= 3).float().mean()) < 0.55
-    assert set((moved.argmax(1) // 5)[moved.amax(1) > 0].tolist()) == {1, 2, 3}
 
 
 def test_batches_visit_every_index_once_and_drop_the_rest() -> None:

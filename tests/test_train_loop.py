@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from train import data, loop
 from train.__main__ import main
 from train.checkpoint import Checkpoint
 from train.quant import QuantSpec
-from train.recipe import Recipe, default_recipe
+from train.recipe import METHODS, Recipe, default_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def without_seconds(checkpoint: Checkpoint) -> list[dict[str, float]]:
 
 
 def test_a_seed_makes_a_run_repeatable(small: data.ImageData, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(default_recipe("digits"), epochs=2, crop_padding=1)
+    recipe = dataclasses.replace(default_recipe("digits"), epochs=2, crop_padding=1, flip=True)
     first, second = (run(small, tmp_path / f"{i}.pt", recipe) for i in range(2))
     other = run(small, tmp_path / "other.pt", dataclasses.replace(recipe, seed=1))
     assert state_equal(first, second)
@@ -52,11 +53,21 @@ def test_a_seed_makes_a_run_repeatable(small: data.ImageData, tmp_path: Path) ->
     assert not state_equal(first, other)
 
 
-@pytest.mark.parametrize("method", ["plain", "sgt", "smoot", "asg"])
+EVERYTHING = {
+    "flip": True, "crop_padding": 1, "rotate_degrees": 10.0, "zoom": 0.1, "elastic_pixels": 0.3, "erase_pixels": 2,
+    "label_smoothing": 0.1, "precision": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [*((method, {}) for method in METHODS), ("sgt", EVERYTHING), ("asg", EVERYTHING)]
+)
 def test_resuming_gives_the_same_parameters_bit_for_bit(
-    small: data.ImageData, tmp_path: Path, method: str
+    small: data.ImageData, digits_checkpoint_path: Path, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
-    recipe = dataclasses.replace(default_recipe("digits", method), epochs=3)
+    if options:
+        options = {**options, "init": str(digits_checkpoint_path), "teacher": str(digits_checkpoint_path)}
+    recipe = dataclasses.replace(default_recipe("digits", method), epochs=3, **options)
     straight = run(small, tmp_path / "straight.pt", recipe)
 
     class StopHereError(Exception):
@@ -75,6 +86,33 @@ def test_resuming_gives_the_same_parameters_bit_for_bit(
     loop.fit(resumed, small, path)
     assert state_equal(resumed, straight)
     assert without_seconds(resumed) == without_seconds(straight)
+
+
+@pytest.mark.parametrize("weights", ["absmax", "lsq"])
+def test_a_run_starts_from_the_parameters_of_another_at_other_bits(
+    digits: data.ImageData, digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, weights: str
+) -> None:
+    recipe = dataclasses.replace(default_recipe("digits"), init=str(digits_checkpoint_path))
+    started = loop.start("cnn2", digits, QuantSpec(4, weights), recipe)
+    for name, value in digits_checkpoint.float_state().items():
+        assert torch.equal(started.float_state()[name], value), name
+    four = loop.evaluate(started, started.network(), digits.test_images, digits.test_labels)
+    assert four > digits_checkpoint.test_accuracy - 10
+    # Back to float and to 8 bits again: nothing was lost on the way.
+    floating = loop.start("cnn2", digits, QuantSpec(32), recipe)
+    assert floating.state_dict.keys() == digits_checkpoint.float_state().keys()
+    assert (
+        loop.evaluate(floating, floating.network(), digits.test_images, digits.test_labels)
+        > digits_checkpoint.test_accuracy - 2
+    )
+
+
+def test_a_start_from_another_architecture_is_refused(
+    digits: data.ImageData, digits_checkpoint_path: Path
+) -> None:
+    recipe = dataclasses.replace(default_recipe("digits"), init=str(digits_checkpoint_path))
+    with pytest.raises(OptionError, match=r"init .*: holds .*cnn2.*; name a run of the same architecture"):
+        loop.start("resnet20", digits, QuantSpec(4), recipe)
 
 
 def test_training_learns_and_moves_alpha(digits_checkpoint: Checkpoint) -> None:

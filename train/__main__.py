@@ -22,6 +22,7 @@ from runtime.files import check_writable, read_bytes, remove_leftovers, write_at
 from train import checkpoint as checkpoints
 from train import data, loop, processes, recipes
 from train.checkpoint import Checkpoint
+from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
 from train.models import ARCHITECTURES
@@ -102,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--weight-decay", type=float, help="L2 on weights")
     hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
     hyper.add_argument("--label-smoothing", type=float)
-    hyper.add_argument("--crop-padding", type=int, help="border for random crops, with flips; 0: none")
+    hyper.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half the training images")
+    hyper.add_argument("--crop-padding", type=int, help="border in pixels for random crops")
+    hyper.add_argument("--rotate-degrees", type=float, help="largest random rotation")
+    hyper.add_argument("--zoom", type=float, help="largest random growth or shrinkage, as a share")
+    hyper.add_argument("--elastic-pixels", type=float, help="size of random elastic displacements")
+    hyper.add_argument("--erase-pixels", type=int, help="side of a random grey square")
     hyper.add_argument(
         "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot and asg start"
     )
@@ -113,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--saliency-weight", type=float, help="lambda_2 of asg")
     hyper.add_argument("--alpha-weight", type=float, help="eta of asg")
     hyper.add_argument("--threshold-rate", type=float, help="gamma of asg")
+    hyper.add_argument("--precision", choices=PRECISIONS, help="of a step's convolutions; weights stay float32")
+    hyper.add_argument("--init", metavar="CKPT", help="start from its parameters: same architecture, any bits")
+    hyper.add_argument("--teacher", metavar="CKPT", help="learn its probabilities too (distillation)")
+    hyper.add_argument("--teacher-weight", type=float, help="share of the teacher in the loss, 0 to 1")
+    hyper.add_argument("--temperature", type=float, help="of the teacher's probabilities")
     hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
     return parser
 

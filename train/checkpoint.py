@@ -64,22 +64,37 @@ class Checkpoint:
         model.load_state_dict(self.state_dict)
         return model.eval()
 
+    def float_state(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the network before quantization, as the architecture names them."""
+        renamed = {
+            k.replace(".parametrizations.weight.original", ".weight"): v for k, v in self.state_dict.items()
+        }
+        return {k: v for k, v in renamed.items() if not (k.startswith("quantizers.") or ".parametrizations." in k)}
+
     @property
     def test_accuracy(self) -> float:
         """Accuracy on the test split after the last epoch, in percent."""
         return self.history[-1]["test_accuracy"]
 
 
-def new_network(arch: dict[str, Any], quant: QuantSpec, input_spec: InputSpec) -> nn.Module:
+def new_network(
+    arch: dict[str, Any],
+    quant: QuantSpec,
+    input_spec: InputSpec,
+    parameters: dict[str, Tensor] | None = None,
+) -> nn.Module:
     """Return a freshly initialized network, quantized by `quant`.
 
     Args:
         arch: {"name": one of train.models.ARCHITECTURES, **its arguments}.
         quant: bits and quantizers.
         input_spec: sets the grid of the input image.
+        parameters: state of the network before quantization (`Checkpoint.float_state`), instead of random numbers.
     """
     arguments = {key: value for key, value in arch.items() if key != "name"}
     model = build(arch["name"], **arguments)
+    if parameters is not None:
+        model.load_state_dict(parameters)
     return quantize(model, quant, input_scale=input_spec.grid_scale)
 
 

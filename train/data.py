@@ -1,4 +1,4 @@
-"""Image data sets as two uint8 tensors, on whichever device trains, and what is done to them there.
+"""Image data sets as two uint8 tensors, on whichever device trains.
 
 `python -m train.data mnist -o mnist_test.npz` writes a split as a plain file that `bench` reads on a device
 without torch.
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from runtime import command
@@ -115,27 +114,6 @@ def load(name: str, root: str | Path = "data") -> ImageData:
         parts += [images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)]
     # torchvision names MNIST's classes "0 - zero".
     return ImageData(name, tuple(str(c).split(" - ")[0] for c in part.classes), *parts)
-
-
-def augment(images: Tensor, *, padding: int, generator: torch.Generator) -> Tensor:
-    """Return images flipped left to right half the time and cropped from a zero-padded border.
-
-    Args:
-        images: uint8 [N, C, H, W] on any device.
-        padding: pixels added on each side before the crop.
-        generator: random numbers, on the CPU, so that every device draws the same.
-    """
-    N, _, H, W = images.shape
-    device = images.device
-    rows = torch.randint(2 * padding + 1, (N, 1), generator=generator) + torch.arange(H)
-    columns = torch.randint(2 * padding + 1, (N, 1), generator=generator) + torch.arange(W)
-    flipped = torch.rand(N, 1, generator=generator) < 0.5
-    columns = torch.where(flipped, columns.flip(1), columns)
-    padded = F.pad(images, (padding,) * 4)
-    index = torch.arange(N, device=device).reshape(N, 1, 1)
-    # Advanced indices around a slice put the indexed axes first: [N, H, W, C].
-    chosen = padded[index, :, rows.to(device).unsqueeze(2), columns.to(device).unsqueeze(1)]
-    return chosen.permute(0, 3, 1, 2)
 
 
 def batches(n: int, size: int, *, generator: torch.Generator) -> Iterator[Tensor]:

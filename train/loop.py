@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from runtime import command
-from runtime.errors import TrainingError
+from runtime.errors import OptionError, TrainingError
 from train import checkpoint as checkpoints
 from train import processes
 from train.checkpoint import Checkpoint
-from train.cpu_layers import use_fast_layers
-from train.data import ImageData, augment, batches
+from train.data import ImageData, batches
+from train.device import arrange, in_precision, place
+from train.distillation import load_teacher
 from train.divergence import diverged, is_finite, where_it_diverged
 from train.methods import Guidance, new_guidance, start_guidance
 from train.quant import QuantSpec, quantizers, start_alphas
@@ -31,12 +32,17 @@ _MAX_SAMPLE_BYTES = 4 << 20
 
 
 def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Checkpoint:
-    """Return the checkpoint of a run before its first epoch."""
+    """Return the checkpoint of a run before its first epoch.
+
+    Raises:
+        FileError: `recipe.init` is no checkpoint.
+        OptionError: `recipe.init` holds another architecture.
+    """
     torch.manual_seed(recipe.seed)
     input_spec = data.input_spec()
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
-    model = checkpoints.new_network(description, quant, input_spec)
+    model = checkpoints.new_network(description, quant, input_spec, _initial_state(recipe.init, description))
     first = torch.randperm(len(data.train_images))[:256]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     start_alphas(model, images)
@@ -81,10 +87,11 @@ def fit(
         OptionError: the batch cannot be shared equally among the processes.
     """
     recipe = checkpoint.recipe
-    model = checkpoint.network().to(device)
-    if device == "cpu":
-        use_fast_layers(model)
-    trained = processes.parallel(model)
+    model = place(checkpoint.network(), device)
+    trained = in_precision(processes.parallel(model), recipe.precision)
+    teacher = None
+    if recipe.teacher:
+        teacher = in_precision(place(load_teacher(recipe.teacher, checkpoint), device), recipe.precision)
     optimizer = new_optimizer(model, recipe)
     guidance = new_guidance(recipe, len(data.train_images))
     if checkpoint.optimizer:
@@ -98,7 +105,9 @@ def fit(
     for epoch in range(len(checkpoint.history), recipe.epochs):
         began = time.perf_counter()
         try:
-            row = _train_epoch(checkpoint, trained, guidance, optimizer, train_images, train_labels, epoch)
+            row = _train_epoch(
+                checkpoint, trained, teacher, guidance, optimizer, train_images, train_labels, epoch
+            )
         except TrainingError as error:
             kept = f"{path} keeps epoch {epoch}" if epoch else "no epoch was finished"
             raise TrainingError(f"{error}; lower --lr ({recipe.lr:g}) or try another --seed; {kept}") from None
@@ -127,7 +136,7 @@ def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: T
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for start_index in range(1000 * processes.rank(), len(images), 1000 * processes.size()):
         part = slice(start_index, start_index + 1000)
-        logits = model(checkpoint.input.normalize(images[part]))
+        logits = model(arrange(checkpoint.input.normalize(images[part])))
         correct += (logits.argmax(1) == labels[part]).sum()
     return 100 * int(processes.total(correct)) / len(images)
 
@@ -135,6 +144,7 @@ def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: T
 def _train_epoch(
     checkpoint: Checkpoint,
     model: nn.Module,
+    teacher: nn.Module | None,
     guidance: Guidance | None,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
@@ -148,6 +158,7 @@ def _train_epoch(
     on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
     on_device = torch.Generator(device).manual_seed(seed)  # fill
     steps_per_epoch = len(images) // min(recipe.batch_size, len(images))
+    augmentation = recipe.augmentation
     sums: dict[str, Tensor] = {}
     before = guidance.percent.clone() if isinstance(guidance, Smoot) else None
     model.train()
@@ -158,13 +169,11 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
         index = index.to(device)
-        chosen, target = images[index], labels[index]
-        if recipe.crop_padding:
-            chosen = augment(chosen, padding=recipe.crop_padding, generator=on_cpu)
-        inputs = checkpoint.input.normalize(chosen)
+        target = labels[index]
+        inputs = arrange(checkpoint.input.normalize(augmentation(images[index], on_cpu)))
         fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
         inputs, target = inputs[mine], target[mine]
-        terms = compute_gradients(model, guidance, inputs, target, index[mine], fill[mine], recipe)
+        terms = compute_gradients(model, guidance, inputs, target, index[mine], fill[mine], recipe, teacher)
         if diverged(terms.loss.item()):
             raise _divergence(f"the loss is {terms.loss.item():.4g}", epoch, step, model, inputs)
         update(optimizer, guidance)
@@ -177,6 +186,17 @@ def _train_epoch(
         guidance.percent.copy_(before + processes.total(guidance.percent - before))
     row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
     return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
+
+
+def _initial_state(path: str, arch: dict[str, Any]) -> dict[str, Tensor] | None:
+    if not path:
+        return None
+    initial = checkpoints.load(path)
+    if initial.arch != arch:
+        raise OptionError(
+            f"init {path}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
+        )
+    return initial.float_state()
 
 
 def _divergence(what: str, epoch: int, step: int, model: nn.Module, images: Tensor) -> TrainingError:

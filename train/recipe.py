@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from runtime.errors import OptionError
+from train.augment import Augmentation
 from train.data import DATA_SETS
+from train.device import PRECISIONS
 from train.guidance import FILLS
 
 METHODS = ("plain", "sgt", "smoot", "asg")
@@ -31,7 +33,7 @@ class Recipe:
         weight_decay: L2 on weights (not on biases and BatchNorm).
         alpha_decay: L2 on PACT's alpha.
         label_smoothing: of the cross entropy.
-        crop_padding: pixels of border for random crops, with random flips; 0 trains on the images as they are.
+        flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels: see train.augment.
         mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
         kl_weight: lambda (lambda_1 of asg), weight of the divergence between clean and masked outputs.
         fill: what masked pixels hold, one of train.guidance.FILLS; asg always masks with zeros.
@@ -40,6 +42,11 @@ class Recipe:
         saliency_weight: lambda_2 of asg, weight of ||S||_1.
         alpha_weight: eta of asg, weight of |alpha|.
         threshold_rate: gamma of asg, learning rate of the threshold in units of its start.
+        precision: of the steps' convolutions, one of train.device.PRECISIONS; accuracy is measured in float32.
+        init: checkpoint of the same architecture, of any bits, whose parameters the run starts from; "": random.
+        teacher: checkpoint whose probabilities the network also learns; "": none.
+        teacher_weight: share of the cross entropy that the teacher's probabilities replace, 0 to 1.
+        temperature: of the teacher's and the network's probabilities.
         seed: of initialization, data order, augmentation, dropout and fill.
     """
 
@@ -54,7 +61,12 @@ class Recipe:
     weight_decay: float = 5e-4
     alpha_decay: float = 5e-4
     label_smoothing: float = 0.0
+    flip: bool = False
     crop_padding: int = 0
+    rotate_degrees: float = 0.0
+    zoom: float = 0.0
+    elastic_pixels: float = 0.0
+    erase_pixels: int = 0
     mask_share: float = 0.5
     kl_weight: float = 1.0
     fill: str = "random"
@@ -63,6 +75,11 @@ class Recipe:
     saliency_weight: float = 1e-3
     alpha_weight: float = 1e-4
     threshold_rate: float = 0.01
+    precision: str = "float32"
+    init: str = ""
+    teacher: str = ""
+    teacher_weight: float = 0.7
+    temperature: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,16 +89,17 @@ class Recipe:
             OptionError: a field is outside its range.
         """
         choices_of = {
-            "data": DATA_SETS, "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS
+            "data": DATA_SETS, "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS,
+            "precision": PRECISIONS,
         }  # fmt: skip
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        for name in (f.name for f in fields(self) if f.name not in choices_of):
-            value, smallest = getattr(self, name), {"epochs": 1, "batch_size": 2}.get(name, 0)
+        for name in (f.name for f in fields(self) if f.type in ("int", "float")):
+            value, smallest = getattr(self, name), {"epochs": 1, "batch_size": 2, "temperature": 1e-3}.get(name, 0)
             if not (math.isfinite(value) and value >= smallest):
                 raise OptionError(f"{name} {value}: expected a number >= {smallest}")
-        for name in ("mask_share", "label_smoothing", "momentum", "top1_weight"):
+        for name in ("mask_share", "label_smoothing", "momentum", "top1_weight", "teacher_weight"):
             if getattr(self, name) > 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a share from 0 to 1")
         if self.method == "smoot" and not 0.2 <= self.mask_share <= 0.8:
@@ -99,6 +117,12 @@ class Recipe:
             raise OptionError(f"recipe: unknown fields {sorted(unknown)}; made by a newer version")
         return cls(**values)
 
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is done to the training images."""
+        names = [field.name for field in fields(Augmentation)]
+        return Augmentation(**{name: getattr(self, name) for name in names})
+
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of a step, counted over the whole run from 0."""
         if self.schedule == "constant":
@@ -114,7 +138,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 30, "batch_size": 64},
     "mnist": {"epochs": 10, "top1_weight": 0.95},
     "fashion-mnist": {"epochs": 20, "top1_weight": 0.95},
-    "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4},
+    "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4, "flip": True},
 }
 # Algorithm 2 of Lavaei et al. 2025: Adam, and alpha regularized by its magnitude instead of its square.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from train.distillation import distillation_loss
 from train.methods import Guidance, loss_terms
 from train.recipe import Recipe
 from train.saliency import AdaptiveThreshold, LossTerms
@@ -19,6 +22,7 @@ def compute_gradients(
     index: Tensor,
     fill: Tensor,
     recipe: Recipe,
+    teacher: nn.Module | None = None,
 ) -> LossTerms:
     """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`."""
     learned = [p for module in (model, guidance) if module is not None for p in module.parameters()]
@@ -26,6 +30,11 @@ def compute_gradients(
         parameter.grad = None
     with parametrize.cached():  # a step quantizes each weight once, however often it runs the network
         terms = loss_terms(model, images, labels, index, fill, recipe, guidance)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            soft = distillation_loss(terms.logits, teacher_logits, recipe.temperature)
+            terms = replace(terms, loss=terms.loss + recipe.teacher_weight * (soft - terms.cross_entropy))
         # Not into the images, which saliency made variables: their gradient costs a convolution.
         terms.loss.backward(inputs=learned)
     return terms

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.checkpoint import Checkpoint
+from train.data import ImageData
+from train.device import arrange, in_precision, place
+from train.quantizers import PACT
+
+
+def test_bfloat16_returns_float32_logits_near_those_of_float32(
+    digits: ImageData, digits_checkpoint: Checkpoint
+) -> None:
+    images = digits_checkpoint.input.normalize(digits.test_images)
+    exact = digits_checkpoint.network()(images).detach()
+    model = digits_checkpoint.network()
+    rounded = in_precision(place(model, "cpu"), "bfloat16")(images).detach()
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - exact).abs().max()) < 0.1 * float(exact.abs().max())
+    assert float((rounded.argmax(1) == exact.argmax(1)).float().mean()) > 0.98
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert torch.equal(model(images), exact)  # what is evaluated and saved has not changed
+
+
+def test_bfloat16_activations_keep_whole_codes(digits: ImageData, digits_checkpoint: Checkpoint) -> None:
+    model = digits_checkpoint.network()
+    trained = in_precision(place(model, "cpu"), "bfloat16")
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PACT):
+            module.register_forward_hook(
+                lambda module, _, y, name=name: seen.update({name: y.float() / module.scale.item()})
+            )
+    with torch.no_grad():
+        trained(digits_checkpoint.input.normalize(digits.test_images[:64]))
+    assert len(seen) == 3
+    for codes in seen.values():
+        assert float((codes - codes.round()).abs().max()) <= 127 / 256  # half a bfloat16 step at code 127
+        assert 0 <= float(codes.min()) <= float(codes.max()) < 128
+
+
+def test_bfloat16_reaches_every_parameter_with_float32_gradients(
+    digits: ImageData, digits_checkpoint: Checkpoint
+) -> None:
+    model = digits_checkpoint.network()
+    images, labels = digits_checkpoint.input.normalize(digits.train_images[:64]), digits.train_labels[:64]
+    gradients = []
+    for network in (model, in_precision(place(model, "cpu"), "bfloat16")):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[1].dtype == torch.float32
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5)])
+def test_arranging_changes_no_value(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape)
+    assert torch.equal(arrange(images), images)

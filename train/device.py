@@ -1,0 +1,50 @@
+"""How a network is laid out on the device that trains it: memory format, precision, faster layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train.cpu_layers import use_fast_layers
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class _Bfloat16(nn.Module):
+    """Runs the network's convolutions and products in bfloat16, and returns float32 logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits float32 [N, K] of normalized images float32 [N, C, H, W]."""
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits: Tensor = self.model(images)
+        return logits.float()
+
+
+def place(model: nn.Module, device: str) -> nn.Module:
+    """Move `model`, in place, to a device ("cpu" or "cuda") in the form that runs fastest there, and return it."""
+    if device == "cpu":
+        use_fast_layers(model)
+        return model
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return `model` as a step runs it: itself, or itself in bfloat16.
+
+    Weights, scales and alphas stay float32, and so does `model`, which is what is evaluated and saved. Codes below
+    256 are exact in bfloat16; products of codes and scales are rounded to 8 bits, which training sees as noise.
+
+    Args:
+        model: the network, quantized or not.
+        precision: one of PRECISIONS.
+    """
+    return _Bfloat16(model) if precision == "bfloat16" else model
+
+
+def arrange(images: Tensor) -> Tensor:
+    """Return normalized images [N, C, H, W] in the memory format in which their device convolves fastest."""
+    return images if images.device.type == "cpu" else images.contiguous(memory_format=torch.channels_last)
