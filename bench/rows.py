@@ -1,0 +1,167 @@
+"""`python -m bench.rows`: train the rows of a table of results in turn, each resumed where it stopped."""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m bench.rows")
+
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench import record
+from bench.environment import describe, environment
+from runtime import command
+from runtime.errors import OptionError
+from runtime.files import check_writable, read_bytes
+from train import __main__ as train
+from train import checkpoint as checkpoints
+from train.checkpoint import Checkpoint
+
+EXAMPLES = """
+  python -m bench.rows cifar10 --device cuda --data-root data     # float, 8, 4 and 2 bits
+  python -m bench.rows cifar10 --only cifar10-resnet20-2bit-sgt   # one of them; those it starts from first
+  python -m bench.rows mnist --record bench/results/training.jsonl
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a table.
+
+    Args:
+        name: of the run's folder.
+        options: of `python -m train`.
+        asked: accuracy on the test split that the run is to reach, in percent; None where it is a step to others.
+        init: name of the row whose parameters it starts from.
+        teacher: name of the row whose probabilities it learns.
+    """
+
+    name: str
+    options: str
+    asked: float | None = None
+    init: str = ""
+    teacher: str = ""
+
+    def arguments(self, runs: Path) -> list[str]:
+        """Return the command line of `python -m train` that starts the run below the folder `runs`."""
+        given = ["--runs", str(runs), "--name", self.name, *shlex.split(self.options)]
+        for option, row in (("--init", self.init), ("--teacher", self.teacher)):
+            given += [option, str(runs / row / train.CHECKPOINT_NAME)] if row else []
+        return given
+
+
+_CIFAR10 = "--data cifar10 --arch resnet20 --batch-size 256 --precision bfloat16"
+_LOW_BITS = f"{_CIFAR10} --weights lsq --method sgt --kl-weight 0.05 --lr 0.04 --weight-decay 1e-4"
+_DIGITS = "--data digits --arch cnn2"
+
+# The low-bit rows follow APoT (Li et al. 2020, section 4): from the next higher precision, first and last layer at
+# 8 bits, less decay the fewer the bits; the float network teaches all of them.
+TABLES = {
+    "digits": (
+        Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
+        Row("digits-cnn2-4bit-sgt", f"{_DIGITS} --bits 4 --weights lsq --method sgt",
+            init="digits-cnn2-float-plain", teacher="digits-cnn2-float-plain"),
+    ),
+    "cifar10": (
+        Row("cifar10-resnet20-float-plain", f"{_CIFAR10} --bits 32 --method plain --lr 0.2 --epochs 200"),
+        Row("cifar10-resnet20-8bit-sgt",
+            f"{_CIFAR10} --bits 8 --method sgt --kl-weight 0.05 --lr 0.04 --weight-decay 1e-4 --epochs 60",
+            init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
+        Row("cifar10-resnet20-4bit-sgt", f"{_LOW_BITS} --bits 4 --epochs 120", asked=92.0,
+            init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
+        Row("cifar10-resnet20-2bit-sgt", f"{_LOW_BITS} --bits 2 --epochs 200 --weight-decay 3e-5", asked=90.0,
+            init="cifar10-resnet20-4bit-sgt", teacher="cifar10-resnet20-float-plain"),
+    ),
+}  # fmt: skip
+
+
+def needed(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return the row of that name and before it, in the table's order, those it starts from or learns from.
+
+    Raises:
+        OptionError: no row of that name.
+    """
+    by_name = {row.name: row for row in rows}
+    if name not in by_name:
+        raise OptionError(f"--only {name}: expected one of {', '.join(by_name)}")
+    wanted, waiting = set(), [name]
+    while waiting:
+        row = by_name[waiting.pop()]
+        wanted.add(row.name)
+        waiting += [other for other in (row.init, row.teacher) if other]
+    return [row for row in rows if row.name in wanted]
+
+
+def train_row(row: Row, runs: Path, options: Sequence[str] = ()) -> Checkpoint:
+    """Train a row to its end and return its checkpoint; one that is finished is only read.
+
+    Args:
+        row: what to train.
+        runs: folder of all runs.
+        options: of `python -m train`, for starting and resuming alike.
+    """
+    folder = runs / row.name
+    path = folder / train.CHECKPOINT_NAME
+    train.main([*(["--resume", str(folder)] if path.exists() else row.arguments(runs)), *options])
+    return checkpoints.load(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train the rows and print what was asked and what was reached."""
+    parser = command.parser("bench.rows", "Train the rows of a table of results, resuming each.", EXAMPLES)
+    parser.add_argument("table", choices=tuple(TABLES))
+    parser.add_argument("--only", metavar="ROW", help="this row, and before it those it starts from")
+    parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    parser.add_argument(
+        "--epochs", type=int, help="of every row, for a trial; runs/ needs a folder of its own then"
+    )
+    parser.add_argument("--record", metavar="FILE", help="append each row, with its environment, to a .jsonl")
+    options = parser.parse_args(argv)
+    if options.record:
+        check_writable(options.record)
+    rows = needed(TABLES[options.table], options.only) if options.only else list(TABLES[options.table])
+    runs = Path(options.runs)
+    shared = ["--data-root", options.data_root, "--device", options.device]
+    shared += ["--epochs", str(options.epochs)] if options.epochs else []
+    where = environment()
+    reached = {}
+    for row in rows:
+        checkpoint = train_row(row, runs, shared)
+        reached[row.name] = checkpoint
+        if options.record:
+            record.append(options.record, result(row, checkpoint, runs, where))
+    print(f"\n{'row':32}  epochs  asked  train %   test %")
+    for row in rows:
+        last = reached[row.name].history[-1]
+        asked = "" if row.asked is None else f"{row.asked:.1f}"
+        print(f"{row.name:32}{len(reached[row.name].history):8}{asked:>7}{last['train_accuracy']:9.2f}"
+              f"{last['test_accuracy']:9.2f}")  # fmt: skip
+    print(describe(where))
+
+
+def result(row: Row, checkpoint: Checkpoint, runs: Path, where: Mapping[str, object]) -> dict[str, object]:
+    """Return what is kept of a finished row: command, recipe, accuracies, the file's sha256, environment."""
+    data = read_bytes(runs / row.name / train.CHECKPOINT_NAME)
+    return {
+        "bench": "training row",
+        "row": row.name,
+        "command": shlex.join(["python", "-m", "train", *row.arguments(Path("runs"))]),
+        "asked": row.asked,
+        "test_accuracy": checkpoint.test_accuracy,
+        "train_accuracy": checkpoint.history[-1]["train_accuracy"],
+        "epochs": len(checkpoint.history),
+        "seconds": sum(epoch["seconds"] for epoch in checkpoint.history),
+        "recipe": asdict(checkpoint.recipe),
+        "bits": checkpoint.quant.bits,
+        "checkpoint_sha256": hashlib.sha256(data).hexdigest(),
+        "environment": where,
+    }
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.rows import TABLES, Row, main, needed
+from runtime.errors import OptionError
+from train import __main__ as train
+from train import checkpoint as checkpoints
+from train import data, loop
+from train.quant import QuantSpec, describe
+
+ROWS = [row for table in TABLES.values() for row in table]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_command_that_train_takes(row: Row, tmp_path: Path) -> None:
+    options = train._parser().parse_args(row.arguments(tmp_path))
+    recipe = train._recipe(options)
+    bits = "float" if options.bits == 32 else f"{options.bits}bit"
+    assert row.name.startswith(f"{recipe.data}-{options.arch}-{bits}-{recipe.method}")
+    assert recipe.teacher == (str(tmp_path / row.teacher / "ckpt.pt") if row.teacher else "")
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
+def test_rows_start_from_rows_above_them(table: tuple[Row, ...]) -> None:
+    names = [row.name for row in table]
+    assert len(set(names)) == len(names)
+    for position, row in enumerate(table):
+        above = {"", *names[:position]}
+        assert {row.init, row.teacher} <= above
+
+
+def test_one_row_brings_those_it_needs() -> None:
+    rows = needed(TABLES["cifar10"], "cifar10-resnet20-2bit-sgt")
+    assert [row.name for row in rows] == [
+        "cifar10-resnet20-float-plain", "cifar10-resnet20-4bit-sgt", "cifar10-resnet20-2bit-sgt"
+    ]  # fmt: skip
+    with pytest.raises(OptionError, match="--only nothing: expected one of cifar10-resnet20-float-plain, "):
+        needed(TABLES["cifar10"], "nothing")
+
+
+def test_the_cifar10_rows_run_on_a_few_images(tmp_path: Path) -> None:
+    """What a GPU trains for an hour must not fail in its second half: here one step of every row."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
+    labels = torch.arange(64) % 10
+    few = data.ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
+    for row in TABLES["cifar10"]:
+        options = train._parser().parse_args(row.arguments(tmp_path))
+        recipe = dataclasses.replace(train._recipe(options), epochs=1, batch_size=64)
+        (tmp_path / row.name).mkdir()
+        started = loop.start(options.arch, few, QuantSpec(options.bits, options.weights), recipe)
+        finished = loop.fit(started, few, tmp_path / row.name / "ckpt.pt")
+        assert math.isfinite(finished.history[0]["train_loss"])
+        layers = [layer.bits for layer in describe(finished.network()) if layer.kind in ("Conv2d", "Linear")]
+        if options.bits != 32:
+            assert layers == [8, *[options.bits] * (len(layers) - 2), 8]
+
+
+def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "training.jsonl"
+    arguments = ["digits", "--runs", str(tmp_path), "--device", "cpu", "--record", str(path)]
+    main([*arguments, "--epochs", "1"])
+    capsys.readouterr()
+    four_bits = tmp_path / "digits-cnn2-4bit-sgt" / "ckpt.pt"
+    before = four_bits.read_bytes()
+    main(arguments)  # all are finished: nothing is trained
+    assert four_bits.read_bytes() == before
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["bits"] for line in lines] == [32, 4, 32, 4]
+    checkpoint = checkpoints.load(four_bits)
+    assert checkpoint.quant.weights == "lsq"
+    assert checkpoint.recipe.init == checkpoint.recipe.teacher
+    assert Path(checkpoint.recipe.init).parent.name == "digits-cnn2-float-plain"
+    for line in lines:
+        assert line["epochs"] == 1
+        assert line["command"].startswith("python -m train --runs runs --name digits-cnn2-")
+    assert lines[1]["test_accuracy"] == checkpoint.test_accuracy
+    assert f"{checkpoint.test_accuracy:9.2f}" in capsys.readouterr().out
