@@ -96,7 +96,7 @@ class _PACT(torch.autograd.Function):
         ratio = x / scale
         ctx.save_for_backward(ratio)
         ctx.signed, ctx.qmax, ctx.alpha_dtype = qmin < 0, qmax, alpha.dtype
-        return _round_to_grid(ratio.clone(), qmin, qmax).mul_(scale)
+        return ratio.clamp(qmin, qmax).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
