@@ -127,6 +127,8 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # statistics of bfloat16 are float32, as in PyTorch
         axes = [axis for axis in range(x.ndim) if axis != 1]
         average = mean(x.mean(axes, keepdim=True))
         variance = mean((x - average).square().mean(axes, keepdim=True))
@@ -134,7 +136,8 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._track(average.flatten(), variance.flatten() * (n / (n - 1)))
         shape = average.shape
         y = (x - average) * torch.rsqrt(variance + self.eps)
-        return y * self.weight.reshape(shape) + self.bias.reshape(shape) if self.affine else y
+        y = y * self.weight.reshape(shape) + self.bias.reshape(shape) if self.affine else y
+        return y.to(dtype)
 
     @torch.no_grad()
     def _track(self, average: Tensor, variance: Tensor) -> None:
