@@ -57,6 +57,9 @@ _CIFAR10 = "--data cifar10 --arch resnet20 --batch-size 256 --precision bfloat16
 _LOW_BITS = f"{_CIFAR10} --weights lsq --method sgt --kl-weight 0.05 --lr 0.04 --weight-decay 1e-4"
 _DIGITS = "--data digits --arch cnn2"
 
+_MNIST = ("--data mnist --arch cnn2 --bits 8 --precision bfloat16 --crop-padding 2 --rotate-degrees 10 --zoom 0.1 "
+          "--elastic-pixels 0.6")  # fmt: skip
+
 # The low-bit rows follow APoT (Li et al. 2020, section 4): from the next higher precision, first and last layer at
 # 8 bits, less decay the fewer the bits; the float network teaches all of them.
 TABLES = {
@@ -64,6 +67,11 @@ TABLES = {
         Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
         Row("digits-cnn2-4bit-sgt", f"{_DIGITS} --bits 4 --weights lsq --method sgt",
             init="digits-cnn2-float-plain", teacher="digits-cnn2-float-plain"),
+    ),
+    "mnist": (
+        Row("mnist-cnn2-8bit-plain", f"{_MNIST} --method plain --epochs 12"),
+        Row("mnist-cnn2-8bit-sgt", f"{_MNIST} --method sgt --kl-weight 0.1 --lr 0.08 --epochs 10", asked=99.5,
+            init="mnist-cnn2-8bit-plain"),
     ),
     "cifar10": (
         Row("cifar10-resnet20-float-plain", f"{_CIFAR10} --bits 32 --method plain --lr 0.2 --epochs 200"),
