@@ -9,7 +9,7 @@ plan without one is not a whole plan.
     plan_sha256          of the plan itself
     builder              "tensorrt", or "tensorrt_rtx": built ahead of time, for the runtime of that name
     builder_version      such as "10.16.1.11"
-    version_compatible   whether later releases of the same major version can run it
+    version_compatible   whether later releases can run it (a session must then allow the host code in it)
     compute_capability   of the GPU it was built on, such as "8.7"; "" where it was built without one
     hardware             which GPUs it runs on, one of HARDWARE
     device               name of the GPU it was built on, "" where it was built without one
@@ -45,6 +45,9 @@ HARDWARE = ("same", "same-compute-capability", "ampere-plus")
 """The GPU it was built on and its like; any of that compute capability; any discrete one from 8.0 on."""
 
 _AMPERE = (8, 0)
+# Version-compatible plans run on later releases of their major version, and across this boundary (support matrix of
+# TensorRT 11.4.1, "Engine Portability").
+_NEXT_MAJOR = ((10, 11),)
 _REBUILD = "python -m export.engine MODEL.onnx -o {plan}"
 _KINDS = {str: "a text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
 
@@ -150,7 +153,7 @@ class PlanSidecar:
         if not self.version_compatible:
             return version == self.builder_version
         built, here = _numbers(self.builder_version), _numbers(version)
-        return built[:1] == here[:1] and built <= here
+        return built <= here and (built[:1] == here[:1] or (*built[:1], *here[:1]) in _NEXT_MAJOR)
 
     def _runs_on_gpu(self, compute_capability: str) -> bool:
         # Built without a GPU (TensorRT-RTX): the plan is finished for the GPU at hand when it is loaded.

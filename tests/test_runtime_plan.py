@@ -56,7 +56,9 @@ def test_a_plan_is_accepted_where_it_was_built() -> None:
         ),
         ({}, {"version": "10.16.1.12"}, "but this is TensorRT 10.16.1.12"),
         ({"version_compatible": True}, {"version": "10.9.0.1"}, "but this is TensorRT 10.9.0.1"),
-        ({"version_compatible": True}, {"version": "11.4.0.106"}, "but this is TensorRT 11.4.0.106"),
+        ({}, {"version": "11.4.0.106"}, "but this is TensorRT 11.4.0.106"),
+        ({"version_compatible": True}, {"version": "12.0.0.1"}, "but this is TensorRT 12.0.0.1"),
+        ({"version_compatible": True}, {"version": "9.3.0.1"}, "but this is TensorRT 9.3.0.1"),
         ({}, {"platform": "linux-x86_64"}, "built on linux-aarch64, but this is linux-x86_64"),
         ({}, {"compute_capability": "9.0"}, "built on compute capability 8.7, but this is 9.0"),
         (
@@ -80,6 +82,7 @@ def test_a_plan_for_something_else_is_refused_with_the_command_that_rebuilds_it(
     ("changes", "here"),
     [
         ({"version_compatible": True}, {"version": "10.17.0"}),
+        ({"version_compatible": True}, {"version": "11.4.0.106"}),
         ({"hardware": "ampere-plus"}, {"compute_capability": "12.0"}),
         ({"compute_capability": ""}, {"compute_capability": "12.0"}),
     ],
