@@ -45,8 +45,8 @@ HARDWARE = ("same", "same-compute-capability", "ampere-plus")
 """The GPU it was built on and its like; any of that compute capability; any discrete one from 8.0 on."""
 
 _AMPERE = (8, 0)
-# Version-compatible plans run on later releases of their major version, and across this boundary (support matrix of
-# TensorRT 11.4.1, "Engine Portability").
+# Version-compatible plans run on later releases of their major version, and across this boundary (support matrix
+# of TensorRT 11.4.1, "Engine Portability").
 _NEXT_MAJOR = ((10, 11),)
 _REBUILD = "python -m export.engine MODEL.onnx -o {plan}"
 _KINDS = {str: "a text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}

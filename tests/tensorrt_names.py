@@ -1,7 +1,7 @@
 """Which of NVIDIA's names the code uses, and whether bindings have them.
 
-As a program: `python tests/tensorrt_names.py FOLDER` imports the bindings unpacked in FOLDER and prints their version
-and the names that they lack, one a line.
+As a program: `python tests/tensorrt_names.py FOLDER` imports the bindings unpacked in FOLDER and prints their
+version and the names that they lack, one a line.
 """
 
 from __future__ import annotations
