@@ -39,7 +39,7 @@ _NO_GPU = GPU(name="", compute_capability="", driver="")
 
 EXAMPLES = """
   python -m export.engine ckpt.onnx -o engine.plan --batch 1,8,32
-  python -m export.engine ckpt.pt -o engine.plan                 # exports engine.onnx beside it first
+  python -m export.engine ckpt.pt -o engine.plan                 # exports engine.plan.onnx first
   python -m export.engine ckpt.onnx --dry-run                    # what each layer computes in; writes nothing
   python -m export.engine ckpt.onnx --builder tensorrt_rtx       # ahead of time, without a GPU
   python -m export.engine ckpt.onnx --dla-core 0 --no-saliency   # a Jetson's accelerator, class only
@@ -202,7 +202,7 @@ def _source(options: argparse.Namespace, contents: bytes, output: Path) -> Sourc
         status=command.status,
     )
     command.status("")
-    model, path = exported.model.SerializeToString(), output.with_suffix(".onnx")
+    model, path = exported.model.SerializeToString(), output.with_name(f"{output.name}.onnx")
     if not options.dry_run:
         write_atomically(path, model)
     images = checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()

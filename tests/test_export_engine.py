@@ -80,7 +80,7 @@ def test_a_checkpoint_is_exported_for_tensorrt_beside_the_plan(
 ) -> None:
     plan = tmp_path / "engine.plan"
     run(digits_checkpoint_path, "-o", plan, "--no-saliency", "--builder", "tensorrt_rtx")
-    model = (tmp_path / "engine.onnx").read_bytes()
+    model = (tmp_path / "engine.plan.onnx").read_bytes()
     sidecar = read_sidecar(plan)
     assert sidecar.onnx_sha256 == hashlib.sha256(model).hexdigest()
     assert sidecar.manifest.checkpoint == hashlib.sha256(digits_checkpoint_path.read_bytes()).hexdigest()

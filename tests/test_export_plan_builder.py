@@ -92,6 +92,15 @@ def test_the_other_networks_multiply_int8_where_it_was_chosen(
     assert_as_chosen(trt, exported(checkpoint(name, digits, bits)), forward)
 
 
+@pytest.mark.slow
+def test_int8_gradients_multiply_int8_too(trt: ModuleType, digits: data.ImageData) -> None:
+    made = export(checkpoint("resnet20", digits, 8), target="tensorrt", saliency_precision="int8")
+    found = int8_by_layer(trt, made.model.SerializeToString())
+    assert all(("Int8" in types) == (precision == "INT8") for precision, types in found.values())
+    assert [name for name, (precision, _) in found.items() if precision != "INT8"] == ["grad/node_linear/Gemm_6"]
+    assert len(found) == 40
+
+
 def test_controls_without_int8_show_none(trt: ModuleType, digits_models: dict[str, Path]) -> None:
     """A float file, a file whose weights alone are codes, and a plan in fp16: the check would tell."""
     for model, choices, expected in (
