@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from runtime.errors import ModelError
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.plan import PlanSidecar, sidecar_path
+from runtime.session import Session, open_session
 
 _WARM_UPS, _RUNS = 20, 200
 
@@ -76,47 +76,55 @@ def compare(
 
 
 def measure(
-    plan: bytes, sidecar: PlanSidecar, images: np.ndarray, labels: np.ndarray, expected: Mapping[str, np.ndarray]
+    session: Session,
+    batch: tuple[int, int, int],
+    images: np.ndarray,
+    labels: np.ndarray,
+    expected: Mapping[str, np.ndarray],
 ) -> Measured:
-    """Run a plan on the GPU at hand.
+    """Run a loaded model on the samples, and the most frequent batch again and again.
 
     Args:
-        plan: its contents.
-        sidecar: of it.
+        session: of a plan, or of any other model.
+        batch: smallest, most frequent and largest batch it takes.
         images: uint8 [N, H, W, C].
         labels: int64 [N].
         expected: the exported graph's outputs for them, of `expected_outputs`.
+    """
+    smallest, usual, largest = batch
+    wanted: tuple[str, ...] = tuple(name for name in ("logits", "saliency") if name in session.outputs)
+    # A plan for the class alone takes no target.
+    inputs = (INPUT_NAME, TARGET_NAME) if len(wanted) > 1 else (INPUT_NAME,)
+    feeds = [dict(zip(inputs, part, strict=False)) for part in _batches(images, labels, smallest, largest)]
+    parts = [session.run(feed, wanted) for feed in feeds]
+    outputs = {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in wanted}
+    once = dict(zip(inputs, next(_batches(images[:usual], labels[:usual], usual, usual)), strict=False))
+    times_ms = []
+    for run in range(_WARM_UPS + _RUNS):
+        start = time.perf_counter()
+        session.run(once, wanted)
+        if run >= _WARM_UPS:
+            times_ms.append(1e3 * (time.perf_counter() - start))
+    return compare(outputs, expected, labels, float(np.median(times_ms)))
+
+
+def measure_plan(
+    plan: bytes, sidecar: PlanSidecar, images: np.ndarray, labels: np.ndarray, expected: Mapping[str, np.ndarray]
+) -> Measured:
+    """Run a plan on the GPU at hand; see `measure`.
 
     Raises:
         EngineError: TensorRT or the GPU is not there.
     """
-    # Not at the top: building needs no runtime session.
-    from runtime.session import open_session
-
-    _, usual, largest = sidecar.batch
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.plan"
         write_atomically(path, plan)
         write_atomically(sidecar_path(path), sidecar.to_json())
         session = open_session(path)
         try:
-            wanted: tuple[str, ...] = tuple(name for name in ("logits", "saliency") if name in session.outputs)
-            parts = [
-                session.run({INPUT_NAME: x, TARGET_NAME: y}, wanted)
-                for x, y in _batches(images, labels, sidecar.batch[0], largest)
-            ]
-            once = np.resize(images, (usual, *images.shape[1:])), np.resize(labels, usual)
-            feeds: dict[str, Any] = dict(zip((INPUT_NAME, TARGET_NAME), once, strict=True))
-            times_ms = []
-            for run in range(_WARM_UPS + _RUNS):
-                start = time.perf_counter()
-                session.run(feeds, wanted)
-                if run >= _WARM_UPS:
-                    times_ms.append(1e3 * (time.perf_counter() - start))
+            return measure(session, sidecar.batch, images, labels, expected)
         finally:
             session.close()
-    outputs = {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in wanted}
-    return compare(outputs, expected, labels, float(np.median(times_ms)))
 
 
 def choose(measured: Mapping[str, Measured], expected_accuracy: float, budget: Budget) -> str:

@@ -239,7 +239,7 @@ def _autotuned(plans: dict[str, Plan], source: Source, options: argparse.Namespa
     images, labels = source.samples
     expected = autotune.expected_outputs(source.onnx, images, labels)
     measured = {
-        name: autotune.measure(plan.built.plan, plan.sidecar, images, labels, expected)
+        name: autotune.measure_plan(plan.built.plan, plan.sidecar, images, labels, expected)
         for name, plan in plans.items()
     }
     budget = autotune.Budget(options.max_accuracy_drop, options.min_agreement)

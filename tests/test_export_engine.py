@@ -14,8 +14,9 @@ from export import autotune, engine
 from export.autotune import Budget, Measured
 from export.gpu import GPU, find_gpu
 from runtime.errors import ClearpactError, EngineError, FileError, ModelError, OptionError
-from runtime.onnx_bytes import output_names
+from runtime.onnx_bytes import output_names, without_gradient
 from runtime.plan import PlanSidecar, read_sidecar, sidecar_path
+from runtime.session import open_session
 from tests.qdq_models import conv_model
 
 ORIN = GPU(name="Orin", compute_capability="8.7", driver="12.6")
@@ -271,6 +272,25 @@ def test_outputs_are_compared_with_those_of_the_exported_graph(digits_models: di
     assert autotune.accuracy(expected, labels) == 100.0
 
 
+@pytest.mark.parametrize("saliency", [True, False])
+def test_a_session_is_measured_on_all_samples(
+    digits_models: dict[str, Path], saliency: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same function measures plans on a GPU; here the same graph on ONNX Runtime."""
+    monkeypatch.setattr(autotune, "_RUNS", 5)
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8)
+    data = digits_models["ort"].read_bytes()
+    expected = autotune.expected_outputs(data, images, np.arange(7))
+    labels = expected["logits"].argmax(1)
+    expected = autotune.expected_outputs(data, images, labels)
+    session = open_session(data if saliency else without_gradient(data), engine="ort", threads=1)
+    measured = autotune.measure(session, (2, 2, 3), images, labels, expected)
+    session.close()
+    assert measured.accuracy == 100.0
+    assert measured.latency_ms > 0
+    assert measured.spearman == (pytest.approx(1.0, abs=1e-3) if saliency else None)
+
+
 @pytest.mark.usefixtures("orin")
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def test_autotune_builds_every_precision_and_writes_the_one_it_keeps(
@@ -287,7 +307,7 @@ def test_autotune_builds_every_precision_and_writes_the_one_it_keeps(
         measured.append(sidecar)
         return Measured(latency_ms=3.0 - len(measured), accuracy=100.0, spearman=None)
 
-    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setattr(autotune, "measure_plan", measure)
     plan = tmp_path / "engine.plan"
     run(digits_checkpoint_path, "-o", plan, "--autotune", "--no-saliency", "--builder", "tensorrt")
     assert [len(sidecar.int8_layers) for sidecar in measured] == [4, 4, 0]
