@@ -44,7 +44,7 @@ class Worker:
         graphs: bool = True,
         spin: bool = False,
     ) -> None:
-        self._cuda = cuda
+        self.cuda = cuda
         self._failed = engine.failed
         self._resources = Resources(cuda)
         self._context: Any = None
@@ -99,7 +99,7 @@ class Worker:
         for tensor in self._tensors:
             if tensor.is_input and self._addresses[tensor.name] == self._device[tensor.name]:
                 host, _ = self._host[tensor.name]
-                self._cuda.upload(self._device[tensor.name], host, self._view(tensor.name).nbytes, self.stream)
+                self.cuda.upload(self._device[tensor.name], host, self._view(tensor.name).nbytes, self.stream)
 
     def compute(self, *, graph: bool = False) -> None:
         """Enqueue the network alone, with `graph` by its CUDA graph where there is one."""
@@ -111,7 +111,7 @@ class Worker:
         self._pending = True
         for name in outputs:
             host, _ = self._host[name]
-            self._cuda.download(host, self._device[name], self._view(name).nbytes, self.stream)
+            self.cuda.download(host, self._device[name], self._view(name).nbytes, self.stream)
 
     def launch(self, outputs: tuple[str, ...]) -> None:
         """Enqueue a whole run that ends with these outputs on the host."""
@@ -130,12 +130,12 @@ class Worker:
     def mark(self) -> None:
         """Note the end of what has been enqueued, which `wait` waits for."""
         self._pending = True
-        self._cuda.call("cudaEventRecord", self._done, self.stream)
+        self.cuda.call("cudaEventRecord", self._done, self.stream)
 
     def wait(self) -> None:
         """Wait until the GPU has done what was enqueued before `mark`."""
         if self._pending:
-            self._cuda.call("cudaEventSynchronize", self._done)
+            self.cuda.call("cudaEventSynchronize", self._done)
             self._pending = False
 
     def results(self, outputs: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -161,7 +161,7 @@ class Worker:
             self._pending = False
             try:
                 # Not the event: where a run broke off half-way, nothing was marked.
-                self._cuda.call("cudaStreamSynchronize", self.stream)
+                self.cuda.call("cudaStreamSynchronize", self.stream)
             except EngineError as error:
                 failed = error
         for graph in self._graphs.values():
@@ -208,13 +208,13 @@ class Worker:
     def _wait_for(self, stream: int | None) -> None:
         """Let the work that follows wait for what another stream has been given so far."""
         if stream is not None and stream != self.stream:
-            self._cuda.call("cudaEventRecord", self._ready, stream)
-            self._cuda.call("cudaStreamWaitEvent", self.stream, self._ready, 0)
+            self.cuda.call("cudaEventRecord", self._ready, stream)
+            self.cuda.call("cudaStreamWaitEvent", self.stream, self._ready, 0)
 
     def _enqueue(self, work: Callable[[], bool], what: tuple[str, ...], *, graph: bool) -> None:
         key = (what, *self._addresses.values())
         if graph and self._records and key in self._seen and key not in self._graphs:
-            recorded = self._cuda.capture(self.stream, work)
+            recorded = self.cuda.capture(self.stream, work)
             if recorded is None:
                 self._records = False  # a layer that needs the host half-way
             else:
@@ -222,7 +222,7 @@ class Worker:
                     self._drop_graph(next(iter(self._graphs)))
                 self._graphs[key] = recorded
         if graph and key in self._graphs:
-            self._cuda.call("cudaGraphLaunch", self._graphs[key], self.stream)
+            self.cuda.call("cudaGraphLaunch", self._graphs[key], self.stream)
         elif work():
             self._seen.add(key)
         else:
@@ -236,7 +236,7 @@ class Worker:
             self._drop_graph(key)
 
     def _drop_graph(self, key: tuple[Any, ...]) -> None:
-        self._cuda.call("cudaGraphExecDestroy", self._graphs.pop(key))
+        self.cuda.call("cudaGraphExecDestroy", self._graphs.pop(key))
 
     def _view(self, name: str) -> np.ndarray:
         """Return the part of a tensor's page-locked memory that the present shapes take."""

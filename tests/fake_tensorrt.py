@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import importlib.machinery
 import json
+import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from runtime.manifest import ImageInput, Manifest
 from runtime.plan import PlanSidecar, sidecar_path, this_platform
@@ -22,6 +25,38 @@ from tests.fake_cuda import FakeGpu, Operation
 VERSION = "10.16.1.11"
 KERNEL_MS = 0.25
 SIZE, CHANNELS, CLASSES = (4, 5), 3, 7
+
+# In the words of TensorRT's inspector; a plan without details has names only.
+LAYERS: list[dict[str, Any] | str] = [
+    {
+        "Name": "Reformatting CopyNode for Input Tensor 0 to conv1 + relu1",
+        "LayerType": "Reformat",
+        "Inputs": [{"Name": "image", "Dimensions": [1, 3, 4, 5], "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [],
+        "Metadata": "",
+    },
+    {
+        "Name": "conv1 + relu1",
+        "LayerType": "CaskConvolution",
+        "Inputs": [
+            {
+                "Name": "image_q",
+                "Dimensions": [1, 3, 4, 5],
+                "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format",
+            }
+        ],
+        "Outputs": [],
+        "Metadata": "[ONNX Layer: node_conv2d]\u001e[ONNX Layer: node_relu]\u001e[ONNX Layer: node_conv2d]",
+    },
+    {
+        "Name": "grad_conv",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "g", "Dimensions": [1, 8, 4, 5], "Format": "NHWC8", "Datatype": "Half"}],
+        "Outputs": [],
+        "Metadata": "[ONNX Layer: grad/conv]",
+    },
+    "head",
+]
 
 
 class DataType(enum.Enum):
@@ -111,6 +146,17 @@ def _tracked(gpu: FakeGpu, thing: object, name: str) -> None:
     weakref.finalize(thing, gone)
 
 
+def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
+    """Make `import tensorrt` and `import cuda.bindings.runtime` find the models."""
+    tensorrt = ModuleType("tensorrt")
+    tensorrt.__dict__.update(vars(fake_tensorrt(gpu)))
+    tensorrt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    for name, module in (("cuda", ModuleType("cuda")), ("cuda.bindings", ModuleType("cuda.bindings"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
+
+
 class Runtime:
     def __init__(self, gpu: FakeGpu, logger: ILogger) -> None:
         self._gpu, self._logger = gpu, logger
@@ -169,8 +215,7 @@ class Engine:
         return Context(self)
 
     def create_engine_inspector(self) -> Any:
-        layers = json.loads((Path(__file__).parent / "data_layers.json").read_text())
-        return SimpleNamespace(get_engine_information=lambda _: json.dumps(layers))
+        return SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": LAYERS}))
 
 
 class Context:
@@ -253,6 +298,7 @@ class Context:
 
         self._gpu.enqueue(stream, Operation(run, KERNEL_MS, memory, allowed))
         if self.profiler is not None:
-            self.profiler.report_layer_time("conv1 + relu1", 0.125)
-            self.profiler.report_layer_time("Reformatting CopyNode for Input Tensor 0", 0.0625)
+            for index, layer in enumerate(LAYERS):
+                name = layer if isinstance(layer, str) else layer["Name"]
+                self.profiler.report_layer_time(name, 0.125 * (index + 1))
         return True

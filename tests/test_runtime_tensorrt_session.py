@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.machinery
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,38 +24,13 @@ from runtime.session import open_session
 from runtime.tensorrt_session import TensorRTSession
 from runtime.tensorrt_session import open as open_plan
 from tests.fake_cuda import FakeContext, FakeGpu, Violation, all_failures, cudaError_t
-from tests.fake_tensorrt import CHANNELS, CLASSES, SIZE, VERSION, fake_tensorrt, network, write_plan
+from tests.fake_tensorrt import CHANNELS, CLASSES, SIZE, VERSION, fake_tensorrt, install, network, write_plan
 
 ALL = ("logits", "saliency", "gradient")
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, *SIZE, CHANNELS), np.uint8)
-
-
-def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
-    """Make `import tensorrt` and `import cuda.bindings.runtime` find the models."""
-    tensorrt = ModuleType("tensorrt")
-    tensorrt.__dict__.update(vars(fake_tensorrt(gpu)))
-    tensorrt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
-    for name, module in (("cuda", ModuleType("cuda")), ("cuda.bindings", ModuleType("cuda.bindings"))):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    gpu = FakeGpu()
-    install(monkeypatch, gpu)
-    yield gpu
-    gc.collect()
-    gpu.assert_clean()
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    return write_plan(tmp_path / "engine.plan")
 
 
 def to_device(gpu: FakeGpu, array: np.ndarray, stream: int | None = None) -> Any:
