@@ -5,6 +5,7 @@ Only names that TensorRT 10 and 11 both have are used.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +19,7 @@ from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.plan import PlanSidecar
 
 _PROFILE = 0
+_NO_REASON = "no reason given"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Engine:
         self.trt = trt
         self.source = source
         self._logger = _logger(trt)
+        self._logger.last = _NO_REASON
         self._runtime = trt.Runtime(self._logger)
         if sidecar.dla_core is not None:
             self._runtime.DLA_core = sidecar.dla_core
@@ -146,13 +149,17 @@ def import_first(names: tuple[str, ...], what: str, package: str) -> ModuleType:
     raise EngineError(f"{what}: {names[0]} cannot be imported ({reason}); pip install '{package}'")
 
 
+@functools.cache
 def _logger(trt: Any) -> Any:
-    """Return a logger that keeps TensorRT's last error for messages of our own and prints nothing."""
+    """Return a logger that keeps TensorRT's last error for messages of our own and prints nothing.
+
+    There is one, since TensorRT keeps the first it is given for the life of the process.
+    """
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = "no reason given"
+            self.last = _NO_REASON
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):

@@ -126,12 +126,14 @@ def write_plan(
 
 def fake_tensorrt(gpu: FakeGpu) -> Any:
     """Return the module `tensorrt` for a GPU."""
-    return SimpleNamespace(
+    module = ModuleType("tensorrt")
+    module.__dict__.update(
         __version__=VERSION, ILogger=ILogger, IProfiler=IProfiler, TensorIOMode=TensorIOMode, DataType=DataType,
         LayerInformationFormat=SimpleNamespace(JSON="json"),
         nptype=lambda dtype: dtype.value,
         Runtime=lambda logger: Runtime(gpu, logger),
     )  # fmt: skip
+    return module
 
 
 def _tracked(gpu: FakeGpu, thing: object, name: str) -> None:
@@ -148,8 +150,7 @@ def _tracked(gpu: FakeGpu, thing: object, name: str) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
     """Make `import tensorrt` and `import cuda.bindings.runtime` find the models."""
-    tensorrt = ModuleType("tensorrt")
-    tensorrt.__dict__.update(vars(fake_tensorrt(gpu)))
+    tensorrt = fake_tensorrt(gpu)
     tensorrt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
     for name, module in (("cuda", ModuleType("cuda")), ("cuda.bindings", ModuleType("cuda.bindings"))):
         monkeypatch.setitem(sys.modules, name, module)
