@@ -26,7 +26,7 @@ class Worker:
 
     Args:
         cuda: the GPU, current in the calling thread, as in every method.
-        engine: the loaded plan, which must be unloaded after its workers are closed.
+        plan: loaded, which must be unloaded after its workers are closed.
         stream: handle of the app's stream; None makes one of its own.
         graphs: record repeated shapes into CUDA graphs.
         spin: wait for the GPU on a busy core instead of asleep.
@@ -38,14 +38,14 @@ class Worker:
     def __init__(
         self,
         cuda: Cuda,
-        engine: Engine,
+        plan: Engine,
         *,
         stream: int | None = None,
         graphs: bool = True,
         spin: bool = False,
     ) -> None:
         self.cuda = cuda
-        self._failed = engine.failed
+        self._failed = plan.failed
         self._resources = Resources(cuda)
         self._context: Any = None
         self._graphs: dict[tuple[Any, ...], int] = {}
@@ -62,8 +62,8 @@ class Worker:
             self.stream = hold("cudaStreamDestroy", cuda.stream()) if stream is None else stream
             self._done = hold("cudaEventDestroy", cuda.event(spin=spin))
             self._ready = hold("cudaEventDestroy", cuda.event())
-            self._context = engine.new_context()
-            self._tensors = self._with_largest_outputs(engine.tensors)
+            self._context = plan.new_context()
+            self._tensors = self._with_largest_outputs(plan.tensors)
             self._device = {
                 t.name: hold("cudaFree", int(cuda.call("cudaMalloc", t.n_bytes))) for t in self._tensors
             }

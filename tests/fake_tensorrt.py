@@ -136,13 +136,17 @@ def fake_tensorrt(gpu: FakeGpu) -> Any:
     return module
 
 
-def _tracked(gpu: FakeGpu, thing: object, name: str) -> None:
+def _tracked(gpu: FakeGpu, thing: Any, name: str, made_from: Any = None) -> None:
+    """Count a runtime, engine or context until it is gone, which what was made from it must be before."""
     gpu.objects.append(name)
+    thing.children = children = [0]
+    parents: list[int] = [0] if made_from is None else made_from.children
+    parents[0] += 1
 
     def gone() -> None:
         gpu.objects.remove(name)
-        order = ["runtime", "engine", "context"]
-        if any(later in gpu.objects for later in order[order.index(name) + 1 :]):
+        parents[0] -= 1
+        if children[0]:
             gpu.violations.append(f"the {name} goes before what was made from it")
 
     weakref.finalize(thing, gone)
@@ -169,7 +173,9 @@ class Runtime:
         if self._gpu.fails("deserialize_cuda_engine"):
             self._logger.log(ILogger.ERROR, "Error Code 1:\n  Serialization assertion failed")
             return None
-        return Engine(self._gpu, self._logger, json.loads(plan))
+        engine = Engine(self._gpu, self._logger, json.loads(plan))
+        _tracked(self._gpu, engine, "engine", self)
+        return engine
 
 
 class Engine:
@@ -186,7 +192,6 @@ class Engine:
                 "saliency": (DataType.FLOAT, (n, *SIZE)),
                 "gradient": (DataType.FLOAT, (n, CHANNELS, *SIZE)),
             }
-        _tracked(gpu, self, "engine")
 
     @property
     def num_io_tensors(self) -> int:
@@ -213,7 +218,9 @@ class Engine:
         if self.gpu.fails("create_execution_context"):
             self.logger.log(ILogger.ERROR, "out of memory")
             return None
-        return Context(self)
+        context = Context(self)
+        _tracked(self.gpu, context, "context", self)
+        return context
 
     def create_engine_inspector(self) -> Any:
         return SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": LAYERS}))
@@ -229,7 +236,6 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._state = 0  # counts changes of shape
         self._settled = -1  # the state that TensorRT has set itself up for
-        _tracked(self._gpu, self, "context")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._gpu.fails("set_input_shape"):

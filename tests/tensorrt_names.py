@@ -19,10 +19,14 @@ CLASSES = {
     "builder": "Builder",
     "cache": "ITimingCache",
     "config": "IBuilderConfig",
+    "context": "IExecutionContext",
+    "engine": "ICudaEngine",
     "error": "ParserError",
+    "inspector": "EngineInspector",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
+    "runtime": "Runtime",
     "tensor": "ITensor",
 }
 
@@ -32,6 +36,8 @@ def used_names(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         path = _dotted(node)
+        if path[:1] == ["self"]:
+            path = [name.removeprefix("_") for name in path[1:]]
         if len(path) > 1 and path[0] == "trt":
             found.add(".".join(path[1:3]))
         elif len(path) > 1 and path[0] in CLASSES:
@@ -45,6 +51,14 @@ def names_of_the_builder() -> set[str]:
 
     composed = {f"HardwareCompatibilityLevel.{name}" for name in plan_builder._HARDWARE.values()}
     return used_names((ROOT / "export" / "plan_builder.py").read_text()) | composed
+
+
+def names_of_the_session() -> set[str]:
+    """Return the names that running plans uses."""
+    files = ("runtime/tensorrt_engine.py", "runtime/tensorrt_worker.py", "bench/layer_profile.py")
+    names = set().union(*(used_names((ROOT / file).read_text()) for file in files))
+    # There a tensor is one of ours.
+    return {name for name in names if not name.startswith("ITensor.")}
 
 
 def missing(bindings: Any, names: set[str]) -> Iterator[str]:
@@ -69,4 +83,4 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     sys.path.insert(1, str(ROOT))
     tensorrt = importlib.import_module("tensorrt_bindings")
-    print("\n".join([tensorrt.__version__, *missing(tensorrt, names_of_the_builder())]))
+    print("\n".join([tensorrt.__version__, *missing(tensorrt, names_of_the_builder() | names_of_the_session())]))

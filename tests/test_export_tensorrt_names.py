@@ -1,4 +1,4 @@
-"""Every name of TensorRT's bindings that the builder uses is there in every release it is meant for."""
+"""Every name of TensorRT's bindings that the code uses is there in every release it is meant for."""
 
 from __future__ import annotations
 
@@ -52,18 +52,37 @@ def test_the_names_are_read_from_the_source() -> None:
     }
 
 
-def test_tensorrt_rtx_has_every_name_that_the_builder_uses() -> None:
+def test_the_names_of_running_are_read_from_the_source() -> None:
+    names = tensorrt_names.names_of_the_session()
+    assert names >= {
+        "EngineInspector.get_engine_information",
+        "ICudaEngine.create_execution_context",
+        "ICudaEngine.get_tensor_profile_shape",
+        "IExecutionContext.execute_async_v3",
+        "IExecutionContext.profiler",
+        "IExecutionContext.set_input_shape",
+        "ILogger.INTERNAL_ERROR",
+        "IProfiler.__init__",
+        "LayerInformationFormat.JSON",
+        "Runtime.DLA_core",
+        "Runtime.deserialize_cuda_engine",
+        "TensorIOMode.INPUT",
+        "nptype",
+    }
+
+
+def test_tensorrt_rtx_has_every_name_that_the_code_uses() -> None:
     bindings = pytest.importorskip(
         "tensorrt_rtx_bindings", reason="no wheel of TensorRT-RTX here: pip install 'clearpact[tensorrt-aot]'"
     )
-    names = tensorrt_names.names_of_the_builder()
+    names = tensorrt_names.names_of_the_builder() | tensorrt_names.names_of_the_session()
     assert list(tensorrt_names.missing(bindings, names)) == []
     assert list(tensorrt_names.missing(bindings, {"IBuilderConfig.no_such"})) == ["IBuilderConfig.no_such"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["10.16", "11.4"])
-def test_tensorrt_has_every_name_that_the_builder_uses(release: str, tmp_path: Path) -> None:
+def test_tensorrt_has_every_name_that_the_code_uses(release: str, tmp_path: Path) -> None:
     found = sorted(FOLDER.glob(f"{release}.*"))
     if not found:
         pytest.skip(f"no bindings of TensorRT {release} in {FOLDER}: run `make tensorrt-bindings`")
