@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "phases": {str(batch): found.phases for batch, found in measured.items()},
         "spin": options.spin,
+        "plan": _built(session),
         "streams": streams,
         "layers": [asdict(layer) for layer in layers] if layers else None,
         "energy": {name: asdict(found) for name, found in energy.items()} if energy else None,
@@ -265,6 +266,14 @@ def _energy(session: Session, batch: int, options: argparse.Namespace) -> dict[s
             )
             for name, call in contenders(session, batch, explain=options.explain).items()
         }
+
+
+def _built(session: Session) -> dict[str, str] | None:
+    """Return what a plan was built with and for, without which its times mean nothing; None for an ONNX file."""
+    if not isinstance(session, TensorRTSession):
+        return None
+    names = ("label", "device", "compute_capability", "driver", "onnx_sha256")
+    return {name: getattr(session.sidecar, name) for name in names}
 
 
 def _plan(session: Session, option: str) -> TensorRTSession:

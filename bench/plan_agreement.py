@@ -108,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps({
             "bench": "plan_agreement", "plan": Path(options.plan).name, "model": Path(options.model).name,
-            "engines": [f"{session.engine} {session.version}" for session in (plan, reference)], "data": loaded.name,
-            **asdict(found), "environment": where,
+            "engines": [f"{session.engine} {session.version}" for session in (plan, reference)],
+            "data": loaded.name, **asdict(found), "environment": where,
         }))  # fmt: skip
         return
     print(f"{found.differing:,} of {found.images:,} images in another class, logits differ by at most "

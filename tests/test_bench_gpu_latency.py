@@ -59,6 +59,8 @@ def test_json_has_every_figure_of_a_plan(
     main([*arguments, "--runs", "3", "--seconds", "0.05", "--no-cold-start", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert (result["engine"], result["device"], result["precision"]) == ("tensorrt 10.16.1.11", "cuda:0", "int8")
+    assert result["plan"]["label"] == "TensorRT 10.16.1.11"
+    assert result["plan"]["compute_capability"] == "8.7"
     names = ["class", "class, no graph", "class + map", "class + map, no graph"]
     for batch in ("1", "8"):
         assert list(result["latency"][batch]) == list(result["phases"][batch]) == names
