@@ -54,7 +54,7 @@ machine packages "$python" -m pip list --format=freeze
 if [[ -r /etc/nv_tegra_release ]]; then cp /etc/nv_tegra_release "$work/jetson_linux.machine"; fi
 
 plan=$work/engine.plan
-build=("$python" -m export.engine "$model" --builder tensorrt --batch 1,8,32)
+build=("$python" -m export.engine "$model" --builder tensorrt --batch "1,8,32")
 step build_mixed required "${build[@]}" -o "$plan"
 step build_class required "${build[@]}" -o "$work/class.plan" --no-saliency
 step build_int8 optional "${build[@]}" -o "$work/int8.plan" --precision int8
