@@ -4,12 +4,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
 	@echo "make test       run the tests (a few minutes)"
 	@echo "make test-slow  run the tests marked slow"
+	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.16 and 11.4 (3 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
 	@echo "make clean      remove .venv, demo and caches"
 
@@ -21,6 +22,13 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Wheels without NVIDIA's libraries: enough to see which names each release has.
+tensorrt-bindings: $(VENV)/.installed
+	for release in 10.16.1.11 11.4.0.106; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target build/tensorrt-bindings/$$release tensorrt-cu13-bindings==$$release || exit 1; \
+	done
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -103,12 +103,12 @@ def classify_with_checkpoint(path: str, images: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores of one model on a test split, for a person or as one JSON line."""
     parser = command.parser("bench.accuracy", "Measure the accuracy of an exported model on its engine.", EXAMPLES)
-    parser.add_argument("model", help="ONNX file written by python -m export.onnx")
+    parser.add_argument("model", help="ONNX file of python -m export.onnx, or plan of export.engine")
     parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--against", metavar="CKPT", help="count images this checkpoint classifies differently")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)

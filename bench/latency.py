@@ -5,6 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.latency")
 
+import argparse
 import functools
 import json
 import subprocess
@@ -15,19 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import gpu_latency, layer_profile, power
 from bench.environment import describe, environment, peak_memory_bytes
 from bench.statistics import Latency, check_seconds, measure, summarize
-from runtime import command
-from runtime.classifier import Classifier
+from runtime import command, tensorrt_session
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.session import ENGINES
+from runtime.session import ENGINES, PLAN_SUFFIX, Session, open_session
+from runtime.tensorrt_session import TensorRTSession
 
 EXAMPLES = """
   python -m bench.latency model.onnx
   python -m bench.latency model.onnx --batch 1,8,32 --threads 1
   python -m bench.latency model.onnx --explain               # class, and class with map, in turns
   python -m bench.latency model.onnx --engine ort --json >> results.jsonl
+  python -m bench.latency engine.plan --explain --streams 4  # phases, with and without CUDA graph
+  python -m bench.latency engine.plan --profile --energy     # per layer; per image, in millijoules
+  python -m bench.latency model.onnx --engine ort --device tensorrt
 """
 
 # Runs in a process of its own: what a user waits for is import, load, compile and the first answer together.
@@ -53,26 +58,60 @@ class ColdStart:
     first_prediction_ms: float
 
 
-def session_latency(
-    classifier: Classifier, batch: int, *, explain: bool, runs: int | None, seconds: float
-) -> dict[str, Latency]:
-    """Time the engine on random pixels: "class", and with `explain` also "class + map", in turns.
+@dataclass(frozen=True)
+class Measured:
+    """One batch size: what was timed -> its latency, and -> its phases, None where the engine shows none."""
+
+    latency: dict[str, Latency]
+    phases: dict[str, dict[str, dict[str, float]] | None]
+
+
+def random_images(session: Session, batch: int) -> np.ndarray:
+    """Return random pixels uint8 [batch, H, W, C] of the model's size."""
+    shape = (batch, *session.manifest.input.size, session.manifest.input.channels)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def contenders(session: Session, batch: int, *, explain: bool) -> dict[str, Callable[[], object]]:
+    """Return what is timed: "class", and with `explain` also "class + map".
 
     Raises:
         ModelError: the model was exported without the input gradient.
     """
-    manifest = classifier.manifest
-    shape = (batch, *manifest.input.size, manifest.input.channels)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    session = classifier.session
-    contenders: dict[str, Callable[[], object]] = {"class": functools.partial(session.run, {INPUT_NAME: images})}
+    images = random_images(session, batch)
+    found: dict[str, Callable[[], object]] = {"class": functools.partial(session.run, {INPUT_NAME: images})}
     if explain:
         if "saliency" not in session.outputs:
             raise ModelError("--explain: this model gives classes only; export it again without --no-saliency")
         inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(batch, -1, np.int64)}
-        contenders["class + map"] = functools.partial(session.run, inputs, ("logits", "saliency"))
-    samples = measure(contenders, runs=runs, seconds=seconds, label=f"batch {batch}")
-    return {name: summarize(times, batch) for name, times in samples.items()}
+        found["class + map"] = functools.partial(session.run, inputs, ("logits", "saliency"))
+    return found
+
+
+def session_latency(session: Session, batch: int, *, explain: bool, runs: int | None, seconds: float) -> Measured:
+    """Time the engine on random pixels, the contenders in turns; a plan with and without a CUDA graph.
+
+    Raises:
+        ModelError: the model was exported without the input gradient.
+    """
+    calls = contenders(session, batch, explain=explain)
+    if not isinstance(session, TensorRTSession):
+        samples = measure(calls, runs=runs, seconds=seconds, label=f"batch {batch}")
+        latency = {name: summarize(times, batch) for name, times in samples.items()}
+        return Measured(latency, dict.fromkeys(samples))
+    asked = {"class": ("logits",), "class + map": ("logits", "saliency")}
+    ways = {
+        f"{name}{suffix}": (asked[name], graph)
+        for name in calls
+        for suffix, graph in (("", True), (", no graph", False))
+    }
+    found = gpu_latency.phase_samples(
+        session, random_images(session, batch), ways, runs=runs, seconds=seconds, label=f"batch {batch}"
+    )
+    return Measured(
+        {name: summarize(times[:, -1], batch) for name, times in found.items()},
+        {name: gpu_latency.as_json(times) for name, times in found.items()},
+    )
 
 
 def cold_start(model: str, *, engine: str, device: str, threads: int | None, repeats: int = 5) -> ColdStart:
@@ -98,14 +137,20 @@ def cold_start(model: str, *, engine: str, device: str, threads: int | None, rep
 def main(argv: Sequence[str] | None = None) -> None:
     """Print latency per batch size, cold start and memory, for a person or as one JSON line."""
     parser = command.parser("bench.latency", "Measure the latency of an exported model.", EXAMPLES)
-    parser.add_argument("model", help="ONNX file written by python -m export.onnx")
+    parser.add_argument("model", help="ONNX file of python -m export.onnx, or plan of export.engine")
     parser.add_argument("--batch", default="1", help="batch sizes, comma-separated (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--runs", type=int, help="runs to measure (default: as many as fit in --seconds)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per batch size (default: 3)")
     parser.add_argument("--explain", action="store_true", help="time the class with its saliency map too")
+    parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
+    parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
+    parser.add_argument("--profile", action="store_true", help="plans: time, precision, ONNX nodes of every layer")
+    parser.add_argument(
+        "--energy", action="store_true", help="power, and energy of an image, from the GPU's sensor"
+    )
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh processes")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)
@@ -113,20 +158,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.runs is not None and options.runs < 1:
         raise OptionError(f"--runs {options.runs}: expected a whole number from 1")
     check_seconds(options.seconds)
+    if options.streams is not None and options.streams < 1:
+        raise OptionError(f"--streams {options.streams}: expected a whole number from 1")
     model = str(Path(options.model).resolve())
-    with Classifier(
-        options.model, engine=options.engine, device=options.device, threads=options.threads
-    ) as classifier:
-        session = classifier.session
-        latencies = {
+    session = _open(options)
+    try:
+        measured = {
             batch: session_latency(
-                classifier, batch, explain=options.explain, runs=options.runs, seconds=options.seconds
+                session, batch, explain=options.explain, runs=options.runs, seconds=options.seconds
             )
             for batch in batches
         }
+        streams = _streams(session, batches, options)
+        layers = _profile(session, batches[0]) if options.profile else None
+        energy = _energy(session, batches[0], options) if options.energy else None
         cold = None
         if not options.no_cold_start:
-            cold = cold_start(model, engine=session.engine, device=options.device, threads=options.threads)
+            cold = cold_start(model, engine=session.engine, device=session.device, threads=options.threads)
+    finally:
+        session.close()
     where = environment()
     result = {
         "bench": "latency",
@@ -136,11 +186,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target": session.manifest.target,
         "file_bytes": Path(options.model).stat().st_size,
         "engine": f"{session.engine} {session.version}",
-        "device": options.device,
+        "device": session.device,
         "threads": options.threads,
         "latency": {
-            str(batch): {name: asdict(row) for name, row in rows.items()} for batch, rows in latencies.items()
+            str(batch): {name: asdict(row) for name, row in found.latency.items()}
+            for batch, found in measured.items()
         },
+        "phases": {str(batch): found.phases for batch, found in measured.items()},
+        "spin": options.spin,
+        "plan": _built(session),
+        "streams": streams,
+        "layers": [asdict(layer) for layer in layers] if layers else None,
+        "energy": {name: asdict(found) for name, found in energy.items()} if energy else None,
         "cold_start": asdict(cold) if cold else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": where,
@@ -148,21 +205,81 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {options.device}, "
+    print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {session.device}, "
           f"threads {options.threads}")  # fmt: skip
-    print("batch                p50 ms   p90 ms   p99 ms  mean ms     ± ms  images/s   runs")
-    for batch, rows in latencies.items():
-        for name, row in rows.items():
-            print(f"{batch:5} {name:12}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p99_ms:9.3f}{row.mean_ms:9.3f}"
+    width = max(12, *(len(name) for found in measured.values() for name in found.latency))
+    print(f"batch {'':{width}}   p50 ms   p90 ms   p95 ms   p99 ms     ± ms  images/s   runs")
+    for batch, found in measured.items():
+        for name, row in found.latency.items():
+            print(f"{batch:5} {name:{width}}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}"
                   f"{row.std_ms:9.3f}{row.images_per_second:10,.0f}{row.n:7,}")  # fmt: skip
         if options.explain:
-            ratio = rows["class + map"].p50_ms / rows["class"].p50_ms
+            ratio = found.latency["class + map"].p50_ms / found.latency["class"].p50_ms
             print(f"      class and map together cost {ratio:.2f} times the class alone")
+        if session.device != "cpu":
+            print(*gpu_latency.table(found.phases), sep="\n")
+        if str(batch) in streams:
+            print(f"      {options.streams} streams: {streams[str(batch)]:,.0f} images/s")
+    if layers:
+        print(*layer_profile.table(layers), sep="\n")
+    for name, drawn in (energy or {}).items():
+        print(f"{name:12} {drawn.millijoules_per_image:.3f} mJ an image, "
+              f"{drawn.millijoules_per_image_above_idle:.3f} above idle "
+              f"({drawn.watts:.1f} W, idle {drawn.idle_watts:.1f} W, {drawn.source})")  # fmt: skip
     if cold:
         print(f"cold start {cold.first_prediction_ms:.0f} ms to the first prediction "
               f"(import runtime {cold.import_ms:.0f} ms)")  # fmt: skip
     print(f"file {result['file_bytes']:,} bytes, peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
     print(describe(where))
+
+
+def _open(options: argparse.Namespace) -> Session:
+    if Path(options.model).suffix == PLAN_SUFFIX and options.engine is None:
+        return tensorrt_session.open(options.model, device=options.device or "cuda", spin=options.spin)
+    return open_session(options.model, engine=options.engine, device=options.device, threads=options.threads)
+
+
+def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:
+    if options.streams is None:
+        return {}
+    plan, outputs = _plan(session, "--streams"), ("logits", "saliency") if options.explain else ("logits",)
+    return {
+        str(batch): gpu_latency.streams_images_per_second(
+            plan, random_images(session, batch), outputs, streams=options.streams, seconds=options.seconds
+        )
+        for batch in batches
+    }
+
+
+def _profile(session: Session, batch: int) -> list[layer_profile.Layer]:
+    return layer_profile.profile(_plan(session, "--profile"), random_images(session, batch))
+
+
+def _energy(session: Session, batch: int, options: argparse.Namespace) -> dict[str, power.Energy]:
+    if session.device == "cpu":
+        raise OptionError("--energy: its sensors are the GPU's, and this model runs on the CPU; give a plan")
+    number = session.device.partition(":")[2]
+    with power.open_meter(int(number or 0)) as meter:
+        return {
+            name: power.measure_energy(
+                call, batch, meter, seconds=options.seconds, idle_seconds=min(2.0, options.seconds)
+            )
+            for name, call in contenders(session, batch, explain=options.explain).items()
+        }
+
+
+def _built(session: Session) -> dict[str, str] | None:
+    """Return what a plan was built with and for, without which its times mean nothing; None for an ONNX file."""
+    if not isinstance(session, TensorRTSession):
+        return None
+    names = ("label", "device", "compute_capability", "driver", "onnx_sha256")
+    return {name: getattr(session.sidecar, name) for name in names}
+
+
+def _plan(session: Session, option: str) -> TensorRTSession:
+    if isinstance(session, TensorRTSession):
+        return session
+    raise OptionError(f"{option}: {session.engine} does not show that; build a plan: python -m export.engine")
 
 
 def _batches(text: str) -> list[int]:

@@ -22,6 +22,7 @@ class Latency:
     n: int
     p50_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
     mean_ms: float
     std_ms: float
@@ -30,11 +31,12 @@ class Latency:
 
 def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
     """Return the statistics of run times float [n] in milliseconds of batches of `batch` images."""
-    p50, p90, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 99]))
+    p50, p90, p95, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 95, 99]))
     return Latency(
         n=len(samples_ms),
         p50_ms=p50,
         p90_ms=p90,
+        p95_ms=p95,
         p99_ms=p99,
         mean_ms=float(samples_ms.mean()),
         std_ms=float(samples_ms.std()),

@@ -140,7 +140,7 @@ def join_gradient(
     graph.node.extend(tape.nodes)
     graph.initializer.extend(tape.initializers)
     _rename(graph, result, "logits")
-    _prune(graph)
+    prune(graph)
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.shape_inference.InferenceError as error:
@@ -165,7 +165,7 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
         value.name = new if value.name == old else value.name
 
 
-def _prune(graph: onnx.GraphProto) -> None:
+def prune(graph: onnx.GraphProto) -> None:
     """Drop the nodes and constants that no output needs."""
     needed = {output.name for output in graph.output}
     for i in reversed(range(len(graph.node))):

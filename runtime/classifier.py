@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -45,10 +45,13 @@ class Classifier:
     """An exported model, ready to classify frames. Safe to call from several threads; a context manager.
 
     Args:
-        model: path or contents of an ONNX file that `python -m export.onnx` wrote.
+        model: path or contents of an ONNX file that `python -m export.onnx` wrote, or path of a plan that
+            `python -m export.engine` built.
         engine: "openvino" or "ort"; None takes the one the file was exported for.
-        device: "cpu", or another device of the engine.
+        device: another device of the engine than the first; see `runtime.session.open_session`.
         threads: CPU threads of one inference; None leaves the number to the engine.
+        stream: for a plan, the app's CUDA stream, where all work is then enqueued.
+        context: for a plan, the app's PyCUDA context, in which all work is then done.
 
     Raises:
         ClearpactError: see `runtime.session.open_session`.
@@ -59,10 +62,15 @@ class Classifier:
         model: str | os.PathLike[str] | bytes,
         *,
         engine: str | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
+        stream: Any = None,
+        context: Any = None,
     ) -> None:
-        self.session: Session = open_session(model, engine=engine, device=device, threads=threads)
+        self.session: Session = open_session(
+            model, engine=engine, device=device, threads=threads, stream=stream, context=context
+        )
+        self._max_batch = min(MAX_BATCH, self.session.max_batch or MAX_BATCH)
 
     @property
     def manifest(self) -> Manifest:
@@ -140,7 +148,7 @@ class Classifier:
             steps=steps,
             baseline=baseline,
             seed=seed,
-            max_batch=MAX_BATCH,
+            max_batch=self._max_batch,
             progress=command.progress if progress else None,
         )
         return explanation(found, images, self.manifest.classes, method, single=_is_single(images))
@@ -153,7 +161,8 @@ class Classifier:
             batch = np.concatenate([to_batch(image, self.manifest.input) for image in images])
         else:
             batch = to_batch(images, self.manifest.input)
-        parts = [batch[start : start + MAX_BATCH] for start in range(0, len(batch), MAX_BATCH)]
+        size = self._max_batch
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         return np.concatenate([self.session.run({INPUT_NAME: part})["logits"] for part in parts])
 
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

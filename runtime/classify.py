@@ -30,11 +30,11 @@ EXAMPLES = """
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per image; an unreadable one gets an error line, the others are classified all the same."""
     parser = command.parser("runtime.classify", "Classify image files with an exported model.", EXAMPLES)
-    parser.add_argument("model", help="ONNX file written by python -m export.onnx")
+    parser.add_argument("model", help="ONNX file of python -m export.onnx, or plan of export.engine")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, help="classes to list (default: 3)")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")

@@ -21,6 +21,7 @@ class OpenVINOSession:
     """A model compiled for one OpenVINO device, once per batch size; see runtime.session.Session."""
 
     engine = "openvino"
+    max_batch = None
 
     def __init__(self, model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> None:
         self.version: str = openvino.__version__.split("-")[0]

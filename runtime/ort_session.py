@@ -13,7 +13,11 @@ from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names, without_gradient
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 
 class ORTSession:
@@ -24,6 +28,7 @@ class ORTSession:
     """
 
     engine = "ort"
+    max_batch = None
 
     def __init__(self, model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> None:
         self.version: str = onnxruntime.__version__
@@ -32,6 +37,8 @@ class ORTSession:
         self.outputs = output_names(model)
         self._source = source
         self._provider = _PROVIDERS.get(device)
+        # What TensorRT does not take runs on CUDA, not on the CPU.
+        self._providers = [self._provider, *(["CUDAExecutionProvider"] if device == "tensorrt" else [])]
         available = onnxruntime.get_available_providers()
         if self._provider not in available:
             found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
@@ -70,7 +77,7 @@ class ORTSession:
 
     def _open(self, model: bytes) -> Any:
         try:
-            session = onnxruntime.InferenceSession(model, self._options, providers=[self._provider])
+            session = onnxruntime.InferenceSession(model, self._options, providers=self._providers)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ModelError(
@@ -91,7 +98,7 @@ def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads:
         model: contents of the ONNX file.
         manifest: of the file.
         source: its name, for messages.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "tensorrt".
         threads: CPU threads of one inference, or None.
 
     Raises:

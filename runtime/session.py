@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ ENGINES = {
     "openvino": ("runtime.openvino_session", "openvino", "clearpact[openvino]"),
     "ort": ("runtime.ort_session", "onnxruntime", "clearpact[ort]"),
 }
+# TensorRT runs plans only, and plans run on nothing else.
+PLAN_ENGINE = "tensorrt"
+PLAN_SUFFIX = ".plan"
 
 
 class Session(Protocol):
@@ -30,6 +33,11 @@ class Session(Protocol):
     device: str
     manifest: Manifest
     outputs: tuple[str, ...]
+
+    @property
+    def max_batch(self) -> int | None:
+        """The most images in one run; None where the engine takes any number."""
+        ...
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
@@ -55,24 +63,43 @@ def open_session(
     model: str | os.PathLike[str] | bytes,
     *,
     engine: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
+    stream: Any = None,
+    context: Any = None,
 ) -> Session:
     """Load an exported model.
 
     Args:
-        model: path or contents of an ONNX file that `python -m export.onnx` wrote.
+        model: path or contents of an ONNX file that `python -m export.onnx` wrote, or path of a plan that
+            `python -m export.engine` built.
         engine: one of ENGINES; None takes the one the file was lowered for where it is installed, otherwise the
-            first that is.
-        device: "cpu", or another device of the engine ("gpu", "npu" on OpenVINO; "cuda" on ONNX Runtime).
+            first that is. A plan has one engine only.
+        device: another device of the engine than the first: "gpu", "npu" on OpenVINO; "cuda", "tensorrt" on ONNX
+            Runtime; "cuda:1" for a plan. None is "cpu", and "cuda" for a plan.
         threads: CPU threads of one inference; None leaves the number to the engine.
+        stream: for a plan, the app's CUDA stream (PyCUDA, CuPy, PyTorch, cuda.core, or its handle).
+        context: for a plan, the app's PyCUDA context.
 
     Raises:
         FileError: the file cannot be read.
-        ModelError: it is no ONNX file, is truncated, or has no manifest.
+        ModelError: it is no ONNX file, is truncated, or has no manifest; a plan is not for this machine.
         EngineError: the engine is not installed, or the device is not there.
         OptionError: no such engine, or fewer than one thread.
     """
+    if not isinstance(model, bytes) and Path(model).suffix == PLAN_SUFFIX:
+        if engine not in (None, PLAN_ENGINE):
+            raise OptionError(f"engine {engine!r}: {model} is a TensorRT plan; leave the engine out")
+        planned: Session = importlib.import_module("runtime.tensorrt_session").open(
+            model, device=device or "cuda", stream=stream, context=context
+        )
+        return planned
+    if engine == PLAN_ENGINE:
+        raise OptionError(
+            "engine 'tensorrt': runs plans; build one: python -m export.engine MODEL.onnx -o engine.plan"
+        )
+    if stream is not None or context is not None:
+        raise OptionError("stream and context are for plans on a GPU; leave them out for an ONNX file")
     source = "model bytes" if isinstance(model, bytes) else str(Path(model))
     data = model if isinstance(model, bytes) else read_bytes(model)
     manifest = read_manifest(data, source)
@@ -81,18 +108,22 @@ def open_session(
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
         raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
-    module, package, extra = ENGINES[chosen]
+    opener = _opener(chosen, *ENGINES[chosen])
+    session: Session = opener(data, manifest, source, device=(device or "cpu").lower(), threads=threads)
+    return session
+
+
+def _opener(engine: str, module: str, package: str, extra: str) -> Callable[..., Any]:
     if not _installed(package):
-        raise EngineError(f"engine {chosen}: {package} is not installed; pip install '{extra}'")
+        raise EngineError(f"engine {engine}: {package} is not installed; pip install '{extra}'")
     try:
-        opener = importlib.import_module(module).open
+        opener: Callable[..., Any] = importlib.import_module(module).open
     except ImportError as error:
         raise EngineError(
-            f"engine {chosen}: {package} is installed but cannot be loaded ({error}); "
+            f"engine {engine}: {package} is installed but cannot be loaded ({error}); "
             f"pip install --force-reinstall '{extra}'"
         ) from None
-    session: Session = opener(data, manifest, source, device=device.lower(), threads=threads)
-    return session
+    return opener
 
 
 def _installed_engine(preferred: str) -> str:

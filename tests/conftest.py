@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import settings
 
 from export.onnx import export
 from runtime.files import write_atomically
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import install, write_plan
 from tests.toy_models import randomize_norms
 from train import checkpoint as checkpoints
 from train import data, loop
@@ -71,3 +75,19 @@ def resnet_checkpoint(digits: data.ImageData) -> Checkpoint:
     randomize_norms(model)
     checkpoint.state_dict = model.state_dict()
     return checkpoint
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """The model of a GPU, which `import tensorrt` and `import cuda.bindings.runtime` find; tests must clean up."""
+    gpu = FakeGpu()
+    install(monkeypatch, gpu)
+    yield gpu
+    gc.collect()
+    gpu.assert_clean()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A plan for `gpu`, with its sidecar."""
+    return write_plan(tmp_path / "engine.plan")

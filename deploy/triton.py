@@ -1,0 +1,165 @@
+"""`python -m deploy.triton`: a model repository for NVIDIA's Triton Inference Server from a plan.
+
+    REPOSITORY/NAME/config.pbtxt       inputs, outputs, batching
+    REPOSITORY/NAME/classes.txt        class names, which Triton adds to classification results
+    REPOSITORY/NAME/1/model.plan
+
+The configuration follows model_config.proto (https://github.com/triton-inference-server/common); the server must
+bring the TensorRT that the plan was built with, since it runs the plan as it is.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m deploy.triton")
+
+import contextlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from runtime import command
+from runtime.errors import FileError, OptionError
+from runtime.files import read_bytes, write_atomically
+from runtime.manifest import INPUT_NAME, TARGET_NAME
+from runtime.plan import PlanSidecar, read_sidecar
+
+EXAMPLES = """
+  python -m deploy.triton engine.plan --repository models                   # class and map
+  python -m deploy.triton class.plan --repository models --outputs logits   # of a plan built with --no-saliency
+  python -m deploy.triton engine.plan --repository models --name digits --instances 2
+"""
+
+OUTPUTS = ("logits", "gradient", "saliency")
+
+
+def configuration(
+    sidecar: PlanSidecar, name: str, *, outputs: tuple[str, ...] = OUTPUTS, instances: int = 1
+) -> str:
+    """Return the text of config.pbtxt.
+
+    Args:
+        sidecar: of the plan.
+        name: of the model in the repository.
+        outputs: those of the plan, among OUTPUTS; all but `logits` need the input `target`.
+        instances: execution contexts on each GPU.
+    """
+    manifest = sidecar.manifest
+    (height, width), channels = manifest.input.size, manifest.input.channels
+    smallest, usual, largest = sidecar.batch
+    # With a fixed batch Triton may not batch on its own: it would pad nothing.
+    batched = smallest == 1
+    first = [] if batched else [largest]
+    shapes = {
+        "logits": [len(manifest.classes)],
+        "gradient": [channels, height, width],
+        "saliency": [height, width],
+    }
+    blocks = [_tensor("input", INPUT_NAME, "TYPE_UINT8", [*first, height, width, channels])]
+    if outputs != ("logits",):
+        # One number an image: Triton's shapes have a size at least, TensorRT's is the batch alone.
+        reshape = "  reshape { shape: [ ] }" if batched else ""
+        blocks.append(_tensor("input", TARGET_NAME, "TYPE_INT64", first or [1], reshape))
+    for output in outputs:
+        labels = '  label_filename: "classes.txt"' if output == "logits" else ""
+        blocks.append(_tensor("output", output, "TYPE_FP32", [*first, *shapes[output]], labels))
+    lines = [
+        f"# {sidecar.label}, compute capability {sidecar.compute_capability or 'any'}: the server needs the same.",
+        f"name: {_quoted(name)}",
+        'platform: "tensorrt_plan"',
+        'default_model_filename: "model.plan"',
+        f"max_batch_size: {largest if batched else 0}",
+        *blocks,
+        f"instance_group [ {{ kind: KIND_GPU count: {instances} }} ]",
+        "optimization { cuda { graphs: true } }",
+    ]
+    if batched and largest > 1:
+        lines.append(f"dynamic_batching {{ preferred_batch_size: [ {usual} ] }}")
+    lines.append(
+        f"parameters {{ key: {_quoted('clearpact')} value {{ string_value: {_quoted(manifest.to_json())} }} }}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def write_repository(
+    plan: Path, repository: Path, name: str, *, outputs: tuple[str, ...] = OUTPUTS, instances: int = 1
+) -> Path:
+    """Write the model's folder, as a whole or not at all, and return it.
+
+    Raises:
+        FileError: the folder is there already, or cannot be written.
+        ModelError: the plan has no sidecar, or is not the one that it describes.
+    """
+    sidecar = read_sidecar(plan)
+    contents = read_bytes(plan)
+    # Only whether it is whole: it may be served on another machine than this.
+    sidecar.verify(
+        contents,
+        str(plan),
+        builder=sidecar.builder,
+        version=sidecar.builder_version,
+        compute_capability=sidecar.compute_capability,
+        platform=sidecar.platform,
+    )
+    folder = repository / name
+    if folder.exists():
+        raise FileError(f"{folder}: is there already; remove it first, or give another --name")
+    with _folder_at_once(folder) as temporary:
+        write_atomically(temporary / "1" / "model.plan", contents)
+        write_atomically(temporary / "classes.txt", "".join(f"{label}\n" for label in sidecar.manifest.classes))
+        text = configuration(sidecar, name, outputs=outputs, instances=instances)
+        write_atomically(temporary / "config.pbtxt", text)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a model repository."""
+    parser = command.parser("deploy.triton", "Make a model repository for Triton from a plan.", EXAMPLES)
+    parser.add_argument("plan", help="plan of python -m export.engine, with its sidecar")
+    parser.add_argument("--repository", required=True, help="folder of the server's models")
+    parser.add_argument("--name", help="of the model (default: the plan's)")
+    parser.add_argument("--outputs", default=",".join(OUTPUTS), help="of the plan (default: %(default)s)")
+    parser.add_argument("--instances", type=int, default=1, help="execution contexts on each GPU (default: 1)")
+    options = parser.parse_args(argv)
+    outputs = tuple(part.strip() for part in options.outputs.split(","))
+    if "logits" not in outputs or set(outputs) - set(OUTPUTS) or len(set(outputs)) < len(outputs):
+        raise OptionError(f"--outputs {options.outputs}: expected logits, and any of {', '.join(OUTPUTS[1:])}")
+    if options.instances < 1:
+        raise OptionError(f"--instances {options.instances}: expected a whole number from 1")
+    name = options.name or Path(options.plan).stem
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise OptionError(f"--name {name!r}: expected letters, digits, '.', '_' and '-'")
+    folder = write_repository(
+        Path(options.plan), Path(options.repository), name, outputs=outputs, instances=options.instances
+    )
+    print(f"{folder}: serve it with tritonserver --model-repository={options.repository}")
+
+
+def _tensor(kind: str, name: str, dtype: str, dims: Sequence[int], more: str = "") -> str:
+    sizes = ", ".join(str(size) for size in dims)
+    return f"{kind} [ {{\n  name: {_quoted(name)}\n  data_type: {dtype}\n  dims: [ {sizes} ]\n{more}\n}} ]"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as protobuf's text format writes it, which for these characters is JSON's way too."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _folder_at_once(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its name where nothing goes wrong."""
+    temporary = folder.with_name(f".clearpact-{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(folder)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,225 @@
+"""The CUDA runtime as this project uses it: whole numbers for handles, one-line errors for failures.
+
+`api` is the module `cuda.bindings.runtime`, which imports without a driver; every function of it returns
+(error, values...). It is handed in, so that importing this module needs no CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import EngineError
+
+# The names an app may give the stream it wants its work on (cuda.core; PyTorch; CuPy; PyCUDA).
+_STREAM_ATTRIBUTES = ("cuda_stream", "ptr", "handle")
+# Handles with a fixed meaning, see `cudaStreamLegacy` and `cudaStreamPerThread`.
+LEGACY_STREAMS = (0, 1)
+
+_REMEDIES = {
+    "cudaErrorMemoryAllocation": "free GPU memory, or build the plan for smaller batches",
+    "cudaErrorNoDevice": "check that nvidia-smi (on Jetson: tegrastats) shows the GPU",
+    "cudaErrorInvalidDevice": "check --device against the GPUs that nvidia-smi lists",
+    "cudaErrorInsufficientDriver": "install an NVIDIA driver that is as new as this CUDA",
+}
+
+
+class Cuda:
+    """One GPU.
+
+    Args:
+        api: the module `cuda.bindings.runtime`.
+        device: number of the GPU.
+        context: a PyCUDA context, or any object with `push()` and `pop()`, that work is done in; None works in the
+            GPU's primary context, which PyTorch, CuPy and everything else on the CUDA runtime share.
+    """
+
+    def __init__(self, api: Any, device: int = 0, context: Any = None) -> None:
+        self.api = api
+        self.device = device
+        self._context = context
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the CUDA runtime and return its value, None where it has none.
+
+        Raises:
+            EngineError: it reports an error.
+        """
+        error, *values = getattr(self.api, name)(*arguments)
+        if error != self.api.cudaError_t.cudaSuccess:
+            raise EngineError(self._explain(name, error))
+        return values[0] if values else None
+
+    @contextlib.contextmanager
+    def current(self, *, closing: bool = False) -> Iterator[None]:
+        """Make this GPU, or the app's context on it, the calling thread's for a while.
+
+        Args:
+            closing: go on where that fails, since everything has to be given back whatever happens.
+        """
+        if self._context is None:
+            try:
+                self.call("cudaSetDevice", self.device)
+            except EngineError:
+                if not closing:
+                    raise
+            yield
+            return
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._context.pop()
+
+    def compute_capability(self) -> str:
+        """Return the GPU's compute capability, such as "8.7"."""
+        attribute = self.api.cudaDeviceAttr
+        major = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, self.device)
+        minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, self.device)
+        return f"{major}.{minor}"
+
+    def check_device(self) -> None:
+        """Raise EngineError unless the GPU is there."""
+        count = self.call("cudaGetDeviceCount")
+        if not 0 <= self.device < count:
+            found = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
+            raise EngineError(f"device cuda:{self.device}: not there; expected one of: {found}")
+
+    def stream(self) -> int:
+        """Return a new stream that does not wait for the legacy default stream."""
+        return int(self.call("cudaStreamCreateWithFlags", self.api.cudaStreamNonBlocking))
+
+    def event(self, *, timing: bool = False, spin: bool = False) -> int:
+        """Return a new event; a thread that waits for it sleeps, or with `spin` keeps its core."""
+        flags = (0 if timing else self.api.cudaEventDisableTiming) | (
+            0 if spin else self.api.cudaEventBlockingSync
+        )
+        return int(self.call("cudaEventCreateWithFlags", flags))
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Return the milliseconds between two recorded and completed events."""
+        return float(self.call("cudaEventElapsedTime", start, end))
+
+    def upload(self, target: int, source: int, n_bytes: int, stream: int) -> None:
+        """Copy from pinned host memory to the GPU, in a stream."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
+
+    def download(self, target: int, source: int, n_bytes: int, stream: int) -> None:
+        """Copy from the GPU to pinned host memory, in a stream."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, np.ndarray]:
+        """Return page-locked host memory and a view of it; the view must not outlive `cudaFreeHost`."""
+        n_bytes = max(1, int(np.prod(shape)) * dtype.itemsize)
+        address = int(self.call("cudaHostAlloc", n_bytes, self.api.cudaHostAllocDefault))
+        memory = (ctypes.c_uint8 * n_bytes).from_address(address)
+        return address, np.frombuffer(memoryview(memory), dtype, int(np.prod(shape))).reshape(shape)
+
+    def capture(self, stream: int, record: Callable[[], bool]) -> int | None:
+        """Record the work that `record` gives to a stream and return it as a graph that can be launched.
+
+        Returns:
+            None where `record` returns False: it came upon work that cannot be recorded.
+
+        Raises:
+            EngineError: a CUDA call fails, in here or in `record`; nothing is left recording.
+        """
+        # Of this thread only: what others allocate or copy meanwhile does not break the recording.
+        mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", stream, mode)
+        whole = False
+        try:
+            whole = record()
+        finally:
+            if not whole:
+                self._abandon_capture(stream)
+        if not whole:
+            return None
+        held = Resources(self)
+        try:
+            graph = held.hold("cudaGraphDestroy", int(self.call("cudaStreamEndCapture", stream)))
+            executable = held.hold("cudaGraphExecDestroy", int(self.call("cudaGraphInstantiate", graph, 0)))
+            held.drop(graph)
+        except EngineError:
+            with contextlib.suppress(EngineError):
+                held.close()
+            raise
+        return executable
+
+    def _abandon_capture(self, stream: int) -> None:
+        """End a recording that failed; that it is invalid is known, and not to be reported again later."""
+        error, graph = self.api.cudaStreamEndCapture(stream)
+        if error == self.api.cudaError_t.cudaSuccess and graph is not None and int(graph):
+            self.api.cudaGraphDestroy(int(graph))
+        self.api.cudaGetLastError()
+
+    def _explain(self, name: str, error: Any) -> str:
+        _, text = self.api.cudaGetErrorString(error)
+        reason = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        remedy = _REMEDIES.get(error.name, "check the GPU and its driver, then open the model again")
+        return f"CUDA: {name} failed ({error.name}: {reason}); {remedy}"
+
+
+class Resources:
+    """What must be given back, in the order opposite to that in which it was taken."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._held: list[tuple[str, int]] = []
+
+    def hold(self, release: str, handle: int) -> int:
+        """Remember the function that gives a handle back; returns the handle."""
+        self._held.append((release, handle))
+        return handle
+
+    def drop(self, handle: int) -> None:
+        """Give one handle back now.
+
+        Raises:
+            EngineError: CUDA reports an error, perhaps one of work before.
+        """
+        release = next(name for name, held in self._held if held == handle)
+        self._held.remove((release, handle))
+        self._cuda.call(release, handle)
+
+    def close(self) -> None:
+        """Give all back.
+
+        Raises:
+            EngineError: CUDA reports an error; everything was given back all the same.
+        """
+        failed = None
+        while self._held:
+            release, handle = self._held.pop()
+            try:
+                self._cuda.call(release, handle)
+            except EngineError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+
+def stream_handle(stream: Any) -> int:
+    """Return the handle of a stream: a whole number, or an object of cuda.core, PyTorch, CuPy or PyCUDA.
+
+    Raises:
+        EngineError: it is no stream.
+    """
+    if isinstance(stream, int):
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        _version, handle = protocol() if callable(protocol) else protocol
+        return int(handle)
+    for name in _STREAM_ATTRIBUTES:
+        if hasattr(stream, name):
+            return int(getattr(stream, name))
+    raise EngineError(
+        f"stream of type {type(stream).__name__}: expected a handle, or one of PyCUDA, CuPy, PyTorch or cuda.core"
+    )
