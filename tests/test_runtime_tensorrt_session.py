@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import sys
 import threading
@@ -199,6 +200,21 @@ def test_device_arrays_are_taken_and_given_without_a_copy(gpu: FakeGpu, plan: Pa
     session.close()
 
 
+def test_a_graph_of_one_device_array_is_not_launched_for_another(gpu: FakeGpu, plan: Path) -> None:
+    session = open_plan(plan)
+    batches = [images(2, seed) for seed in range(12)]
+    arrays = [to_device(gpu, batch) for batch in batches]
+    for index in [0, 0, 0, 1, 1, 1, 0, 1, *range(12), *range(12), *range(12)]:
+        found = session.run({"image": arrays[index]})["logits"]
+        np.testing.assert_array_equal(on_host(gpu, found), network(batches[index], None)["logits"])
+        del found
+    assert gpu.calls.count("cudaGraphLaunch") > 0
+    assert len(gpu.executables) <= 8
+    for array in arrays:
+        gpu.cudaFree(array.address)
+    session.close()
+
+
 def test_device_outputs_keep_their_memory_until_they_are_dropped(gpu: FakeGpu, plan: Path) -> None:
     session = open_plan(plan)
     first = images(2, 1)
@@ -256,6 +272,27 @@ def test_all_work_is_done_in_the_apps_context_and_stream(gpu: FakeGpu, plan: Pat
     gpu.cudaStreamDestroy(stream)
     gpu.cudaFree(image.address)
     context.pop()
+
+
+def test_a_run_waits_until_its_page_locked_memory_is_free_again(gpu: FakeGpu, plan: Path) -> None:
+    gpu.cudaSetDevice(0)
+    stream, batch = gpu.cudaStreamCreateWithFlags(0)[1], images(2)
+    image = to_device(gpu, batch)
+    session = open_plan(plan, stream=stream)
+    copies = []
+    for target in (np.array([1, 2]), np.array([5, 6])):
+        found = session.run({"image": image, "target": target}, ("saliency",))["saliency"]
+        address, copy = Cuda(gpu).pinned(found.shape, found.dtype)
+        gpu.cudaMemcpyAsync(address, found.address, copy.nbytes, 2, stream)  # the app's own, on its stream
+        copies.append((address, copy, target))
+        del found
+    gpu.cudaStreamSynchronize(stream)
+    for address, copy, target in copies:
+        np.testing.assert_array_equal(copy, network(batch, target)["saliency"])
+        gpu.cudaFreeHost(address)
+    session.close()
+    gpu.cudaFree(image.address)
+    gpu.cudaStreamDestroy(stream)
 
 
 @pytest.mark.parametrize(
@@ -506,3 +543,20 @@ def test_the_model_of_cuda_does_work_only_when_somebody_waits() -> None:
         gpu.cudaFree(device)
     assert gpu.cudaStreamSynchronize(stream) == (cudaError_t.cudaSuccess,)
     assert bytes(gpu.bytes_at(device, 4)) == b"\x01" * 4
+
+
+def test_the_model_has_the_functions_of_cuda_bindings_with_their_arguments() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings here: pip install cuda-bindings")
+    modelled = [name for name in vars(FakeGpu) if name.startswith("cuda")]
+    assert len(modelled) > 25
+    for name in modelled:
+        assert hasattr(real, name), name
+        if inspect.isfunction(vars(FakeGpu)[name]):
+            documented = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
+            assert documented is not None, name
+            arguments = [argument for argument in documented[1].split(",") if argument.strip()]
+            assert len(arguments) == len(inspect.signature(vars(FakeGpu)[name]).parameters) - 1, name
+    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode"):
+        for member in vars(getattr(FakeGpu, name)):
+            assert hasattr(getattr(real, name), member)
+    assert {error.name for error in cudaError_t} <= set(real.cudaError_t.__members__)
