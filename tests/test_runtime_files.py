@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import FileError
-from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.files import check_writable, read_bytes, remove_leftovers, write_atomically
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,3 +243,12 @@ def test_reading_says_what_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(FileError, match=r"loop: cannot be read \(Too many levels of symbolic links\); check its"):
         read_bytes(tmp_path / "loop")
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = {".clearpact-00ff.tmp", "ckpt.pt", "notes.tmp"}
+    for name in names:
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "notes.tmp"}
+    remove_leftovers(tmp_path / "nowhere")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train import processes
 from train.recipe import METHODS
@@ -20,14 +19,12 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def python(*arguments: str) -> str:
-    done = subprocess.run(
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The files of tests/two_processes.py, run in one process and in two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     script = str(ROOT / "tests" / "two_processes.py")
-    python(script, str(one))
-    python(*TORCHRUN, script, str(two))
+    for done in (python(script, str(one)), python(*TORCHRUN, script, str(two))):
+        assert done.returncode == 0, done.stderr
     return one, two
 
 
@@ -71,12 +68,13 @@ def test_mask_shares_survive_two_processes_and_resuming(folders: tuple[Path, Pat
 @pytest.mark.slow  # half a minute: a whole epoch of digits in two processes
 def test_command_under_torchrun_prints_and_writes_once(tmp_path: Path) -> None:
     arguments = ["--data", "digits", "--arch", "resnet20", "--epochs", "1", "--runs", str(tmp_path), "--name", "a"]
-    printed = python(*TORCHRUN, "-m", "train", *arguments)
-    assert printed.count("epoch   1/1") == 1
+    done = python(*TORCHRUN, "-m", "train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1/1") == 1
     assert len(list((tmp_path / "a").glob("*events*"))) == 1
     checkpoint = checkpoints.load(tmp_path / "a" / "ckpt.pt")
     assert checkpoint.network()(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
-    assert f"test accuracy {checkpoint.test_accuracy:.2f} %" in printed
+    assert f"test accuracy {checkpoint.test_accuracy:.2f} %" in done.stdout
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -89,7 +87,12 @@ def test_alone_everything_is_the_identity() -> None:
     assert processes.part(7) == slice(0, 7)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "size", lambda: 3)
-    with pytest.raises(OptionError, match=r"batch of 64 images: 3 processes .*give --batch-size a multiple of 3"):
-        processes.part(64)
+@pytest.mark.slow  # another start of two processes
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    arguments = ["--data", "digits", "--batch-size", "63", "--runs", str(tmp_path)]
+    done = python(*TORCHRUN, "-m", "train", *arguments)
+    assert done.returncode != 0
+    assert "error: batch of 63 images: 2 processes cannot share it equally; give --batch-size a multiple of 2" in (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr.split("error: ")[0]
