@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from train.methods import new_guidance
 from train.quant import QuantSpec
 from train.recipe import METHODS, default_recipe
 from train.saliency import filling
-from train.step import compute_gradients, loss_terms, new_optimizer
+from train.step import compute_gradients, loss_terms, new_optimizer, set_lr
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,6 +35,18 @@ def test_gradients_are_those_of_the_loss_and_nothing_else(digits: ImageData, met
 def test_optimizer_decays_weights_and_alphas_each_by_their_own(digits: ImageData) -> None:
     recipe = default_recipe("digits")
     model = loop.start("cnn2", digits, QuantSpec(4, "lsq"), recipe).network()
-    groups = new_optimizer(model, recipe).param_groups
+    optimizer = new_optimizer(model, replace(recipe, alpha_lr=0.1))
+    groups = optimizer.param_groups
     assert [len(group["params"]) for group in groups] == [4, 3, 8]  # weights; alphas; biases and learned steps
     assert [group["weight_decay"] for group in groups] == [recipe.weight_decay, recipe.alpha_decay, 0.0]
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in groups] == [0.5, 0.05, 0.5]
+
+
+def test_alphas_without_a_learning_rate_stay(digits: ImageData, tmp_path: Path) -> None:
+    recipe = replace(default_recipe("digits", "plain"), epochs=1, alpha_lr=0.0)
+    started = loop.start("cnn2", digits, QuantSpec(8), recipe)
+    before = {k: v.clone() for k, v in started.state_dict.items()}
+    finished = loop.fit(started, digits, tmp_path / "ckpt.pt")
+    for name, value in finished.state_dict.items():
+        assert torch.equal(value, before[name]) == name.endswith((".alpha", "x_grid.scale")), name

@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--momentum", type=float, help="of sgd")
     hyper.add_argument("--weight-decay", type=float, help="L2 on weights")
     hyper.add_argument("--alpha-decay", type=float, help="L2 on PACT's alpha")
+    hyper.add_argument("--alpha-lr", type=float, help="learning rate of alpha, as a multiple of --lr")
     hyper.add_argument("--label-smoothing", type=float)
     hyper.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half the training images")
     hyper.add_argument("--crop-padding", type=int, help="border in pixels for random crops")

@@ -24,7 +24,7 @@ from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
 from train.saliency import LossTerms, Smoot, filling
-from train.step import compute_gradients, new_optimizer, update
+from train.step import compute_gradients, new_optimizer, set_lr, update
 
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
@@ -166,8 +166,7 @@ def _train_epoch(
     if processes.rank() == 0:
         indices = command.progress(indices, label=f"epoch {epoch + 1}/{recipe.epochs}", total=steps_per_epoch)
     for step, index in enumerate(indices):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch)
+        set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
         index = index.to(device)
         target = labels[index]
         inputs = arrange(checkpoint.input.normalize(augmentation(images[index], on_cpu)))

@@ -32,6 +32,8 @@ class Recipe:
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 on weights (not on biases and BatchNorm).
         alpha_decay: L2 on PACT's alpha.
+        alpha_lr: learning rate of alpha as a multiple of lr. Its gradient sums over every clipped activation of a
+            batch, and can throw alpha below zero where lr suits the weights.
         label_smoothing: of the cross entropy.
         flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels: see train.augment.
         mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
@@ -60,6 +62,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     alpha_decay: float = 5e-4
+    alpha_lr: float = 1.0
     label_smoothing: float = 0.0
     flip: bool = False
     crop_padding: int = 0

@@ -47,6 +47,12 @@ def update(optimizer: torch.optim.Optimizer, guidance: Guidance | None) -> None:
         guidance.step()
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next update, alpha's as its multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiple"]
+
+
 def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the optimizer: a decay for weights, one for alpha, none for biases, BatchNorm and learned scales."""
     named = dict(model.named_parameters())
@@ -54,9 +60,9 @@ def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     weights = [p for n, p in named.items() if p.ndim > 1]
     others = [p for n, p in named.items() if p.ndim <= 1 and not n.endswith(".alpha")]
     groups = [
-        {"params": weights, "weight_decay": recipe.weight_decay},
-        {"params": alphas, "weight_decay": recipe.alpha_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": weights, "weight_decay": recipe.weight_decay, "lr_multiple": 1.0},
+        {"params": alphas, "weight_decay": recipe.alpha_decay, "lr_multiple": recipe.alpha_lr},
+        {"params": others, "weight_decay": 0.0, "lr_multiple": 1.0},
     ]
     groups = [g for g in groups if g["params"]]
     if recipe.optimizer == "adam":
