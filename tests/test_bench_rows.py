@@ -13,17 +13,15 @@ from runtime.errors import OptionError
 from train import __main__ as train
 from train import checkpoint as checkpoints
 from train import data, loop
-from train.quant import QuantSpec, describe
+from train.quant import FLOAT_BITS, describe
 
 ROWS = [row for table in TABLES.values() for row in table]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_command_that_train_takes(row: Row, tmp_path: Path) -> None:
-    options = train._parser().parse_args(row.arguments(tmp_path))
-    recipe = train._recipe(options)
-    bits = "float" if options.bits == 32 else f"{options.bits}bit"
-    assert row.name.startswith(f"{recipe.data}-{options.arch}-{bits}-{recipe.method}")
+    arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
+    assert row.name.startswith(f"{recipe.data}-{arch}-{train._bits_name(quant)}-{recipe.method}")
     assert recipe.teacher == (str(tmp_path / row.teacher / "ckpt.pt") if row.teacher else "")
 
 
@@ -52,15 +50,14 @@ def test_the_cifar10_rows_run_on_a_few_images(tmp_path: Path) -> None:
     labels = torch.arange(64) % 10
     few = data.ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
     for row in TABLES["cifar10"]:
-        options = train._parser().parse_args(row.arguments(tmp_path))
-        recipe = dataclasses.replace(train._recipe(options), epochs=1, batch_size=64)
+        arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
         (tmp_path / row.name).mkdir()
-        started = loop.start(options.arch, few, QuantSpec(options.bits, options.weights), recipe)
+        started = loop.start(arch, few, quant, dataclasses.replace(recipe, epochs=1, batch_size=64))
         finished = loop.fit(started, few, tmp_path / row.name / "ckpt.pt")
         assert math.isfinite(finished.history[0]["train_loss"])
         layers = [layer.bits for layer in describe(finished.network()) if layer.kind in ("Conv2d", "Linear")]
-        if options.bits != 32:
-            assert layers == [8, *[options.bits] * (len(layers) - 2), 8]
+        if quant.bits != FLOAT_BITS:
+            assert layers == [8, *[quant.bits] * (len(layers) - 2), 8]
 
 
 def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
