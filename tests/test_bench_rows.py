@@ -67,11 +67,16 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     four_bits = tmp_path / "digits-cnn2-4bit-sgt" / "ckpt.pt"
     before = four_bits.read_bytes()
-    main(arguments)  # all are finished: nothing is trained
+    main([*arguments, "--ship", str(tmp_path)])  # all are finished: nothing is trained
     assert four_bits.read_bytes() == before
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["bits"] for line in lines] == [32, 4, 32, 4]
     checkpoint = checkpoints.load(four_bits)
+    light = checkpoints.load(tmp_path / "digits-cnn2-4bit-sgt.pt")
+    assert (tmp_path / "digits-cnn2-4bit-sgt.pt").stat().st_size < 0.7 * four_bits.stat().st_size
+    assert all(torch.equal(light.state_dict[name], value) for name, value in checkpoint.state_dict.items())
+    assert light.recipe.init == "runs/digits-cnn2-float-plain/ckpt.pt"
+    assert str(tmp_path) not in json.dumps(lines)
     assert checkpoint.quant.weights == "lsq"
     assert checkpoint.recipe.init == checkpoint.recipe.teacher
     assert Path(checkpoint.recipe.init).parent.name == "digits-cnn2-float-plain"
