@@ -6,6 +6,7 @@ simplest reading: no augmentation, no weight decay, a constant learning rate.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
@@ -97,13 +98,12 @@ def published_run(name: str) -> PublishedRun:
 
 
 def table() -> str:
-    """Return all rows as text, those that cannot be trained yet at the end."""
-    rows = [("recipe", "data", "method", "network", "bits", "published", "source", "remark")]
+    """Return all rows as text: each with its published figure, source and remark; those not yet possible last."""
+    lines = [f"{'recipe':27} {'data':14} {'method':7} {'network':9} bits"]
     for run in PUBLISHED_RUNS:
-        bits, recipe = str(run.quant.bits), run.recipe
-        rows.append((run.name, recipe.data, recipe.method, run.arch, bits, run.figure, run.source, run.remark))
-    rows += [(n, "-", "-", "-", "-", figure, source, f"not yet: needs {what}")
-             for n, (source, figure, what) in MISSING_RUNS.items()]  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(f"{run.name:27} {run.recipe.data:14} {run.recipe.method:7} {run.arch:9} {run.quant.bits:4}")
+        lines += [f"    {text}" for text in (f"{run.figure}: {run.source}", run.remark) if text]
+    lines.append("not yet:")
+    for name, (source, figure, what) in MISSING_RUNS.items():
+        lines += textwrap.wrap(f"{name:27} {figure}: {source}; needs {what}", 79, subsequent_indent="    ")
+    return "\n".join(lines)
