@@ -82,6 +82,16 @@ class Cuda:
         minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, self.device)
         return f"{major}.{minor}"
 
+    def name(self) -> str:
+        """Return the GPU's name, such as "Orin"."""
+        properties = self.call("cudaGetDeviceProperties", self.device)
+        return str(properties.name.split(b"\0")[0].decode("utf-8", "replace"))
+
+    def driver(self) -> str:
+        """Return the newest version of CUDA that the driver knows, such as "12.6"."""
+        version = self.call("cudaDriverGetVersion")
+        return f"{version // 1000}.{version % 1000 // 10}"
+
     def check_device(self) -> None:
         """Raise EngineError unless the GPU is there."""
         count = self.call("cudaGetDeviceCount")

@@ -83,6 +83,9 @@ class Engine:
         self._runtime = trt.Runtime(self._logger)
         if sidecar.dla_core is not None:
             self._runtime.DLA_core = sidecar.dla_core
+        if sidecar.version_compatible:
+            # Such a plan carries host code, the lean runtime it was built with; its checksum is the sidecar's.
+            self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self.failed("cannot load it", f"build it again: {sidecar.rebuild}")

@@ -190,6 +190,12 @@ class FakeGpu:
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> Any:
         return cudaError_t.cudaSuccess, self.capability[attribute - 75]
 
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        return cudaError_t.cudaSuccess, SimpleNamespace(name=b"Orin\0\0")
+
+    def cudaDriverGetVersion(self) -> Any:
+        return cudaError_t.cudaSuccess, 12060
+
     def cudaGetErrorString(self, error: cudaError_t) -> Any:
         return cudaError_t.cudaSuccess, error.name.removeprefix("cudaError").lower().encode()
 

@@ -106,7 +106,9 @@ def write_plan(
     **sidecar: Any,
 ) -> Path:  # fmt: skip
     """Write a plan of the fake TensorRT with its sidecar."""
-    plan = json.dumps({"saliency": saliency, "batch": batch, "recordable": recordable}).encode()
+    host_code = sidecar.get("version_compatible", False)
+    described = {"saliency": saliency, "batch": batch, "recordable": recordable, "host_code": host_code}
+    plan = json.dumps(described).encode()
     path.write_bytes(plan)
     image = ImageInput(SIZE, CHANNELS, (0.5,) * 3, (0.25,) * 3)
     known: dict[str, Any] = {
@@ -166,6 +168,7 @@ class Runtime:
     def __init__(self, gpu: FakeGpu, logger: ILogger) -> None:
         self._gpu, self._logger = gpu, logger
         self.DLA_core = -1
+        self.engine_host_code_allowed = False
         _tracked(gpu, self, "runtime")
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
@@ -173,7 +176,11 @@ class Runtime:
         if self._gpu.fails("deserialize_cuda_engine"):
             self._logger.log(ILogger.ERROR, "Error Code 1:\n  Serialization assertion failed")
             return None
-        engine = Engine(self._gpu, self._logger, json.loads(plan))
+        described = json.loads(plan)
+        if described["host_code"] and not self.engine_host_code_allowed:
+            self._logger.log(ILogger.ERROR, "Error Code 4: Internal Error (host code is not allowed)")
+            return None
+        engine = Engine(self._gpu, self._logger, described)
         _tracked(self._gpu, engine, "engine", self)
         return engine
 

@@ -55,7 +55,12 @@ def names_of_the_builder() -> set[str]:
 
 def names_of_the_session() -> set[str]:
     """Return the names that running plans uses."""
-    files = ("runtime/tensorrt_engine.py", "runtime/tensorrt_worker.py", "bench/layer_profile.py")
+    files = (
+        "runtime/tensorrt_engine.py",
+        "runtime/tensorrt_worker.py",
+        "runtime/tensorrt_session.py",
+        "bench/layer_profile.py",
+    )
     names = set().union(*(used_names((ROOT / file).read_text()) for file in files))
     # There a tensor is one of ours.
     return {name for name in names if not name.startswith("ITensor.")}

@@ -17,6 +17,7 @@ from runtime.errors import ClearpactError, EngineError, FileError, ModelError, O
 from runtime.onnx_bytes import output_names, without_gradient
 from runtime.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.session import open_session
+from tests.fake_cuda import FakeGpu
 from tests.qdq_models import conv_model
 
 ORIN = GPU(name="Orin", compute_capability="8.7", driver="12.6")
@@ -211,8 +212,15 @@ def test_a_wrong_file_is_one_line(digits_models: dict[str, Path], tmp_path: Path
 
 
 def test_tensorrt_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(EngineError, match=r"cuda-bindings is not there .*; pip install 'clearpact\[tensorrt\]'"):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(EngineError, match=r"^the GPU cannot be asked: .*; pip install 'clearpact\[tensorrt\]'"):
+        find_gpu()
+
+
+def test_the_gpu_is_named_as_cuda_names_it(gpu: FakeGpu) -> None:
+    assert find_gpu() == ORIN
+    gpu.devices = 0
+    with pytest.raises(EngineError, match=r"^CUDA: cudaGetDeviceCount failed \(cudaErrorNoDevice: .*nvidia-smi"):
         find_gpu()
 
 

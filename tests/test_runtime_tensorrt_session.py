@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 import re
@@ -21,6 +22,7 @@ from runtime import Classifier
 from runtime.cuda import Cuda, stream_handle
 from runtime.device_array import DeviceArray
 from runtime.errors import ClearpactError, EngineError, ImageError, ModelError, OptionError
+from runtime.plan import read_sidecar, sidecar_path
 from runtime.session import open_session
 from runtime.tensorrt_session import TensorRTSession
 from runtime.tensorrt_session import open as open_plan
@@ -52,6 +54,17 @@ def on_host(gpu: FakeGpu, array: Any) -> np.ndarray:
 def copies_and_launches(gpu: FakeGpu, since: int) -> list[str]:
     wanted = ("cudaMemcpyAsync", "execute_async_v3", "cudaGraphLaunch", "cudaStreamBeginCapture")
     return [name for name in gpu.calls[since:] if name in wanted]
+
+
+def test_a_version_compatible_plan_may_run_the_code_it_carries_and_no_other_may(
+    gpu: FakeGpu, tmp_path: Path
+) -> None:
+    open_plan(write_plan(tmp_path / "portable.plan", version_compatible=True)).close()
+    plain = write_plan(tmp_path / "plain.plan", version_compatible=True)
+    sidecar = sidecar_path(plain)
+    sidecar.write_text(dataclasses.replace(read_sidecar(plain), version_compatible=False).to_json())
+    with pytest.raises(EngineError, match="host code is not allowed"):
+        open_plan(plain)
 
 
 def test_outputs_are_the_networks_on_batches_in_any_order(gpu: FakeGpu, plan: Path) -> None:
