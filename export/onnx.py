@@ -101,10 +101,8 @@ def export(
         raise OptionError("int8 gradients of a float32 graph: they are products of int8 weights; export --int8")
     if target not in TARGETS:
         raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
-    if int8 and target == "tensorrt" and checkpoint.quant.full_grid:
-        raise OptionError(
-            "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
-        )
+    if int8 and target == "tensorrt":
+        _refuse_for_tensorrt(checkpoint)
     status("exporting ...")
     network = checkpoint.network()
     form = deploy_form(network, checkpoint.input, int8=int8)
@@ -136,6 +134,19 @@ def export(
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
     return Exported(model, manifest, verification, differentiated, agreement)
+
+
+def _refuse_for_tensorrt(checkpoint: Checkpoint) -> None:
+    """Raise OptionError for a network on grids that TensorRT has no exact or no fast form of."""
+    if checkpoint.quant.full_grid:
+        raise OptionError(
+            "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
+        )
+    if checkpoint.quant.addends:
+        raise OptionError(
+            "target tensorrt: adds in the convolution's kernel, before rounding; a network trained with --addends "
+            "rounds what it adds; train it without"
+        )
 
 
 def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:

@@ -76,13 +76,16 @@ def _fake_quantize_openvino(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int
 
 
 def _fake_quantize_ort(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int) -> Any:
-    """The clip on the codes, between Q and DQ, where it does not break the fusion into QLinearConv."""
-    dtype = np.uint8 if qmin == 0 else np.int8
-    zero_point = _zero_point(dtype)
+    """The clip on the codes, between Q and DQ, where it does not break the fusion into QLinearConv.
+
+    Signed codes are moved by 128: its integer kernels take and give unsigned bytes alike, or signed ones alike.
+    """
+    shift = 0 if qmin == 0 else 128
+    zero_point = _constant(np.array(shift, np.uint8))
     codes = opset21.QuantizeLinear(x, scale, zero_point)
-    limits = np.iinfo(dtype)
-    if (qmin, qmax) not in ((limits.min, limits.max), (-limits.max, limits.max)):
-        codes = opset21.Clip(codes, _constant(np.array(qmin, dtype)), _constant(np.array(qmax, dtype)))
+    low, high = qmin + shift, qmax + shift
+    if (low, high) != (0, 255):
+        codes = opset21.Clip(codes, _constant(np.array(low, np.uint8)), _constant(np.array(high, np.uint8)))
     return opset21.DequantizeLinear(codes, scale, zero_point)
 
 

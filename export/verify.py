@@ -86,7 +86,11 @@ def verify(
     names = [n for n, m in form.network.named_modules() if isinstance(m, FoldedQuantizer) and m.rounds]
     run, reference = reference_run(model, [f"{name}{CODES_SUFFIX}" for name in names])
     found = run({"image": images.permute(0, 2, 3, 1).contiguous().numpy()})
-    codes = {name: found[f"{name}{CODES_SUFFIX}"].astype(np.int32) for name in names}
+    zero_points = zero_points_of(model)
+    codes = {
+        name: found[f"{name}{CODES_SUFFIX}"].astype(np.int32) - zero_points[f"{name}{CODES_SUFFIX}"]
+        for name in names
+    }
     expected_codes, logits_on_same_codes = _run_layer_by_layer(network, input_spec, images, codes)
 
     flipped = np.zeros(len(images), dtype=np.int64)
@@ -126,6 +130,13 @@ def verify(
         max_logit_difference=float(np.abs(logits - free_logits).max()),
         reference=reference,
     )
+
+
+def zero_points_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the zero point of every activation's codes: an engine may store signed ones in unsigned bytes."""
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0].endswith(CODES_SUFFIX)]
+    return {n.input[0]: int(constants[n.input[2]]) for n in nodes if n.input[0] not in constants}
 
 
 def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:

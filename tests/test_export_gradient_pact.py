@@ -22,7 +22,8 @@ from torch import nn
 
 from export.gradient import append_input_gradient
 from export.onnx import NORMALIZED, export
-from export.verify import CODES_SUFFIX, reference_run
+from export.operators import TARGETS
+from export.verify import CODES_SUFFIX, reference_run, zero_points_of
 from tests.code_gate import with_code_gate
 from tests.toy_models import randomize_norms
 from train import loop
@@ -41,10 +42,13 @@ SPECS = {
     "resnet20-8": ("resnet20", QuantSpec(8)),
     "resnet20-4": ("resnet20", QuantSpec(4)),
     "resnet20-2": ("resnet20", QuantSpec(2)),
+    "resnet20-addends": ("resnet20", QuantSpec(8, addends=True)),
 }
 # The export takes seconds: each target and each network once, and the rest of the table in the slow tests.
-FAST = [(name, "openvino") for name in SPECS] + [("cnn2-mixed", "ort"), ("resnet20-4", "tensorrt")]
-SLOW = [(n, t) for n in SPECS for t in ("ort", "tensorrt") if (n, t) not in FAST]
+FAST = [(name, "openvino") for name in SPECS if name != "resnet20-addends"] + [
+    ("cnn2-mixed", "ort"), ("resnet20-addends", "ort"), ("resnet20-4", "tensorrt"),
+]  # fmt: skip
+SLOW = [(n, t) for n in SPECS for t in TARGETS if (n, t) not in (*FAST, ("resnet20-addends", "tensorrt"))]
 FILES = [*FAST, *(pytest.param(*file, marks=pytest.mark.slow) for file in SLOW)]
 every_file = pytest.mark.parametrize(("name", "target"), FILES)
 every_network = pytest.mark.parametrize("name", SPECS)
@@ -143,6 +147,9 @@ def by_the_graph(name: str, target: str, gate: str) -> Found:
         before[key] = value
     run, _ = reference_run(model, [*codes.values(), *before.values()])
     found = run({"image": images.permute(0, 2, 3, 1).contiguous().numpy(), "target": classes})
+    for value, zero_point in zero_points_of(model).items():
+        if value in found:
+            found[value] = found[value].astype(np.int32) - zero_point
     gates = {}
     for key, module in pacts.items():
         code, x = found[codes[key]], found[before[key]]

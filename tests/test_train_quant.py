@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -45,6 +46,47 @@ def test_every_quantized_layer_reads_integers_and_multiplies_integers() -> None:
         scales = [q.scale.detach() for q in quantizers(quantized).values()]
         for x in seen:
             assert any(torch.allclose(x / scale, (x / scale).round(), atol=1e-4) for scale in scales)
+
+
+def test_addends_of_residual_sums_lie_on_grids_of_8_bits() -> None:
+    model = quantize(ResNet20(3, (12, 12), 4).eval(), QuantSpec(4, addends=True), input_scale=1 / 64).eval()
+    found = quantizers(model)
+    branches = [name for name in found if name.endswith("bn2_grid")]
+    assert len(branches) == 9
+    assert len(found) == 1 + 19 + 9 + 1
+    for name in branches:
+        assert (found[name].bits, found[name].qmin, found[name].qmax) == (8, -127, 127)
+    assert found["stage1_0_relu2"].bits == 4
+    sums = [n for n in model.graph.nodes if n.target is operator.add]
+    values: dict[str, torch.Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    Recorder(model).run(torch.randn(2, 3, 12, 12))
+    scales = [q.scale.detach() for q in found.values()]
+    for addend in [values[a.name] for node in sums for a in node.all_input_nodes]:
+        codes = [addend / scale for scale in scales]
+        assert any(torch.allclose(c, c.round(), atol=1e-3) for c in codes)
+
+
+def test_only_sums_that_are_rounded_get_grids_for_what_they_add() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.conv1(x))
+            y = torch.relu(self.conv2(y) + torch.sigmoid(y))
+            return y + nn.functional.pad(y[:, :, :, 1:], (1, 0), value=1.0)
+
+    found = quantizers(quantize(Net(), QuantSpec(8, addends=True), input_scale=1 / 64))
+    assert {name: q.qmin for name, q in found.items()} == {
+        "x_grid": -128, "relu": 0, "conv2_grid": -127, "sigmoid_grid": 0, "relu_1": 0,
+    }  # fmt: skip
 
 
 def test_bits_of_layers_and_of_the_activations_they_read() -> None:

@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=WEIGHT_METHODS, help="weight quantizer (default: absmax)")
     parser.add_argument("--full-grid", action="store_true",
                         help="8-bit activations on 0..255 instead of 0..127; not exact on TensorRT")  # fmt: skip
+    parser.add_argument("--addends", action="store_true",
+                        help="grids on what sums add: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run's folder (default: from data, arch, bits, method)")
@@ -153,7 +155,12 @@ def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     else:
         arch, quant = "cnn2", QuantSpec()
         recipe = default_recipe(options.data, options.method or "sgt")
-    chosen = {"bits": options.bits, "weights": options.weights, "full_grid": options.full_grid or None}
+    chosen = {
+        "bits": options.bits,
+        "weights": options.weights,
+        "full_grid": options.full_grid or None,
+        "addends": options.addends or None,
+    }
     if options.bits_file:
         chosen["layer_bits"] = _layer_bits(options.bits_file)
     quant = replace(quant, **_given(chosen))

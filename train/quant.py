@@ -8,6 +8,7 @@ listed by `describe`.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -34,7 +35,9 @@ _GRID_KEEPING_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMa
                          nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
                          nn.PixelShuffle, nn.ChannelShuffle)  # fmt: skip
 _GRID_KEEPING_FUNCTIONS = (F.max_pool2d, F.adaptive_max_pool2d, F.dropout, torch.flatten, torch.reshape,
-                           torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze)  # fmt: skip
+                           torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
+                           operator.getitem)  # fmt: skip
+_SUMS = (operator.add, operator.iadd, torch.add)
 _GRID_KEEPING_METHODS = (
     "flatten",
     "view",
@@ -61,6 +64,7 @@ class QuantSpec:
         full_grid: 8-bit activations use 0..255 instead of the portable 0..127 (not exact on TensorRT).
         alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
+        addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.
     """
 
     bits: int = 8
@@ -69,6 +73,7 @@ class QuantSpec:
     full_grid: bool = False
     alpha: float = 6.0
     layer_bits: dict[str, int] = field(default_factory=dict)
+    addends: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -140,6 +145,8 @@ def quantize(model: nn.Module, spec: QuantSpec, *, input_scale: float | None = N
     for node in layers:
         _quantize_input(graph_module, node, spec, input_scale)
     _assign_activation_bits(graph_module, layers, bits, spec)
+    if spec.addends:
+        _quantize_addends(graph_module, spec)
     for name, layer_bits in bits.items():
         layer = graph_module.get_submodule(name)
         weight_quantizer = WeightQuantizer(layer.weight, layer_bits, spec.weights)  # type: ignore[arg-type]
@@ -264,6 +271,19 @@ def _quantize_input(
     _insert(graph_module, source, f"{source.name}_grid", quantizer, source)
 
 
+def _quantize_addends(graph_module: fx.GraphModule, spec: QuantSpec) -> None:
+    """Put a grid on every addend that has none, of the sums that are rounded next."""
+    modules = dict(graph_module.named_modules())
+    for node in list(graph_module.graph.nodes):
+        is_sum = node.op == "call_function" and node.target in _SUMS
+        if is_sum and any(_is_module(user, modules, (PACT,)) for user in node.users):
+            for source in node.all_input_nodes:
+                if _grid_source(graph_module, source) is None:
+                    signed = not _never_negative(graph_module, source)
+                    quantizer = PACT(spec.alpha, 8, signed=signed, full_grid=spec.full_grid)
+                    _insert(graph_module, source, f"{source.name}_grid", quantizer, source)
+
+
 def _insert(graph_module: fx.GraphModule, node: fx.Node, name: str, module: Quantizer, source: Any) -> None:
     """Put `module` after `node`, and let every user of `node` read the quantized value instead."""
     graph_module.get_submodule("quantizers").add_module(name, module)
@@ -294,9 +314,17 @@ def _grid_source(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         if _is_module(node, modules, (PACT, InputQuantizer)):
             return node
         keeps = _calls(node, modules, _GRID_KEEPING_MODULES, _GRID_KEEPING_FUNCTIONS, _GRID_KEEPING_METHODS)
+        keeps = keeps or _pads_with_zeros(node)
         if not keeps or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if node.target is not F.pad:
+        return False
+    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+    return value in (None, 0)
 
 
 def _never_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
