@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores of one model on a test split, for a person or as one JSON line."""
     parser = command.parser("bench.accuracy", "Measure the accuracy of an exported model on its engine.", EXAMPLES)
     parser.add_argument("model", help="ONNX file of python -m export.onnx, or plan of export.engine")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", required=True, help=data.HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--against", metavar="CKPT", help="count images this checkpoint classifies differently")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
@@ -115,8 +115,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads
     ) as classifier:
-        test = data.load(options.data, options.data_root)
-        classes = classifier.manifest.classes
+        manifest = classifier.manifest
+        classes = manifest.classes
+        test = data.load(
+            options.data, options.data_root,
+            size=manifest.input.size, classes=classes, trained_on=manifest.data,
+        )  # fmt: skip
         if test.labels.max() >= len(classes):
             raise OptionError(
                 f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "

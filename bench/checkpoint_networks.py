@@ -73,7 +73,7 @@ def _network(module: nn.Module, checkpoint: Checkpoint, name: str, precision: st
         name=name,
         precision=precision,
         engine=f"torch {torch.__version__}",
-        data=checkpoint.recipe.data,
+        data=checkpoint.recipe.data_name,
         shape=(*checkpoint.input.size, checkpoint.input.channels),
         classes=checkpoint.classes,
         logits=logits,

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the latency of every contender and its ratio to INT8 on OpenVINO."""
     parser = command.parser("bench.compare", "Compare engines on one checkpoint, in turns in one run.", EXAMPLES)
     parser.add_argument("checkpoint", help="quantized ckpt.pt written by python -m train")
-    parser.add_argument("--data", help="also accuracy: digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", help=f"also accuracy: {data.HELP}")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
@@ -101,7 +101,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.record:
         check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
-    test = data.load(options.data, options.data_root) if options.data else None
+    test = (
+        data.load(
+            options.data, options.data_root,
+            size=checkpoint.input.size, classes=checkpoint.classes, trained_on=checkpoint.recipe.data_name,
+        )
+        if options.data
+        else None
+    )  # fmt: skip
     if test is not None:
         data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
     torch.set_num_threads(options.threads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,11 @@ import numpy as np
 
 from runtime.errors import ClearpactError, FileError, OptionError
 from runtime.files import read_bytes
+from train import splits
+from train.decoding import Decoder, read_all, worker_count
+from train.splits import Split
+
+HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, a run's split.json, or an .npz file"
 
 
 @dataclass(frozen=True)
@@ -21,20 +28,36 @@ class LabelledImages:
     labels: np.ndarray
 
 
-def load(name: str, root: str = "data") -> LabelledImages:
+def load(
+    name: str,
+    root: str = "data",
+    *,
+    size: tuple[int, int] = (64, 64),
+    classes: Sequence[str] = (),
+    trained_on: str = "",
+) -> LabelledImages:
     """Return the test split of a data set.
 
     Args:
-        name: an .npz file with `images` and `labels` (written by `python -m train.data`), or a data set that
-            `train.data` knows; the latter needs torchvision.
+        name: an .npz file with `images` and `labels` (written by `python -m train.data`); an image folder that
+            `python -m train` takes, or the split.json of a run on one, which need Pillow only; or another data set
+            that `train.data` knows, which needs torchvision.
         root: folder of the data set's original files.
+        size: height and width of the model's images, to which those of a folder are cropped and resized.
+        classes: the model's, which a folder has to have.
+        trained_on: the data set that the model names as its own.
 
     Raises:
         FileError: the file is missing or of another kind, or the data set is not there.
-        OptionError: no such data set, or torchvision is not installed.
+        OptionError: no such data set, torchvision is not installed, or a folder whose split made here would mix
+            training images of the model into the test.
     """
     if name.endswith(".npz"):
         return _load_npz(Path(name))
+    if splits.is_folder(name) or name.endswith(".json"):
+        split = splits.read(name) if name.endswith(".json") else splits.find(name, root)
+        _check_split(name, split, tuple(classes), trained_on)
+        return _load_folder(split, size)
     try:
         from train import data
     except ImportError as error:
@@ -43,7 +66,7 @@ def load(name: str, root: str = "data") -> LabelledImages:
             "file that `python -m train.data` wrote elsewhere"
         ) from None
     loaded = data.load(name, root)
-    images = loaded.test_images.permute(0, 2, 3, 1).contiguous().numpy()
+    images = loaded.test_images[:].permute(0, 2, 3, 1).contiguous().numpy()
     return LabelledImages(loaded.name, images, loaded.test_labels.numpy())
 
 
@@ -55,6 +78,37 @@ def check_fits(data: LabelledImages, size: tuple[int, int], channels: int, class
             f"--data {data.name}: images {list(data.images.shape[1:])} of {data.labels.max() + 1} classes, "
             f"expected {expected} of {classes} as the model has; name the data it was trained on"
         )
+
+
+def _check_split(name: str, split: Split, classes: tuple[str, ...], trained_on: str) -> None:
+    if classes and split.classes != classes:
+        raise OptionError(
+            f"--data {name}: classes {_few(split.classes)}, expected {_few(classes)} as the model has; "
+            "name the data it was trained on"
+        )
+    # Another folder with a split of its own is a fair test; a split made here may hold out other images.
+    if split.seed is not None and "@" in trained_on and split.name != trained_on:
+        raise OptionError(
+            f"--data {name}: the split {split.name}, expected {trained_on} as in training; the folder or "
+            f"the --split-seed is another: name the {splits.SPLIT_NAME} in the run's folder"
+        )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
+
+
+def _load_folder(split: Split, size: tuple[int, int]) -> LabelledImages:
+    paths, labels = split.part("test")
+    decoder = Decoder(size, worker_count(len(paths)))
+    images, failures = read_all(paths, decoder, "reading images")
+    decoder.close()
+    readable = np.setdiff1d(np.arange(len(paths)), list(failures))
+    if not len(readable):
+        raise FileError(f"{split.root}: no readable test image, expected some; check the folder")
+    if failures:
+        print(f"skipped {len(failures)} images, such as {next(iter(failures.values()))}", file=sys.stderr)
+    return LabelledImages(split.name, images[readable], np.array(labels, np.int64)[readable])
 
 
 def _load_npz(path: Path) -> LabelledImages:

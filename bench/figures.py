@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.data import LabelledImages
+from bench.data import HELP, LabelledImages
 from bench.networks import Network, display_name, find, load_for, open_networks
 from bench.removal import MASKED_PERCENTS, PERCENTS, TARGETS
 from runtime import command
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="run", help="run folder or ckpt.pt; for maps also .onnx")
     parser.add_argument("-o", "--output", required=True, help="PNG file to write")
     maps = parser.add_argument_group("maps")
-    maps.add_argument("--data", help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    maps.add_argument("--data", help=HELP)
     maps.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     maps.add_argument("--images", type=int, default=10, help="how many, one of each class in turn (default: 10)")
     maps.add_argument("--float", action="store_true", help="add the float network of every quantized checkpoint")

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.parser("bench.gradient_price", "Compare the maps of two exports of one checkpoint.", EXAMPLES)
     parser.add_argument("checkpoint", help="quantized ckpt.pt written by python -m train")
     parser.add_argument("--choice", choices=tuple(CHOICES), default="gate", help="what differs (default: gate)")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", required=True, help=data.HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, default=1000, help="first test images to explain (default: 1000)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.record:
         check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
-    test = data.load(options.data, options.data_root)
+    test = data.load(
+        options.data, options.data_root,
+        size=checkpoint.input.size, classes=checkpoint.classes, trained_on=checkpoint.recipe.data_name,
+    )  # fmt: skip
     data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
     images, labels = test.images[: options.images], test.labels[: options.images]
     values = CHOICES[options.choice]

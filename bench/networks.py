@@ -16,6 +16,7 @@ from bench.data import LabelledImages
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
+from train.splits import is_folder
 
 CHECKPOINT_NAME = "ckpt.pt"
 
@@ -104,8 +105,8 @@ def load_for(networks: Sequence[Network], name: str, root: str) -> LabelledImage
                 f"{network.name}: trained on {network.data}, but {first.name} on {first.data}; "
                 "compare networks of one data set"
             )
-    test = data.load(name, root)
-    if not name.endswith(".npz") and name != first.data:
+    test = data.load(name, root, size=first.shape[:2], classes=first.classes, trained_on=first.data)
+    if not name.endswith((".npz", ".json")) and not is_folder(name) and name != first.data:
         raise OptionError(f"--data {name}: {first.name} was trained on {first.data}; use --data {first.data}")
     for network in networks:
         shape, highest = test.images.shape[1:], test.labels.max()

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("plan", help="plan of python -m export.engine, or another model of the same classes")
     parser.add_argument("model", help="the ONNX file")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", required=True, help=data.HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--engine", choices=("openvino", "ort"), help="that runs the file (default: its own)")
@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.images is not None and options.images < 1:
         raise OptionError(f"--images {options.images}: expected a whole number from 1")
-    loaded = data.load(options.data, options.data_root)
     with (
         contextlib.closing(open_session(options.plan)) as plan,
         contextlib.closing(open_session(options.model, engine=options.engine)) as reference,
@@ -103,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ModelError(
                 f"{options.plan}: not built from {options.model}: inputs or classes differ; rebuild it"
             )
+        loaded = data.load(
+            options.data, options.data_root,
+            size=ours.input.size, classes=ours.classes, trained_on=ours.data,
+        )  # fmt: skip
         found = compare(plan, reference, to_batch(loaded.images[: options.images], ours.input))
     where = environment()
     if options.json:

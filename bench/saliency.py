@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.data import LabelledImages
+from bench.data import HELP, LabelledImages
 from bench.environment import describe, environment
 from bench.networks import Network, load_for, open_networks
 from bench.record import append
@@ -172,7 +172,7 @@ def evenly_spaced(test: LabelledImages, count: int) -> LabelledImages:
 def _parser() -> Any:
     parser = command.parser("bench.saliency", "Measure how well a network's saliency explains it.", EXAMPLES)
     parser.add_argument("models", nargs="+", metavar="model", help="exported .onnx, ckpt.pt or run folder")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, help="how many, evenly spaced over the test split (default: all)")
     parser.add_argument("--float", action="store_true",

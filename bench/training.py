@@ -18,6 +18,7 @@ from runtime.errors import OptionError
 from runtime.files import check_writable
 from train import data, loop
 from train.device import PRECISIONS, in_precision, place
+from train.image_folder import Reading
 from train.methods import new_guidance
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
@@ -60,7 +61,7 @@ def step_of(images: data.ImageData, arch: str, quant: QuantSpec, recipe: Recipe)
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the time of a step of every method and its ratio to a plain one, all measured in turns."""
     parser = command.parser("bench.training", "Measure training steps of all methods, in turns.", EXAMPLES)
-    parser.add_argument("--data", choices=data.DATA_SETS, default="mnist", help="default: mnist")
+    parser.add_argument("--data", type=data.check_name, default="mnist", help=f"{data.EXPECTED} (default: mnist)")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
     parser.add_argument("--bits", type=int, choices=(*QUANTIZED_BITS, FLOAT_BITS), default=8, help="default: 8")
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     torch.set_num_threads(options.threads)
-    images, quant = data.load(options.data, options.data_root), QuantSpec(options.bits)
+    reading = Reading(default_recipe(options.data).image_size)
+    images, quant = data.load(options.data, options.data_root, reading), QuantSpec(options.bits)
     steps = {}
     for method in METHODS:
         recipe = replace(

@@ -241,7 +241,7 @@ def _manifest(checkpoint: Checkpoint, *, int8: bool, target: str, resize: str, s
         classes=checkpoint.classes,
         layers=tuple(layers),
         metrics={"test_accuracy": checkpoint.test_accuracy} if checkpoint.history else {},
-        data=checkpoint.recipe.data,
+        data=checkpoint.recipe.data_name,
         checkpoint=sha256,
         versions={"torch": str(torch.__version__), "onnx": onnx.__version__},
     )

@@ -109,6 +109,22 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
     return np.ascontiguousarray(batch)
 
 
+def crop_to_shape(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the largest middle part of images [N, H, W, C] that has the shape of `size`, height and width."""
+    top, left, height, width = middle(images.shape[1:3], size)
+    return images[:, top : top + height, left : left + width]
+
+
+def middle(frame: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of the largest middle part of a frame that has the shape of `size`."""
+    height, width = frame
+    if width * size[0] > height * size[1]:
+        kept = height, max(1, round(height * size[1] / size[0]))
+    else:
+        kept = max(1, round(width * size[0] / size[1])), width
+    return (height - kept[0]) // 2, (width - kept[1]) // 2, *kept
+
+
 def resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return uint8 [N, H', W', C] of uint8 [N, H, W, C], Pillow's BILINEAR within one level.
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,9 +21,12 @@ from sklearn import metrics
 from bench import data as bench_data
 from bench.accuracy import classify, confusion_matrix, main, score
 from bench.environment import environment
+from export.onnx import main as export_main
 from runtime import Classifier
 from runtime.errors import FileError, OptionError
+from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
+from train.__main__ import main as train_main
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 from train.data import main as write_data
@@ -234,3 +238,65 @@ def test_images_classified_differently_from_the_checkpoint_are_counted(
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("differently"))
     assert 300 < int(line.split()[1]) <= 360
     assert line.endswith(f"images of 360, from {tmp_path / 'other.pt'}")
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of three digits, and a run on it with its exported file."""
+    root = tmp_path_factory.mktemp("folder")
+    folder = write_digits(root / "mine", {"zero": 60, "one": 60, "two": 60})
+    train_main(["--data", f"folder:{folder}", "--image-size", "12", "--runs", str(root), "--name", "run",
+                "--epochs", "2"])  # fmt: skip
+    export_main([str(root / "run" / "ckpt.pt"), "--int8", "--no-saliency"])
+    return folder, root / "run"
+
+
+def test_a_folder_is_measured_on_the_test_images_of_training_without_torch(
+    folder_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = folder_run
+    code = """
+import sys
+sys.modules["torch"] = None
+from bench.accuracy import main
+from runtime import command
+if __name__ == "__main__":
+    command.run(main)
+"""
+    for name in (f"folder:{folder}", str(run / "split.json")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(run / "ckpt.onnx"), "--data", name, "--json"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        found = json.loads(done.stdout)
+        assert found["data"].startswith("folder:mine@")
+        assert found["n"] == 18
+        assert found["accuracy"] == pytest.approx(found["checkpoint_accuracy"], abs=100 / 18 + 1e-6)
+    main([str(run / "ckpt.onnx"), "--data", str(run / "split.json"), "--against", str(run / "ckpt.pt"), "--json"])
+    assert json.loads(capsys.readouterr().out)["classified_differently"] == 0
+
+
+def test_another_split_of_the_folder_is_refused(folder_run: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, run = folder_run
+    grown = shutil.copytree(folder, tmp_path / "mine")
+    shutil.copy(grown / "one" / "000.png", grown / "one" / "new.png")
+    with pytest.raises(OptionError, match=r"the split folder:mine@\w+, expected folder:mine@\w+ as in training; .*"
+                       r"name the split\.json in the run's folder"):  # fmt: skip
+        main([str(run / "ckpt.onnx"), "--data", f"folder:{grown}"])
+    other = write_digits(tmp_path / "other", {"cat": 3, "dog": 3})
+    with pytest.raises(OptionError, match="classes cat, dog, expected one, two, zero as the model has"):
+        main([str(run / "ckpt.onnx"), "--data", f"folder:{other}"])
+
+
+def test_a_folder_of_test_images_from_elsewhere_is_measured(
+    folder_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        write_digits(tmp_path / "clinic" / part, {"zero": 6, "one": 5, "two": 4})
+    (tmp_path / "clinic" / "test" / "one" / "bad.png").write_bytes(b"no image")
+    main([str(folder_run[1] / "ckpt.onnx"), "--data", f"folder:{tmp_path / 'clinic'}", "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["n"] == 15
+    assert err.startswith("skipped 1 images, such as ")
+    assert "bad.png: cannot be read as an image" in err

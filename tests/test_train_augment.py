@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.augment import Augmentation, crop, erase, warp
+from train.augment import Augmentation, crop, erase, jitter, warp
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,3 +97,20 @@ def test_an_augmentation_is_repeatable_and_one_without_fields_does_nothing() -> 
     assert not torch.equal(every(images, generator(1)), every(images, generator(2)))
     assert every(images, generator(1)).dtype == torch.uint8
     assert Augmentation()(images, generator()) is images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_is_torchvisions_with_factors_of_each_image(channels: int) -> None:
+    from torchvision.transforms.v2 import functional
+
+    images = torch.randint(0, 256, (6, channels, 9, 7), dtype=torch.uint8, generator=generator(1))
+    found = jitter(images, 0.4, generator(2))
+    factors = 1 + 0.4 * (torch.rand(3, 6, 1, 1, 1, generator=generator(2)) * 2 - 1)
+    for image, result, (brightness, contrast, saturation) in zip(
+        images, found, factors.flatten(1).T.tolist(), strict=True
+    ):
+        x = functional.adjust_brightness(image.float() / 255, brightness)
+        x = functional.adjust_saturation(functional.adjust_contrast(x, contrast), saturation)
+        assert (x * 255 - result.float()).abs().max() < 0.51
+    assert not torch.equal(found, images)
+    assert torch.equal(jitter(images, 0.0, generator(2)), images)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import FileError, OptionError
+from tests.image_folders import write_digits
 from train import data
 from train.data import InputSpec, batches
 
@@ -89,3 +92,66 @@ def test_command_writes_a_split_that_needs_no_torch(tmp_path: Path, digits: data
         assert archive["images"].shape == (360, 8, 8, 1)
         assert np.array_equal(archive["labels"], digits.test_labels.numpy())
         assert archive["classes"].tolist() == list("0123456789")
+
+
+def write_cifar100(folder: Path, rng: np.random.Generator) -> dict[str, str]:
+    """Write six training and four test images in the layout of CIFAR-100; return file name -> MD5."""
+    folder.mkdir()
+    contents: dict[str, dict[str, object]] = {
+        name: {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": list(range(n))}
+        for name, n in (("train", 6), ("test", 4))
+    }
+    contents["meta"] = {"fine_label_names": [f"class{i}" for i in range(100)]}
+    for name, value in contents.items():
+        (folder / name).write_bytes(pickle.dumps(value))
+    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+
+
+def test_cifar100_is_read_from_files_whose_content_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+
+    folder = tmp_path / datasets.CIFAR100.base_folder
+    known = write_cifar100(folder, np.random.default_rng(0))
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", known["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", known["test"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": known["meta"]})
+    loaded = data.load("cifar100", tmp_path)
+    assert loaded.train_images.shape == (6, 3, 32, 32)
+    assert loaded.test_labels.tolist() == [0, 1, 2, 3]
+    assert (len(loaded.classes), loaded.classes[7]) == (100, "class7")
+
+
+class _Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_pickles_of_unknown_content_are_never_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/")
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    for file, _ in (*kind.train_list, *kind.test_list, (kind.meta["filename"], "")):
+        (folder / file).write_bytes(pickle.dumps(_Trap(tmp_path / "executed")))
+    with pytest.raises(FileError, match=f"holds no {name} and it could not be downloaded"):
+        data.load(name, tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_command_writes_the_test_split_of_a_folder(tmp_path: Path) -> None:
+    folder = write_digits(tmp_path / "mine", {"zero": 20, "one": 10})
+    data.main([f"folder:{folder}", "--image-size", "12", "-o", str(tmp_path / "d.npz")])
+    with np.load(tmp_path / "d.npz", allow_pickle=False) as archive:
+        assert archive["images"].shape == (3, 12, 12, 3)
+        assert archive["labels"].tolist() == [0, 1, 1]
+        assert archive["classes"].tolist() == ["one", "zero"]

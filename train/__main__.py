@@ -20,22 +20,26 @@ from runtime import command
 from runtime.errors import EngineError, FileError, OptionError
 from runtime.files import check_writable, read_bytes, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
-from train import data, loop, processes, recipes
+from train import data, loop, processes, recipes, splits
 from train.checkpoint import Checkpoint
 from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
+from train.image_folder import MEMORY_BYTES, Reading
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
+from train.splits import SPLIT_NAME
 
 CHECKPOINT_NAME = "ckpt.pt"
+_SHOWN = 5  # unreadable images that are named on the terminal
 
 EXAMPLES = """
   python -m train --data digits                                # seconds, no download
   python -m train --data mnist --arch cnn2 --bits 8 --method sgt
   python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
   python -m train --recipe maleki2024-cifar10 --device cuda    # as published; see --list-recipes
+  python -m train --data folder:photos --image-size 96 --flip  # photos/cat/1.jpg, photos/dog/2.png, ...
   python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
   torchrun --nproc-per-node 2 -m train --data cifar10 --arch resnet20    # two GPUs, or two processes on the CPU
   tensorboard --logdir runs                                    # curves and alphas of all runs
@@ -52,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.resume:
         folder = Path(options.resume)
         checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
-        images = _load(checkpoint.recipe.data, options.data_root)
+        images = _load(checkpoint.recipe, options, folder)
     else:
         arch, quant, recipe = _settings(options)
-        name = options.name or options.recipe or f"{recipe.data}-{arch}-{_bits_name(quant)}-{recipe.method}"
+        data_name = splits.short_name(recipe.data)
+        name = options.name or options.recipe or f"{data_name}-{arch}-{_bits_name(quant)}-{recipe.method}"
         folder = Path(options.runs) / name
         if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
             raise OptionError(
@@ -63,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "replace it with --overwrite, or choose another --name"
             )
         check_writable(folder / CHECKPOINT_NAME)
-        images = _load(recipe.data, options.data_root)
+        images = _load(recipe, options)
+        if images.split is not None:
+            recipe = replace(recipe, split=images.split.digest)
         checkpoint = loop.start(arch, images, quant, recipe)
 
     if processes.rank() == 0:
         remove_leftovers(folder)
-        _print_run(checkpoint, folder, device)
+        if images.split is not None:
+            splits.write(images.split, folder / SPLIT_NAME)
+        _print_run(checkpoint, images, folder, device)
     _train(checkpoint, images, folder, device)
     if processes.rank() == 0:
         print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
@@ -77,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("train", "Train a quantized, saliency-guided image classifier.", EXAMPLES)
-    parser.add_argument("--data", choices=data.DATA_SETS, help="data set to train on")
+    parser.add_argument("--data", type=data.check_name, metavar="NAME", help=data.EXPECTED)
     parser.add_argument("--recipe", metavar="NAME", help="a published experiment; other options override it")
     parser.add_argument("--list-recipes", action="store_true", help="show the published experiments and stop")
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), help="default: cnn2")
@@ -95,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     parser.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run; its settings are kept")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    folders = parser.add_argument_group("image folders (folder:PATH, kvasir, caltech101)")
+    folders.add_argument("--image-size", type=int, metavar="PIXELS",
+                         help="side they get, cropped and resized (default: 64; the named ones 224)")  # fmt: skip
+    folders.add_argument("--split-seed", type=int, help="of the split 80/10/10, where there is none (default: 0)")
+    folders.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
+    folders.add_argument("--workers", type=int, help="processes that decode (default: one a core, if worth it)")
+    folders.add_argument("--memory-gib", type=float, default=MEMORY_BYTES / 2**30, metavar="GIB",
+                         help="larger data sets are decoded batch by batch (default: %(default)g)")  # fmt: skip
     hyper = parser.add_argument_group("hyperparameters (defaults depend on the data set and the method)")
     hyper.add_argument("--epochs", type=int)
     hyper.add_argument("--batch-size", type=int, help="images a step")
@@ -112,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--zoom", type=float, help="largest random growth or shrinkage, as a share")
     hyper.add_argument("--elastic-pixels", type=float, help="size of random elastic displacements")
     hyper.add_argument("--erase-pixels", type=int, help="side of a random grey square")
+    hyper.add_argument("--color-jitter", type=float, metavar="SHARE", help="of brightness, contrast, saturation")
+    hyper.add_argument("--class-weights", action=argparse.BooleanOptionalAction, help="weight rare classes more")
+    hyper.add_argument("--balanced-sampling", action=argparse.BooleanOptionalAction, help="draw classes equally")
     hyper.add_argument(
         "--mask-share", type=float, help="share of the pixels that sgt masks, 0 to 1; where smoot and asg start"
     )
@@ -146,11 +166,11 @@ def _bits_name(quant: QuantSpec) -> str:
 def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     """Return architecture, quantization and recipe: the published or default ones, then what is given."""
     if options.recipe:
-        run = recipes.published_run(options.recipe)
+        run = recipes.published_run(options.recipe, options.arch)
         arch, quant, recipe = run.arch, run.quant, run.recipe
     elif options.data is None:
         raise OptionError(
-            f"--data is missing: expected one of {', '.join(data.DATA_SETS)}, or --recipe NAME, or --resume FOLDER"
+            f"--data is missing: expected one of {data.EXPECTED}, or --recipe NAME, or --resume FOLDER"
         )
     else:
         arch, quant = "cnn2", QuantSpec()
@@ -164,7 +184,7 @@ def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     if options.bits_file:
         chosen["layer_bits"] = _layer_bits(options.bits_file)
     quant = replace(quant, **_given(chosen))
-    recipe = replace(recipe, **_given({f.name: getattr(options, f.name) for f in fields(Recipe)}))
+    recipe = replace(recipe, **_given({f.name: getattr(options, f.name, None) for f in fields(Recipe)}))
     return options.arch or arch, quant, recipe
 
 
@@ -191,12 +211,24 @@ def _device(name: str) -> str:
     return name
 
 
-def _print_run(checkpoint: Checkpoint, folder: Path, device: str) -> None:
+def _print_run(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
     recipe, network = checkpoint.recipe, checkpoint.network()
     parameters = sum(p.numel() for p in network.parameters())
     print(f"run      {folder}  ({device}, {torch.get_num_threads()} threads)")
     print(f"network  {checkpoint.arch['name']}, {parameters:,} parameters, {_bits_name(checkpoint.quant)}")
     print(f"recipe   {recipe.method} on {recipe.data}, {recipe.epochs} epochs of batches of {recipe.batch_size}")
+    if images.split is not None:
+        counts = [len(labels) for labels in (images.train_labels, images.val_labels, images.test_labels)
+                  if labels is not None]  # fmt: skip
+        parts = "train, val, test" if len(counts) == 3 else "train, test"
+        where = "the folder's own split" if images.split.seed is None else f"split with seed {images.split.seed}"
+        print(
+            f"images   {', '.join(f'{n:,}' for n in counts)} ({parts}; {where}), {recipe.image_size} pixels square"
+        )
+        for name, reason in list((images.split.skipped or {}).items())[:_SHOWN]:
+            print(f"skipped  {name}: {reason.split(': ', 1)[-1]}")
+        if images.split.skipped:
+            print(f"skipped  {len(images.split.skipped)} images that cannot be read, listed in {SPLIT_NAME}")
     for layer in describe(network):
         if layer.bits is None and "folded" not in layer.reason and checkpoint.quant.bits != FLOAT_BITS:
             print(f"float    {layer.name} ({layer.kind}): {layer.reason}")
@@ -204,9 +236,21 @@ def _print_run(checkpoint: Checkpoint, folder: Path, device: str) -> None:
         print(f"resumed  after epoch {len(checkpoint.history)}")
 
 
-def _load(name: str, root: str) -> data.ImageData:
+def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> data.ImageData:
+    """Return the images of a recipe; of a run that is resumed, those it began with."""
+    split = None
+    if run is not None and recipe.split:
+        split = splits.read(run / SPLIT_NAME)
+        if split.digest != recipe.split:
+            raise FileError(
+                f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
+            )
+    if options.workers is not None and options.workers < 0:
+        raise OptionError(f"--workers {options.workers}: expected a whole number from 0")
+    memory_bytes = int(options.memory_gib * 2**30)
+    reading = Reading(recipe.image_size, recipe.split_seed, options.strict, options.workers, memory_bytes, split)
     with processes.first_alone():
-        return data.load(name, root)
+        return data.load(recipe.data, options.data_root, reading)
 
 
 def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
@@ -233,9 +277,11 @@ def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device:
     def record_and_print(current: Checkpoint) -> None:
         record(current)
         row = current.history[-1]
+        validated = f"val {row['val_accuracy']:6.2f} %  " if "val_accuracy" in row else ""
         print(
             f"epoch {int(row['epoch']):3d}/{current.recipe.epochs}  loss {row['train_loss']:.4f}  "
-            f"train {row['train_accuracy']:6.2f} %  test {row['test_accuracy']:6.2f} %  {row['seconds']:.1f} s",
+            f"train {row['train_accuracy']:6.2f} %  {validated}test {row['test_accuracy']:6.2f} %  "
+            f"{row['seconds']:.1f} s",
             flush=True,
         )
 

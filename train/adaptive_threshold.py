@@ -57,6 +57,7 @@ class AdaptiveThreshold(nn.Module):
         saliency_weight: float = 1e-3,
         alpha_weight: float = 1e-4,
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> LossTerms:
         """Return L; its backward pass gives the gradients of the weights, of every alpha and of epsilon.
 
@@ -68,6 +69,7 @@ class AdaptiveThreshold(nn.Module):
             saliency_weight: lambda_2.
             alpha_weight: eta.
             label_smoothing: of the cross entropy.
+            class_weights: of the cross entropy in L, [K]; S stays that of each image's own loss.
         """
         images = images.detach().requires_grad_()
         logits = model(images)
@@ -75,7 +77,10 @@ class AdaptiveThreshold(nn.Module):
         images = images.detach()
         with frozen_statistics(model):
             masked_logits = model(images * self._kept(gradient.detach()))
-        terms = guided_terms(logits, masked_logits, labels, kl_weight=kl_weight, label_smoothing=label_smoothing)
+        terms = guided_terms(
+            logits, masked_logits, labels,
+            kl_weight=kl_weight, label_smoothing=label_smoothing, class_weights=class_weights,
+        )  # fmt: skip
         norm = gradient.abs().flatten(1).sum(1).mean()
         alphas = [m.alpha.abs() for m in model.modules() if isinstance(m, PACT)]
         penalty = alpha_weight * torch.stack(alphas).sum() if alphas else 0.0

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # An erased square holds the pixel whose code is 0: the network reads nothing there.
 _ERASED = 128
+# ITU-R BT.601 luma, as in Pillow and torchvision.
+_LUMA = (0.2989, 0.587, 0.114)
 # Control points of the elastic field along each side; between them it is interpolated.
 _CONTROL_POINTS = 5
 
@@ -26,6 +28,7 @@ class Augmentation:
         zoom: largest share by which width and height, each on its own, grow or shrink.
         elastic_pixels: standard deviation of a smooth random displacement (Simard et al. 2003, section 2).
         erase_pixels: side of a grey square at a random place (DeVries and Taylor 2017).
+        color_jitter: largest share by which brightness, contrast and saturation, each on its own, grow or shrink.
     """
 
     flip: bool = False
@@ -34,6 +37,7 @@ class Augmentation:
     zoom: float = 0.0
     elastic_pixels: float = 0.0
     erase_pixels: int = 0
+    color_jitter: float = 0.0
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return images uint8 [N, C, H, W], changed by random numbers that are the same on every device."""
@@ -41,6 +45,8 @@ class Augmentation:
             images = warp(images, self.rotate_degrees, self.zoom, self.elastic_pixels, generator)
         if self.flip or self.crop_padding:
             images = crop(images, self.crop_padding, flip=self.flip, generator=generator)
+        if self.color_jitter:
+            images = jitter(images, self.color_jitter, generator)
         if self.erase_pixels:
             images = erase(images, self.erase_pixels, generator)
         return images
@@ -81,6 +87,28 @@ def warp(
         grid = grid + bend * torch.tensor([2 / W, 2 / H])
     read = F.grid_sample(images.float(), grid.to(images.device), align_corners=False)
     return read.round_().to(torch.uint8)
+
+
+def jitter(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Return images uint8 [N, C, H, W] whose brightness, contrast and saturation change, in this order.
+
+    Each is a blend, by a factor of its own from 1 - share to 1 + share: with black, with the image's mean grey,
+    with its grey form. They are torchvision's definitions, whose functions take one factor for a whole batch.
+    """
+    factors = 1 + share * (torch.rand(3, len(images), 1, 1, 1, generator=generator) * 2 - 1)
+    brightness, contrast, saturation = factors.to(images.device).unbind()
+    x = (images.float() * brightness).clamp_(0, 255)
+    x = _blend(x, _grey(x).mean((2, 3), keepdim=True), contrast)
+    x = _blend(x, _grey(x), saturation)
+    return x.round_().to(torch.uint8)
+
+
+def _grey(x: Tensor) -> Tensor:
+    return x if x.shape[1] == 1 else (x * x.new_tensor(_LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor + other * (1 - factor)).clamp_(0, 255)
 
 
 def erase(images: Tensor, side: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image data sets as two uint8 tensors, on whichever device trains.
+"""Image data sets as uint8 tensors, on whichever device trains, or as files that are decoded in time.
 
 `python -m train.data mnist -o mnist_test.npz` writes a split as a plain file that `bench` reads on a device
 without torch.
@@ -10,11 +10,13 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m train.data")
 
 import io
+import sys
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,8 +25,17 @@ from torch import Tensor
 from runtime import command
 from runtime.errors import FileError, OptionError
 from runtime.files import write_atomically
+from train.splits import NAMED, PREFIX, Split, is_folder
 
-DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+if TYPE_CHECKING:
+    from train.image_folder import FileImages, Reading
+
+    Images: TypeAlias = Tensor | FileImages
+
+DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", *NAMED)
+EXPECTED = f"{', '.join(DATA_SETS)} or {PREFIX}PATH"
+# Pixels that the normalization is measured on.
+_SAMPLED_VALUES = 1 << 25
 _DIGITS_TEST_SHARE = 5  # every fifth image; the set has no split of its own
 
 
@@ -70,42 +81,57 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class ImageData:
-    """One data set in memory: images uint8 [N, C, H, W], labels int64 [N]."""
+    """One data set: images uint8 [N, C, H, W], in memory or in files, and labels int64 [N].
+
+    Data sets of files have a `split`, and may have images for validation.
+    """
 
     name: str
     classes: tuple[str, ...]
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
+    val_images: Images | None = None
+    val_labels: Tensor | None = None
+    split: Split | None = None
 
     def input_spec(self) -> InputSpec:
         """Return the normalization whose int8 grid is exact: mean 128 / 255 and one standard deviation."""
-        channels, *size = self.train_images.shape[1:]
-        sample = self.train_images[:: max(1, len(self.train_images) // 10_000)].float() / 255
+        n, channels, *size = self.train_images.shape
+        count = min(10_000, max(1, _SAMPLED_VALUES // (channels * size[0] * size[1])))
+        sample = self.train_images[:: max(1, n // count)].float() / 255
         # Two digits: the value travels through JSON and a command line without loss.
         std = max(round(sample.std().item(), 2), 0.01)
         return InputSpec((size[0], size[1]), channels, (128 / 255,) * channels, (std,) * channels)
 
 
-def load(name: str, root: str | Path = "data") -> ImageData:
-    """Return a data set, downloading it into `root` where it is absent.
+def load(name: str, root: str | Path = "data", reading: Reading | None = None) -> ImageData:
+    """Return a data set, downloading it into `root` where it is absent and torchvision can.
 
     Args:
-        name: one of DATA_SETS.
-        root: folder that torchvision's data sets read; unused by "digits".
+        name: one of DATA_SETS, or "folder:PATH".
+        root: folder that torchvision's data sets read, or that `kvasir` and `caltech101` lie in.
+        reading: how image folders are read.
 
     Raises:
         OptionError: no data set of that name.
-        FileError: it is not in `root` and cannot be downloaded.
+        FileError: it is not in `root` and cannot be downloaded, or is laid out otherwise.
     """
+    check_name(name)
     if name == "digits":
         return _digits()
-    if name not in DATA_SETS:
-        raise OptionError(f"data set {name!r}: expected one of {', '.join(DATA_SETS)}")
+    if is_folder(name):
+        from train import image_folder
+
+        return image_folder.load(name, root, reading or image_folder.Reading())
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    # The CIFAR files are pickles: torchvision opens those alone whose MD5 it knows.
+    kind = {
+        "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+        "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
+    }[name]  # fmt: skip
     parts: list[Tensor] = []
     for train in (True, False):
         part = _open(kind, name, Path(root), train)
@@ -113,7 +139,36 @@ def load(name: str, root: str | Path = "data") -> ImageData:
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
         parts += [images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)]
     # torchvision names MNIST's classes "0 - zero".
-    return ImageData(name, tuple(str(c).split(" - ")[0] for c in part.classes), *parts)
+    classes = tuple(str(c).split(" - ")[0] for c in part.classes)
+    return ImageData(name, classes, parts[0], parts[1], parts[2], parts[3])
+
+
+def check_name(name: str) -> str:
+    """Return the name of a data set; raise OptionError if there is none of that name."""
+    if name not in DATA_SETS and not is_folder(name):
+        raise OptionError(f"data set {name!r}: expected one of {EXPECTED}")
+    return name
+
+
+def stream(images: Images, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each index int64 [n] with its images uint8 [n, C, H, W], both on the images' device.
+
+    Images in files are decoded ahead, by worker processes.
+    """
+    if isinstance(images, Tensor):
+        for index in indices:
+            index = index.to(images.device)
+            yield index, images[index]
+        return
+    given: deque[Tensor] = deque()  # handed to the decoder, which runs ahead
+
+    def noted() -> Iterator[Tensor]:
+        for index in indices:
+            given.append(index)
+            yield index
+
+    for pixels in images.batches(noted()):
+        yield given.popleft().to(pixels.device), pixels
 
 
 def batches(n: int, size: int, *, generator: torch.Generator) -> Iterator[Tensor]:
@@ -156,20 +211,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train.data",
         "Write one split of a data set as an .npz file for devices without torch.",
         "  python -m train.data digits -o digits_test.npz\n"
-        "  python -m train.data mnist --split test --data-root data -o mnist_test.npz",
+        "  python -m train.data mnist --split test --data-root data -o mnist_test.npz\n"
+        "  python -m train.data folder:photos --image-size 96 -o photos_test.npz",
     )
-    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("data", type=check_name, help=EXPECTED)
     parser.add_argument("-o", "--output", required=True, help="file to write, .npz")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--data-root", default="data", help="folder of the original files (default: data)")
+    parser.add_argument("--image-size", type=int, default=64, help="of folders: side in pixels (default: 64)")
+    parser.add_argument("--split-seed", type=int, default=0, help="of folders without own split (default: 0)")
     options = parser.parse_args(argv)
-    data = load(options.data, options.data_root)
+    from train.image_folder import Reading
+
+    # Everything goes into one file: it has to fit into memory.
+    reading = Reading(options.image_size, options.split_seed, memory_bytes=sys.maxsize)
+    data = load(options.data, options.data_root, reading)
     images, labels = (
         (data.test_images, data.test_labels) if options.split == "test" else (data.train_images, data.train_labels)
     )
     archive = io.BytesIO()
     np.savez_compressed(
-        archive, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy(), classes=np.array(data.classes)
+        archive,
+        images=images[:].permute(0, 2, 3, 1).numpy(),
+        labels=labels.numpy(),
+        classes=np.array(data.classes),
     )
     write_atomically(options.output, archive.getvalue())
     print(f"{options.output}: {len(labels)} images of {data.name}, {options.split} split")

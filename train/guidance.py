@@ -84,11 +84,33 @@ def masked_forward(model: nn.Module, images: Tensor, masked: Tensor, fill: Tenso
     return logits
 
 
+def cross_entropy_loss(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Return the mean over the batch of each image's cross entropy, times the weight of its class [K] if given.
+
+    Not torch's weighted mean, which divides by the batch's own weights: this one does not depend on how a batch is
+    divided among processes.
+    """
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    each = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+    return (class_weights[labels] * each).mean()
+
+
 def guided_terms(
-    logits: Tensor, masked_logits: Tensor, labels: Tensor, *, kl_weight: float, label_smoothing: float = 0.0
+    logits: Tensor,
+    masked_logits: Tensor,
+    labels: Tensor,
+    *,
+    kl_weight: float,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> LossTerms:
     """Return CE(f(X), y) + kl_weight * KL(f(X) || f(X~)), each the mean over the batch."""
-    cross_entropy = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    cross_entropy = cross_entropy_loss(
+        logits, labels, label_smoothing=label_smoothing, class_weights=class_weights
+    )
     divergence = F.kl_div(
         F.log_softmax(masked_logits, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True
     )

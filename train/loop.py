@@ -1,11 +1,11 @@
-"""The training loop: epochs over images that stay on the device as bytes."""
+"""The training loop: epochs over images that stay on the device as bytes, or come from files in time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from runtime import command
 from runtime.errors import OptionError, TrainingError
 from train import checkpoint as checkpoints
 from train import processes
+from train.balance import balanced_batches, class_weights
 from train.checkpoint import Checkpoint
-from train.data import ImageData, batches
+from train.data import ImageData, batches, stream
 from train.device import arrange, in_precision, place
 from train.distillation import load_teacher
 from train.divergence import diverged, is_finite, where_it_diverged
@@ -26,6 +27,13 @@ from train.recipe import Recipe
 from train.saliency import LossTerms, Smoot, filling
 from train.step import compute_gradients, new_optimizer, set_lr, update
 
+if TYPE_CHECKING:
+    from train.data import Images
+
+# Images in one forward pass without gradients: so many, fewer of large ones, never fewer than the last number.
+_MOST_IMAGES, _MOST_VALUES, _FEWEST_IMAGES = 1000, 1 << 22, 32
+# On which alphas start: the images of one such pass, this many at most.
+_START_IMAGES = 256
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
 _MAX_SAMPLE_BYTES = 4 << 20
@@ -43,11 +51,11 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
     model = checkpoints.new_network(description, quant, input_spec, _initial_state(recipe.init, description))
-    first = torch.randperm(len(data.train_images))[:256]
+    first = torch.randperm(len(data.train_images))[: min(_START_IMAGES, _pass_size(data.train_images))]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     start_alphas(model, images)
     guidance = start_guidance(recipe, len(data.train_images), model, images, labels)
-    count = min(_MAX_SAMPLES, max(1, _MAX_SAMPLE_BYTES // data.test_images[0].numel()), len(data.test_images))
+    count = min(_MAX_SAMPLES, max(2, _MAX_SAMPLE_BYTES // data.test_images[:1].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     return Checkpoint(
         arch=description,
@@ -77,7 +85,7 @@ def fit(
 
     Args:
         checkpoint: from `start`, or loaded to resume; returned with its fields brought up to date.
-        data: the data set, on the CPU; it is moved to `device` as a whole.
+        data: the data set, on the CPU; what is in memory is moved to `device` as a whole.
         path: checkpoint file.
         device: where to train, "cpu" or "cuda".
         on_epoch: called after each save, for logs and plots.
@@ -85,6 +93,7 @@ def fit(
     Raises:
         TrainingError: the loss is not a number or explodes; `path` keeps the last good epoch.
         OptionError: the batch cannot be shared equally among the processes.
+        FileError: an image file is gone.
     """
     recipe = checkpoint.recipe
     model = place(checkpoint.network(), device)
@@ -101,16 +110,24 @@ def fit(
         guidance.to(device)
     train_images, train_labels = data.train_images.to(device), data.train_labels.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
+    val_images = val_labels = None
+    if data.val_images is not None and data.val_labels is not None:
+        val_images, val_labels = data.val_images.to(device), data.val_labels.to(device)
+    weights = None
+    if recipe.class_weights:
+        weights = class_weights(data.train_labels, len(data.classes)).to(device)
 
     for epoch in range(len(checkpoint.history), recipe.epochs):
         began = time.perf_counter()
         try:
             row = _train_epoch(
-                checkpoint, trained, teacher, guidance, optimizer, train_images, train_labels, epoch
+                checkpoint, trained, teacher, guidance, optimizer, train_images, train_labels, weights, epoch
             )
         except TrainingError as error:
             kept = f"{path} keeps epoch {epoch}" if epoch else "no epoch was finished"
             raise TrainingError(f"{error}; lower --lr ({recipe.lr:g}) or try another --seed; {kept}") from None
+        if val_images is not None and val_labels is not None:
+            row["val_accuracy"] = evaluate(checkpoint, model, val_images, val_labels)
         row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
         row["seconds"] = time.perf_counter() - began
         row |= guidance.metrics() if guidance is not None else {}
@@ -127,17 +144,19 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Images, labels: Tensor) -> float:
     """Return the accuracy in percent on images uint8 [N, C, H, W] and labels int64 [N].
 
     Leaves the model in evaluation mode. Several processes share the images.
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for start_index in range(1000 * processes.rank(), len(images), 1000 * processes.size()):
-        part = slice(start_index, start_index + 1000)
-        logits = model(arrange(checkpoint.input.normalize(images[part])))
-        correct += (logits.argmax(1) == labels[part]).sum()
+    size = _pass_size(images)
+    starts = range(size * processes.rank(), len(images), size * processes.size())
+    parts = (torch.arange(start, min(start + size, len(images))) for start in starts)
+    for index, pixels in stream(images, parts):
+        logits = model(arrange(checkpoint.input.normalize(pixels)))
+        correct += (logits.argmax(1) == labels[index]).sum()
     return 100 * int(processes.total(correct)) / len(images)
 
 
@@ -147,12 +166,13 @@ def _train_epoch(
     teacher: nn.Module | None,
     guidance: Guidance | None,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
+    weights: Tensor | None,
     epoch: int,
 ) -> dict[str, float]:
     recipe = checkpoint.recipe
-    device = images.device
+    device = labels.device
     seed = recipe.seed * 1_000_003 + epoch
     torch.manual_seed(seed + (processes.rank() << 32))  # dropout
     on_cpu = torch.Generator().manual_seed(seed)  # order and augmentation, the same on every device
@@ -162,17 +182,19 @@ def _train_epoch(
     sums: dict[str, Tensor] = {}
     before = guidance.percent.clone() if isinstance(guidance, Smoot) else None
     model.train()
-    indices: Iterable[Tensor] = batches(len(images), recipe.batch_size, generator=on_cpu)
+    # Augmentation draws from the same generator, step by step: the order is drawn before it, as a whole.
+    steps: Iterable[tuple[Tensor, Tensor]] = stream(images, list(_order(checkpoint, labels, on_cpu)))
     if processes.rank() == 0:
-        indices = command.progress(indices, label=f"epoch {epoch + 1}/{recipe.epochs}", total=steps_per_epoch)
-    for step, index in enumerate(indices):
+        steps = command.progress(steps, label=f"epoch {epoch + 1}/{recipe.epochs}", total=steps_per_epoch)
+    for step, (index, pixels) in enumerate(steps):
         set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
-        index = index.to(device)
         target = labels[index]
-        inputs = arrange(checkpoint.input.normalize(augmentation(images[index], on_cpu)))
+        inputs = arrange(checkpoint.input.normalize(augmentation(pixels, on_cpu)))
         fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
         inputs, target = inputs[mine], target[mine]
-        terms = compute_gradients(model, guidance, inputs, target, index[mine], fill[mine], recipe, teacher)
+        terms = compute_gradients(
+            model, guidance, inputs, target, index[mine], fill[mine], recipe, teacher, weights
+        )
         if diverged(terms.loss.item()):
             raise _divergence(f"the loss is {terms.loss.item():.4g}", epoch, step, model, inputs)
         update(optimizer, guidance)
@@ -185,6 +207,19 @@ def _train_epoch(
         guidance.percent.copy_(before + processes.total(guidance.percent - before))
     row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
     return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
+
+
+def _order(checkpoint: Checkpoint, labels: Tensor, generator: torch.Generator) -> Iterable[Tensor]:
+    """Return the indices int64 [n] of each of an epoch's batches."""
+    size = checkpoint.recipe.batch_size
+    if checkpoint.recipe.balanced_sampling:
+        return balanced_batches(labels.cpu(), len(checkpoint.classes), size, generator=generator)
+    return batches(len(labels), size, generator=generator)
+
+
+def _pass_size(images: Images) -> int:
+    _, channels, height, width = images.shape
+    return min(_MOST_IMAGES, max(_FEWEST_IMAGES, _MOST_VALUES // (channels * height * width)))
 
 
 def _initial_state(path: str, arch: dict[str, Any]) -> dict[str, Tensor] | None:

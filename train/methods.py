@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from train.recipe import Recipe
@@ -43,6 +45,7 @@ def loss_terms(
     fill: Tensor,
     recipe: Recipe,
     guidance: Guidance | None,
+    class_weights: Tensor | None = None,
 ) -> LossTerms:
     """Return the loss of the recipe's method.
 
@@ -54,18 +57,16 @@ def loss_terms(
         fill: what masked pixels hold, float [N, C, H, W].
         recipe: method and its hyperparameters.
         guidance: from `start_guidance` or `new_guidance`.
+        class_weights: of the cross options, [K]; None: all 1.
     """
-    smoothing, kl_weight = recipe.label_smoothing, recipe.kl_weight
+    options: dict[str, Any] = {"label_smoothing": recipe.label_smoothing, "class_weights": class_weights}
+    kl_weight = recipe.kl_weight
     if isinstance(guidance, AdaptiveThreshold):
-        weights = {"saliency_weight": recipe.saliency_weight, "alpha_weight": recipe.alpha_weight}
-        return guidance.loss(model, images, labels, kl_weight=kl_weight, label_smoothing=smoothing, **weights)
+        options |= {"saliency_weight": recipe.saliency_weight, "alpha_weight": recipe.alpha_weight}
+        return guidance.loss(model, images, labels, kl_weight=kl_weight, **options)
     if isinstance(guidance, Smoot):
-        return guidance.loss(
-            model, images, labels, index, kl_weight=kl_weight, fill=fill, label_smoothing=smoothing
-        )
+        return guidance.loss(model, images, labels, index, kl_weight=kl_weight, fill=fill, **options)
     if recipe.method == "plain":
-        return plain_loss(model, images, labels, label_smoothing=smoothing)
+        return plain_loss(model, images, labels, **options)
     share = recipe.mask_share
-    return sgt_loss(
-        model, images, labels, mask_share=share, kl_weight=kl_weight, fill=fill, label_smoothing=smoothing
-    )
+    return sgt_loss(model, images, labels, mask_share=share, kl_weight=kl_weight, fill=fill, **options)

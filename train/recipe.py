@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import OptionError
 from train.augment import Augmentation
-from train.data import DATA_SETS
+from train.data import DATA_SETS, EXPECTED
 from train.device import PRECISIONS
 from train.guidance import FILLS
+from train.splits import PREFIX, data_name, is_folder
 
 METHODS = ("plain", "sgt", "smoot", "asg")
 OPTIMIZERS = ("sgd", "adam", "adadelta")
@@ -22,7 +23,10 @@ class Recipe:
     """Everything that, with the code's version, decides the result of a run.
 
     Args:
-        data: one of train.data.DATA_SETS.
+        data: one of train.data.DATA_SETS, or "folder:PATH".
+        image_size: side in pixels to which an image folder's images are cropped and resized; 0 for other data.
+        split_seed: of the split of an image folder that has none of its own.
+        split: digest of an image folder's split, see train.splits; "" before the run has begun.
         method: one of METHODS.
         epochs: passes over the training images.
         batch_size: images a step.
@@ -35,7 +39,9 @@ class Recipe:
         alpha_lr: learning rate of alpha as a multiple of lr. Its gradient sums over every clipped activation of a
             batch, and can throw alpha below zero where lr suits the weights.
         label_smoothing: of the cross entropy.
-        flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels: see train.augment.
+        flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels, color_jitter: see train.augment.
+        class_weights: weight the loss by the rarity of each image's class.
+        balanced_sampling: draw every class equally often, with replacement.
         mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
         kl_weight: lambda (lambda_1 of asg), weight of the divergence between clean and masked outputs.
         fill: what masked pixels hold, one of train.guidance.FILLS; asg always masks with zeros.
@@ -70,6 +76,9 @@ class Recipe:
     zoom: float = 0.0
     elastic_pixels: float = 0.0
     erase_pixels: int = 0
+    color_jitter: float = 0.0
+    class_weights: bool = False
+    balanced_sampling: bool = False
     mask_share: float = 0.5
     kl_weight: float = 1.0
     fill: str = "random"
@@ -84,6 +93,9 @@ class Recipe:
     teacher_weight: float = 0.7
     temperature: float = 4.0
     seed: int = 0
+    image_size: int = 0
+    split_seed: int = 0
+    split: str = ""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -92,9 +104,14 @@ class Recipe:
             OptionError: a field is outside its range.
         """
         choices_of = {
-            "data": DATA_SETS, "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS,
+            "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS,
             "precision": PRECISIONS,
         }  # fmt: skip
+        if self.data not in DATA_SETS and not is_folder(self.data):
+            raise OptionError(f"data {self.data!r}: expected one of {EXPECTED}")
+        if is_folder(self.data) != (self.image_size > 0):
+            expected = "a side in pixels, as in 64" if is_folder(self.data) else "none, its images have one size"
+            raise OptionError(f"image_size {self.image_size} of {self.data}: expected {expected}")
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
@@ -105,6 +122,13 @@ class Recipe:
         for name in ("mask_share", "label_smoothing", "momentum", "top1_weight", "teacher_weight"):
             if getattr(self, name) > 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a share from 0 to 1")
+        if self.balanced_sampling and (self.class_weights or self.method == "smoot"):
+            other = (
+                "class_weights" if self.class_weights else "method smoot, which adapts each image once an epoch"
+            )
+            raise OptionError(f"balanced_sampling together with {other}: expected one of them; drop the other")
+        if self.color_jitter > 1:
+            raise OptionError(f"color_jitter {self.color_jitter}: expected a share from 0 to 1")
         if self.method == "smoot" and not 0.2 <= self.mask_share <= 0.8:
             raise OptionError(f"mask_share {self.mask_share}: expected 0.2 to 0.8, the bounds of smoot's masks")
 
@@ -119,6 +143,11 @@ class Recipe:
         if unknown:
             raise OptionError(f"recipe: unknown fields {sorted(unknown)}; made by a newer version")
         return cls(**values)
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set and its split, without the path of its folder."""
+        return data_name(self.data, self.split)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -142,7 +171,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 10, "top1_weight": 0.95},
     "fashion-mnist": {"epochs": 20, "top1_weight": 0.95},
     "cifar10": {"epochs": 100, "lr": 0.1, "crop_padding": 4, "flip": True},
-}
+    "cifar100": {"epochs": 100, "lr": 0.1, "crop_padding": 4, "flip": True},
+    PREFIX: {"epochs": 30, "batch_size": 64, "image_size": 64},
+    "kvasir": {
+        "epochs": 50, "image_size": 224, "flip": True, "rotate_degrees": 20.0, "color_jitter": 0.2
+    },
+    "caltech101": {"epochs": 50, "image_size": 224, "flip": True},
+}  # fmt: skip
 # Algorithm 2 of Lavaei et al. 2025: Adam, and alpha regularized by its magnitude instead of its square.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "asg": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "alpha_decay": 0.0},
@@ -155,4 +190,5 @@ def default_recipe(data: str, method: str = "sgt") -> Recipe:
     Raises:
         OptionError: no such data set or method.
     """
-    return replace(Recipe(data, method), **{**_DEFAULTS.get(data, {}), **_METHOD_DEFAULTS.get(method, {})})
+    defaults = _DEFAULTS.get(PREFIX if data.startswith(PREFIX) else data, {})
+    return Recipe(**{"data": data, "method": method, **defaults, **_METHOD_DEFAULTS.get(method, {})})

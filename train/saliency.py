@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.adaptive_threshold import AdaptiveThreshold, start_threshold
 from train.guidance import (
     FILLS,
     LossTerms,
+    cross_entropy_loss,
     filling,
     frozen_statistics,
     guided_terms,
@@ -30,10 +30,22 @@ __all__ = [
 ]  # fmt: skip
 
 
-def plain_loss(model: nn.Module, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> LossTerms:
-    """Return the cross entropy of `model` on normalized images [N, C, H, W] and labels int64 [N]."""
+def plain_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> LossTerms:
+    """Return the cross entropy of `model` on normalized images [N, C, H, W] and labels int64 [N].
+
+    `class_weights` [K] multiply each image's part, see `train.balance.class_weights`.
+    """
     logits = model(images)
-    cross_entropy = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    cross_entropy = cross_entropy_loss(
+        logits, labels, label_smoothing=label_smoothing, class_weights=class_weights
+    )
     return LossTerms(cross_entropy, cross_entropy, torch.zeros_like(cross_entropy), logits)
 
 
@@ -46,6 +58,7 @@ def sgt_loss(
     kl_weight: float = 1.0,
     fill: str | Tensor = "random",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> LossTerms:
     """Return the loss of saliency-guided training (Ismail et al. 2021, Algorithm 1).
@@ -63,6 +76,7 @@ def sgt_loss(
         kl_weight: lambda of the paper, the weight of the divergence.
         fill: what masked pixels hold; see `train.guidance.filling`.
         label_smoothing: of the cross entropy.
+        class_weights: of the cross entropy, [K]; see `train.balance.class_weights`.
         generator: random numbers of the fill, on the images' device.
     """
     images = images.detach().requires_grad_()
@@ -73,4 +87,7 @@ def sgt_loss(
     count = math.floor(mask_share * saliency[0].numel() + 1e-6)
     masked = least_salient(saliency, count)
     masked_logits = masked_forward(model, images, masked, filling(images, fill, generator))
-    return guided_terms(logits, masked_logits, labels, kl_weight=kl_weight, label_smoothing=label_smoothing)
+    return guided_terms(
+        logits, masked_logits, labels,
+        kl_weight=kl_weight, label_smoothing=label_smoothing, class_weights=class_weights,
+    )  # fmt: skip

@@ -64,6 +64,7 @@ class Smoot(nn.Module):
         kl_weight: float = 1.0,
         fill: str | Tensor = "random",
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> LossTerms:
         """Return CE(f(X), y) + kl_weight * KL(f(X) || f(X~)) (equation 5), and adapt K of these images.
@@ -76,6 +77,7 @@ class Smoot(nn.Module):
             kl_weight: lambda of the paper.
             fill: what masked pixels hold; see `train.guidance.filling`.
             label_smoothing: of the cross entropy.
+            class_weights: of the cross entropy, [K].
             generator: random numbers of the fill, on the images' device.
         """
         images = images.detach().requires_grad_()
@@ -86,7 +88,10 @@ class Smoot(nn.Module):
         masked = least_salient(saliency, percent * saliency[0].numel() // 100)
         masked_logits = masked_forward(model, images, masked, filling(images, fill, generator))
         self.percent[index] = self.adapted(percent, logits.detach(), masked_logits.detach())
-        return guided_terms(logits, masked_logits, labels, kl_weight=kl_weight, label_smoothing=label_smoothing)
+        return guided_terms(
+            logits, masked_logits, labels,
+            kl_weight=kl_weight, label_smoothing=label_smoothing, class_weights=class_weights,
+        )  # fmt: skip
 
     def adapted(self, percent: Tensor, logits: Tensor, masked_logits: Tensor) -> Tensor:
         """Return the next K (equations 1 to 4) of images with K `percent` [N] and these two logits [N, K]."""

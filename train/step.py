@@ -23,13 +23,14 @@ def compute_gradients(
     fill: Tensor,
     recipe: Recipe,
     teacher: nn.Module | None = None,
+    class_weights: Tensor | None = None,
 ) -> LossTerms:
     """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`."""
     learned = [p for module in (model, guidance) if module is not None for p in module.parameters()]
     for parameter in learned:
         parameter.grad = None
     with parametrize.cached():  # a step quantizes each weight once, however often it runs the network
-        terms = loss_terms(model, images, labels, index, fill, recipe, guidance)
+        terms = loss_terms(model, images, labels, index, fill, recipe, guidance, class_weights)
         if teacher is not None:
             with torch.no_grad():
                 teacher_logits = teacher(images)
