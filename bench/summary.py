@@ -24,6 +24,7 @@ _OURS = {
     "ONNX Runtime INT8 + map": "ours, ONNX Runtime INT8",
     "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
 }
+_ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
 _CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
 
 
@@ -64,9 +65,8 @@ def engines(records: Sequence[Record]) -> str:
         if found["bench"] == "accuracy" and found.get("classified_differently") is not None:
             engine = found["engine"].split()[0]
             latest[found["data"], found["arch"], found["precision"], found["target"], engine] = found
-    names = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
     rows = [
-        [f"{arch}, {data}", f"{precision.upper()} on {names[engine]}", f"{found['checkpoint_accuracy']:.2f}",
+        [f"{arch}, {data}", f"{precision.upper()} on {_ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
          f"{found['accuracy']:.2f}", f"{found['classified_differently']:,} of {found['n']:,}"]
         for (data, arch, precision, _, engine), found in latest.items()
     ]  # fmt: skip
@@ -123,6 +123,25 @@ def latency(records: Sequence[Record]) -> str:
     return markdown(header, [[*a, "", *b] for a, b in zip(left, right, strict=True)], "lrrllrr")
 
 
+def startup(records: Sequence[Record]) -> str:
+    """Return time and memory of a fresh process up to its first prediction, or map."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "startup":
+            latest[found["arch"], found["precision"], found["engine"].split()[0], found["explain"]] = found
+    rows = []
+    for (arch, precision, engine, explain), found in latest.items():
+        what = f"{arch}, {precision.upper()} on {_ENGINES[engine]}{', with map' if explain else ''}"
+        for name, row in found["cold_start"].items():
+            memory = [f"{row[f'{part}_bytes'] / 1e6:.0f}" for part in ("above_interpreter", "above_numpy")]
+            rows.append([what, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
+                         f"{row['first_prediction_ms']:.0f}", *memory])  # fmt: skip
+            what = ""
+    header = ["file", "start", "imports, ms", "`Classifier` to prediction, ms", "all, ms",
+              "MB above the interpreter", "MB above numpy"]  # fmt: skip
+    return markdown(header, rows, "llrrrrr")
+
+
 def training_step(records: Sequence[Record]) -> str:
     """Return what a training step of every method takes, in milliseconds and in plain steps."""
     latest = {}
@@ -148,6 +167,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "engines": engines,
     "saliency": saliency,
     "latency": latency,
+    "startup": startup,
     "training-step": training_step,
 }
 
