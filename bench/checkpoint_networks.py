@@ -38,19 +38,27 @@ def checkpoint_networks(file: Path, name: str, *, threads: int | None, with_floa
         torch.set_num_threads(threads)
     trained = checkpoint.network()
     if checkpoint.quant.bits == FLOAT_BITS:
-        return [_network(trained, checkpoint, name, "float")]
+        return [as_network(trained, checkpoint, name, "float")]
     networks = []
     if with_float:
-        networks.append(_network(_float_form(trained, checkpoint), checkpoint, name, "float"))
+        networks.append(as_network(_float_form(trained, checkpoint), checkpoint, name, "float"))
+    return [as_network(trained, checkpoint, name, f"{checkpoint.quant.bits} bit"), *networks]
+
+
+def as_network(module: nn.Module, checkpoint: Checkpoint, name: str, precision: str) -> Network:
+    """Return a module in torch as a network to measure; it is no longer fit for training afterwards.
+
+    Args:
+        module: in evaluation mode, from normalized images [N, C, H, W] to logits [N, K].
+        checkpoint: whose images and classes it knows.
+        name: of the network.
+        precision: of the network, for people.
+    """
+    module.requires_grad_(False)
     # A parametrization would quantize the same weights again in every forward pass.
-    for layer in trained.modules():
+    for layer in module.modules():
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return [_network(trained, checkpoint, name, f"{checkpoint.quant.bits} bit"), *networks]
-
-
-def _network(module: nn.Module, checkpoint: Checkpoint, name: str, precision: str) -> Network:
-    module.requires_grad_(False)
 
     def normalized(images: np.ndarray) -> Tensor:
         return checkpoint.input.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))

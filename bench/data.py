@@ -70,6 +70,18 @@ def load(
     return LabelledImages(loaded.name, images, loaded.test_labels.numpy())
 
 
+def evenly_spaced(data: LabelledImages, count: int) -> LabelledImages:
+    """Return `count` of the images, evenly spaced over the split.
+
+    Raises:
+        OptionError: there are not as many.
+    """
+    if not 1 <= count <= len(data.labels):
+        raise OptionError(f"--images {count}: expected a whole number from 1 to {len(data.labels)}")
+    chosen = np.arange(count) * len(data.labels) // count
+    return LabelledImages(data.name, data.images[chosen], data.labels[chosen])
+
+
 def check_fits(data: LabelledImages, size: tuple[int, int], channels: int, classes: int) -> None:
     """Raise OptionError unless the images are of a model's size and the labels among its classes."""
     expected = [*size, channels]

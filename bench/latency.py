@@ -8,15 +8,13 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bench import gpu_latency, layer_profile, power
+from bench import gpu_latency, layer_profile, power, startup
 from bench.environment import describe, environment, peak_memory_bytes
 from bench.statistics import Latency, check_seconds, measure, summarize
 from runtime import command, tensorrt_session
@@ -34,28 +32,6 @@ EXAMPLES = """
   python -m bench.latency engine.plan --profile --energy     # per layer; per image, in millijoules
   python -m bench.latency model.onnx --engine ort --device tensorrt
 """
-
-# Runs in a process of its own: what a user waits for is import, load, compile and the first answer together.
-_COLD_START = """
-import sys, time
-began = time.perf_counter()
-import numpy as np
-from runtime import Classifier
-imported = time.perf_counter()
-model, engine, device, threads = sys.argv[1:]
-with Classifier(model, engine=engine, device=device, threads=int(threads) or None) as classifier:
-    height, width = classifier.manifest.input.size
-    classifier.predict(np.zeros((height, width, classifier.manifest.input.channels), np.uint8))
-    print(imported - began, time.perf_counter() - began)
-"""
-
-
-@dataclass(frozen=True)
-class ColdStart:
-    """Medians of fresh processes, in milliseconds: importing `runtime`, and until the first prediction."""
-
-    import_ms: float
-    first_prediction_ms: float
 
 
 @dataclass(frozen=True)
@@ -114,26 +90,6 @@ def session_latency(session: Session, batch: int, *, explain: bool, runs: int | 
     )
 
 
-def cold_start(model: str, *, engine: str, device: str, threads: int | None, repeats: int = 5) -> ColdStart:
-    """Start fresh processes that load the model and classify one image.
-
-    Raises:
-        ModelError: such a process fails; the text is its last line.
-    """
-    times = []
-    for _ in command.progress(range(repeats), label="cold start"):
-        done = subprocess.run(
-            [sys.executable, "-c", _COLD_START, model, engine, device, str(threads or 0)],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-        if done.returncode:
-            reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise ModelError(f"{model}: cold start failed ({reason}); see runtime.classify, or --no-cold-start")
-        times.append([1000 * float(value) for value in done.stdout.split()])
-    import_ms, first_prediction_ms = np.median(times, axis=0)
-    return ColdStart(float(import_ms), float(first_prediction_ms))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print latency per batch size, cold start and memory, for a person or as one JSON line."""
     parser = command.parser("bench.latency", "Measure the latency of an exported model.", EXAMPLES)
@@ -172,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         streams = _streams(session, batches, options)
         layers = _profile(session, batches[0]) if options.profile else None
         energy = _energy(session, batches[0], options) if options.energy else None
-        cold = None
-        if not options.no_cold_start:
-            cold = cold_start(model, engine=session.engine, device=session.device, threads=options.threads)
+        cold = None if options.no_cold_start else _cold_start(model, session, options.threads)
     finally:
         session.close()
     where = environment()
@@ -231,6 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
               f"(import runtime {cold.import_ms:.0f} ms)")  # fmt: skip
     print(f"file {result['file_bytes']:,} bytes, peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
     print(describe(where))
+
+
+def _cold_start(model: str, session: Session, threads: int | None, starts: int = 5) -> startup.ColdStart:
+    steps = command.progress(range(starts), label="cold start")
+    return startup.median([
+        startup.start(model, engine=session.engine, device=session.device, threads=threads) for _ in steps
+    ])  # fmt: skip
 
 
 def _open(options: argparse.Namespace) -> Session:

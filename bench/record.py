@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 
 
@@ -20,3 +21,22 @@ def append(path: str | Path, result: dict[str, Any]) -> None:
     if before and not before.endswith(b"\n"):
         before += b"\n"
     write_atomically(path, before + json.dumps(result).encode() + b"\n")
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the results in all .jsonl files of a folder: by file name, then as they were appended.
+
+    Raises:
+        FileError: a file cannot be read, or a line of it is no result.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for number, line in enumerate(read_bytes(path).splitlines(), 1):
+            try:
+                result = json.loads(line)
+            except ValueError:
+                result = None
+            if not isinstance(result, dict) or "bench" not in result:
+                raise FileError(f"{path}, line {number}: expected one result of a bench command; remove the line")
+            found.append(result)
+    return found

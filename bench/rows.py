@@ -175,6 +175,7 @@ def result(row: Row, checkpoint: Checkpoint, runs: Path, where: Mapping[str, obj
     return {
         "bench": "training row",
         "row": row.name,
+        "arch": checkpoint.arch["name"],
         "command": shlex.join(["python", "-m", "train", *row.arguments(Path("runs"))]),
         "asked": row.asked,
         "test_accuracy": checkpoint.test_accuracy,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.data import HELP, LabelledImages
+from bench.data import HELP, LabelledImages, evenly_spaced
 from bench.environment import describe, environment
 from bench.networks import Network, load_for, open_networks
 from bench.record import append
@@ -155,18 +155,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(_report(result))
     print(describe(where))
-
-
-def evenly_spaced(test: LabelledImages, count: int) -> LabelledImages:
-    """Return `count` of the images, evenly spaced over the split.
-
-    Raises:
-        OptionError: there are not as many.
-    """
-    if not 1 <= count <= len(test.labels):
-        raise OptionError(f"--images {count}: expected a whole number from 1 to {len(test.labels)}")
-    chosen = np.arange(count) * len(test.labels) // count
-    return LabelledImages(test.name, test.images[chosen], test.labels[chosen])
 
 
 def _parser() -> Any:

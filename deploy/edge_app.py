@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--camera", type=int, help="number of a camera")
     parser.add_argument("--frames", type=int, help="stop after so many frames")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
     options = parser.parse_args(argv)
     if (options.folder is None) == (options.camera is None):
         raise OptionError("expected either a folder of images or --camera NUMBER; see --help")
     if options.frames is not None and options.frames < 1:
         raise OptionError(f"--frames {options.frames}: expected a whole number from 1")
-    with Classifier(options.model, threads=options.threads) as classifier:
+    with Classifier(options.model, threads=options.threads, cache=options.cache) as classifier:
         frames = folder_frames(options.folder) if options.camera is None else camera_frames(options.camera)
         times_ms = []
         for name, frame in itertools.islice(frames, options.frames):

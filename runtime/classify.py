@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
     parser.add_argument("--method", choices=METHODS, default="gradient", help="of --explain (default: gradient)")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = _pictures(options.explain, paths)
     failed = 0
     with Classifier(
-        options.model, engine=options.engine, device=options.device, threads=options.threads
+        options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache
     ) as classifier:
         width = max(len(str(path)) for path in paths)
         for path in paths:

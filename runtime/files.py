@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     if isinstance(data, str):
         data = data.encode()
     # Not tempfile: its files are private, and what is shipped gets the permissions any new file would have.
-    temporary = path.with_name(f".clearpact-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".clearpact-{os.urandom(8).hex()}.tmp")
     try:
         _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import io
 import queue
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import openvino
 
+from runtime.compiled_cache import CompiledCache, cache_key, processor_features
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
+from runtime.onnx_bytes import output_names
+
+
+def _import_openvino() -> Any:
+    """Import OpenVINO without its model converter, which takes more than half of the time and 16 MB.
+
+    `openvino` takes an absent converter for one that is not installed. An app that calls
+    `openvino.convert_model` still finds it, imported when it asks.
+    """
+    converter = "openvino.tools.ovc"
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    sys.modules[converter] = None  # type: ignore[assignment]
+    try:
+        module = importlib.import_module("openvino")
+    finally:
+        del sys.modules[converter]
+
+    def when_asked(name: str) -> Any:
+        if name != "convert_model":
+            raise AttributeError(f"module 'openvino' has no attribute {name!r}")
+        return importlib.import_module(converter).convert_model
+
+    vars(module).setdefault("__getattr__", when_asked)
+    return module
+
+
+openvino = _import_openvino()
 
 # Batch sizes compiled for their own shape: a static shape costs a fifth less than a dynamic one at batch 1.
 _MAX_STATIC_SHAPES = 4
@@ -23,31 +55,45 @@ class OpenVINOSession:
     engine = "openvino"
     max_batch = None
 
-    def __init__(self, model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        manifest: Manifest,
+        source: str,
+        *,
+        device: str,
+        threads: int | None,
+        cache: CompiledCache | None,
+    ) -> None:
         self.version: str = openvino.__version__.split("-")[0]
         self.manifest = manifest
         self.device = device
+        self.outputs = output_names(model)
         self._source = source
         self._closed = False
         self._core = openvino.Core()
-        devices = self._core.available_devices
-        # Where there are GPU.0 and GPU.1, GPU is a name too.
-        if device.upper() not in {name for d in devices for name in (d, d.split(".")[0])}:
-            found = ", ".join(devices).lower() or "none"
-            raise EngineError(f"device {device!r}: OpenVINO does not find it; expected one of: {found}")
+        self._check_device()
         # Float islands compute in float32, so that the codes are those of the checkpoint: left to itself the
         # plugin takes bfloat16 where the processor has it, and the residual sums then miss codes for no gain.
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device.upper() == "CPU" and threads is not None:
             # Unpinned: two sessions of one app would be pinned to the same cores.
             self._config |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-        try:
-            self._model = self._core.read_model(model=model)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{source}: OpenVINO cannot read it ({_first_line(error)}); export it again"
-            ) from None
-        self.outputs = tuple(output.get_any_name() for output in self._model.outputs)
+        self._data: bytes | None = model
+        self._model: Any = None
+        self._cache = cache if device.upper() == "CPU" else None
+        if self._cache is None:
+            self._read()
+        else:
+            # All that decides what is compiled, besides batch size and outputs.
+            self._key = (
+                hashlib.sha256(model).hexdigest(),
+                openvino.__version__,
+                self._core.get_property("CPU", "FULL_DEVICE_NAME"),
+                self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+                processor_features(),
+                sorted(self._config.items()),
+            )
         # (batch size or 0 for any, outputs) -> what is compiled for them.
         self._variants: dict[tuple[int, tuple[str, ...]], _Variant] = {}
         self._lock = threading.Lock()
@@ -63,7 +109,28 @@ class OpenVINOSession:
         with self._lock:
             self._closed = True
             self._variants = {}
-            self._model = None
+            self._model = self._data = None
+
+    def _check_device(self) -> None:
+        """Raise EngineError where OpenVINO has no such device."""
+        if self.device.upper() == "CPU":
+            return  # looking for others loads their drivers' libraries
+        devices = self._core.available_devices
+        # Where there are GPU.0 and GPU.1, GPU is a name too.
+        if self.device.upper() not in {name for d in devices for name in (d, d.split(".")[0])}:
+            found = ", ".join(devices).lower() or "none"
+            raise EngineError(f"device {self.device!r}: OpenVINO does not find it; expected one of: {found}")
+
+    def _read(self) -> Any:
+        """Return the whole model, read once."""
+        if self._model is None:
+            try:
+                self._model = self._core.read_model(model=self._data)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{self._source}: OpenVINO cannot read it ({_first_line(error)}); export it again"
+                ) from None
+        return self._model
 
     def _variant_for(self, batch: int, outputs: tuple[str, ...]) -> _Variant:
         found = self._variants.get((batch, outputs))
@@ -80,8 +147,25 @@ class OpenVINOSession:
             return self._variants[key]
 
     def _compile(self, batch: int, outputs: tuple[str, ...]) -> Any:
+        """Return the model for a batch size (0: any) and some outputs, from the cache where it is there."""
+        if self._cache is None:
+            return self._compiled(batch, outputs)
+        key = cache_key((*self._key, batch, outputs))
+        kept = self._cache.load(key)
+        if kept is not None:
+            try:
+                return self._core.import_model(kept, "CPU", self._config)
+            except RuntimeError:  # whole, but this build of the engine does not take it
+                pass
+        compiled = self._compiled(batch, outputs)
+        exported = io.BytesIO()
+        compiled.export_model(exported)
+        self._cache.store(key, exported.getvalue())
+        return compiled
+
+    def _compiled(self, batch: int, outputs: tuple[str, ...]) -> Any:
         # A model of these outputs alone: what only the others need is neither compiled nor computed.
-        whole = self._model.clone()
+        whole = self._read().clone()
         model = openvino.Model([whole.output(name) for name in outputs], whole.get_parameters())
         if batch:
             shapes = {port.get_any_name(): port.get_partial_shape() for port in model.inputs}
@@ -132,7 +216,15 @@ class _Request:
         return {name: self._request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
 
 
-def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> OpenVINOSession:
+def open(
+    model: bytes,
+    manifest: Manifest,
+    source: str,
+    *,
+    device: str,
+    threads: int | None,
+    cache: CompiledCache | None = None,
+) -> OpenVINOSession:
     """Load a model on OpenVINO.
 
     Args:
@@ -141,12 +233,13 @@ def open(model: bytes, manifest: Manifest, source: str, *, device: str, threads:
         source: its name, for messages.
         device: "cpu", "gpu" or "npu".
         threads: CPU threads of one inference, or None.
+        cache: where compiled models are kept, on the CPU; the model itself is then read when one is missing there.
 
     Raises:
         EngineError: OpenVINO does not find the device.
         ModelError: OpenVINO cannot read the model.
     """
-    return OpenVINOSession(model, manifest, source, device=device, threads=threads)
+    return OpenVINOSession(model, manifest, source, device=device, threads=threads, cache=cache)
 
 
 def _first_line(error: Exception) -> str:

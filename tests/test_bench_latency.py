@@ -12,8 +12,8 @@ import openvino
 import pytest
 
 from bench.environment import PACKAGES, describe, environment
-from bench.latency import cold_start, main
-from runtime.errors import FileError, ModelError, OptionError
+from bench.latency import main
+from runtime.errors import FileError, OptionError
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,18 +99,6 @@ def test_wrong_options_are_refused(digits_models: dict[str, Path], arguments: li
 def test_a_missing_model_is_refused() -> None:
     with pytest.raises(FileError, match=r"^absent.onnx: no such file"):
         main(["absent.onnx"])
-
-
-def test_cold_start_counts_loading_and_the_first_prediction(digits_models: dict[str, Path]) -> None:
-    found = cold_start(str(digits_models["ort"]), engine="ort", device="cpu", threads=1, repeats=1)
-    assert 0 < found.import_ms < found.first_prediction_ms < 60_000
-
-
-def test_a_cold_start_that_fails_says_why() -> None:
-    with pytest.raises(
-        ModelError, match=r"^absent.onnx: cold start failed \(.*absent.onnx: no such file; check the"
-    ):
-        cold_start("absent.onnx", engine="ort", device="cpu", threads=None, repeats=1)
 
 
 def test_the_environment_names_what_a_number_depends_on() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.data import LabelledImages
+from bench.data import LabelledImages, evenly_spaced
 from bench.networks import Network, open_networks
-from bench.saliency import evenly_spaced, main, measure, summarize
+from bench.saliency import main, measure, summarize
 from export.agreement import export_agreement
 from export.onnx import export
 from runtime.agreement import spearman, top_overlap

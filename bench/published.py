@@ -1,0 +1,50 @@
+"""Figures of others, to stand beside ours: of the papers whose methods are trained here, and the best known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One printed result.
+
+    Args:
+        data: data set, as train.data names it.
+        network: architecture.
+        bits: of weights and activations; 32 is float.
+        method: one of train.recipe.METHODS.
+        accuracy: on the test split, in percent.
+        source: the paper.
+        masked_auc: area under the accuracy (in percent) without the 0 to 90 % most salient pixels, where printed.
+    """
+
+    data: str
+    network: str
+    bits: int
+    method: str
+    accuracy: float
+    source: str
+    masked_auc: float | None = None
+
+
+_MALEKI = "Maleki et al. 2024"
+_KARKEHABADI = "Karkehabadi et al. 2024"
+_APOT = "Li et al. 2020 (APoT)"
+_PACT = "Choi et al. 2018 (PACT)"
+
+PUBLISHED = (
+    Published("mnist", "resnet20", 8, "sgt", 99.35, _MALEKI),
+    Published("mnist", "resnet20", 8, "plain", 99.23, _MALEKI),
+    Published("mnist", "cnn2", 32, "smoot", 99.40, _KARKEHABADI, 33.16),
+    Published("mnist", "cnn2", 32, "sgt", 99.35, _KARKEHABADI, 34.67),
+    Published("mnist", "cnn2", 32, "plain", 99.40, _KARKEHABADI, 36.35),
+    Published("fashion-mnist", "cnn2", 32, "smoot", 93.65, _KARKEHABADI, 36.18),
+    Published("fashion-mnist", "cnn2", 32, "sgt", 93.35, _KARKEHABADI, 39.91),
+    Published("fashion-mnist", "cnn2", 32, "plain", 93.60, _KARKEHABADI, 40.79),
+    Published("cifar10", "resnet20", 4, "plain", 92.45, _APOT),
+    Published("cifar10", "resnet20", 4, "sgt", 76.12, _MALEKI),
+    Published("cifar10", "resnet20", 4, "plain", 75.55, _MALEKI),
+    Published("cifar10", "resnet20", 2, "plain", 90.96, _APOT),
+    Published("cifar10", "resnet20", 2, "plain", 88.9, _PACT),
+)

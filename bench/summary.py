@@ -1,0 +1,268 @@
+"""What the README shows of the recorded results: one function a table, from records to Markdown.
+
+Of several records of the same thing the last one counts, so that measuring again replaces a figure. Runs that
+differ in their seed alone are one line with mean and spread.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.published import PUBLISHED
+
+Record = Mapping[str, Any]
+
+NETWORK = "resnet20"  # whose latency is shown
+FLOAT_BITS = 32
+
+_OURS = {
+    "ONNX Runtime INT8": "ours, ONNX Runtime INT8",
+    "OpenVINO INT8": "**ours, OpenVINO INT8**",
+    "ONNX Runtime INT8 + map": "ours, ONNX Runtime INT8",
+    "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
+}
+_ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
+_CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
+
+
+def environment(records: Sequence[Record]) -> str:
+    """Return where the latest latencies were measured, as one sentence."""
+    compared = _compared(records)
+    if not compared:
+        return "Nothing is recorded yet."
+    where = list(compared.values())[-1]["environment"]
+    return (
+        f"On {where['processor']}, {where['cores']} virtual cores, {where['system']}, Python {where['python']}, "
+        f"torch {where['torch']}, ONNX Runtime {where['onnxruntime']}, OpenVINO {where['openvino']}."
+    )
+
+
+def results(records: Sequence[Record]) -> str:
+    """Return the test accuracy of our training rows, over their seeds, between those that others have printed."""
+    lines: list[tuple[tuple[object, ...], list[str]]] = []
+    for runs in _seeds(records):
+        last = runs[-1]
+        recipe, bits = last["recipe"], last["bits"]
+        accuracy = _mean_and_spread([run["test_accuracy"] for run in runs], 2)
+        cells = _setting(recipe["data"], _arch(last), bits, recipe["method"])
+        lines.append((_order(recipe["data"], bits, last["test_accuracy"]), [
+            *cells, f"**{accuracy}**", str(len(runs)), "ours"
+        ]))  # fmt: skip
+    for row in PUBLISHED:
+        cells = _setting(row.data, row.network, row.bits, row.method)
+        lines.append((_order(row.data, row.bits, row.accuracy), [*cells, f"{row.accuracy:.2f}", "", row.source]))
+    header = ["data", "network", "bits", "method", "test accuracy, %", "seeds", "from"]
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])], "llllrrl")
+
+
+def engines(records: Sequence[Record]) -> str:
+    """Return the accuracy of exported files on their engines beside their checkpoints'."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "accuracy" and found.get("classified_differently") is not None:
+            engine = found["engine"].split()[0]
+            latest[found["data"], found["arch"], found["precision"], found["target"], engine] = found
+    rows = [
+        [f"{arch}, {data}", f"{precision.upper()} on {_ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
+         f"{found['accuracy']:.2f}", f"{found['classified_differently']:,} of {found['n']:,}"]
+        for (data, arch, precision, _, engine), found in latest.items()
+    ]  # fmt: skip
+    header = ["network, data", "file", "checkpoint, %", "file, %", "images classified differently"]
+    return markdown(header, rows, "llrrr")
+
+
+def saliency(records: Sequence[Record]) -> str:
+    """Return what the maps of every measured network are worth, over the seeds of its training."""
+    latest: dict[tuple[str, ...], dict[str, tuple[Mapping[str, Any], Record]]] = {}
+    for found in records:
+        if found["bench"] != "saliency" or (found["canvas"], found["target"]) != ("blur", "predicted"):
+            continue
+        for number, network in enumerate(found["networks"]):
+            key = (found["data"], found["fill"], _without_seed(network["model"]), network["precision"])
+            row = network | {"agreement": _agreement_with_float(found, number)}
+            latest.setdefault(key, {}).pop(network["model"], None)  # so that the last one is the newest
+            latest[key][network["model"]] = (row, found)
+    rows = []
+    for (data, fill, model, precision), by_seed in latest.items():
+        runs = [row for row, _ in by_seed.values()]
+        _, last = list(by_seed.values())[-1]
+        auc = _mean_and_spread([run["masked_auc"] for run in runs], 2, error=runs[-1]["masked_auc_error"])
+        means = [statistics.fmean(run[name] for run in runs)
+                 for name in ("accuracy", "insertion_auc", "deletion_auc")]  # fmt: skip
+        rows.append([data, f"{model}, {precision}", str(len(runs)), f"{last['n']:,}", fill, f"{means[0]:.2f}", auc,
+                     f"{means[1]:.3f}", f"{means[2]:.3f}", runs[-1]["agreement"]])  # fmt: skip
+    rows += [
+        [row.data, f"{row.method}, {_bits(row.bits)} ({row.source})", "", "", "not told", f"{row.accuracy:.2f}",
+         f"{row.masked_auc:.2f}", "", "", ""]
+        for row in PUBLISHED if row.masked_auc is not None
+    ]  # fmt: skip
+    rows.sort(key=lambda row: _position(row[0]))
+    header = ["data", "run, precision", "seeds", "images", "removed", "accuracy, %", "masked accuracy",
+              "insertion", "deletion", "maps against float"]  # fmt: skip
+    return markdown(header, rows, "llrrlrrrrr")
+
+
+def latency(records: Sequence[Record]) -> str:
+    """Return median times of every contender on one thread, class only and class with map, slowest first."""
+    compared = _compared(records)
+    halves = []
+    for bench in ("compare", "compare-explain"):
+        times = [compared[bench, batch]["latency"] if (bench, batch) in compared else {} for batch in (1, 32)]
+        left_out = {_PLAIN_MAP, _CLASS_ONLY} if bench == "compare-explain" else set()
+        names = sorted(set(times[0]) - left_out, key=lambda name: -times[0][name]["p50_ms"])
+        halves.append([
+            [_OURS.get(name, name.removesuffix(" + map")), *(_milliseconds(t.get(name), name) for t in times)]
+            for name in names
+        ])  # fmt: skip
+    height = max(map(len, halves))
+    left, right = ([*half, *[["", "", ""]] * (height - len(half))] for half in halves)
+    header = ["class only", "batch 1", "batch 32", "", "class and map", "batch 1", "batch 32"]
+    return markdown(header, [[*a, "", *b] for a, b in zip(left, right, strict=True)], "lrrllrr")
+
+
+def startup(records: Sequence[Record]) -> str:
+    """Return time and memory of a fresh process up to its first prediction, or map."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "startup":
+            latest[found["arch"], found["precision"], found["engine"].split()[0], found["explain"]] = found
+    rows = []
+    for (arch, precision, engine, explain), found in latest.items():
+        what = f"{arch}, {precision.upper()} on {_ENGINES[engine]}{', with map' if explain else ''}"
+        for name, row in found["cold_start"].items():
+            memory = [f"{row[f'{part}_bytes'] / 1e6:.0f}" for part in ("above_interpreter", "above_numpy")]
+            rows.append([what, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
+                         f"{row['first_prediction_ms']:.0f}", *memory])  # fmt: skip
+            what = ""
+    header = ["file", "start", "imports, ms", "`Classifier` to prediction, ms", "all, ms",
+              "MB above the interpreter", "MB above numpy"]  # fmt: skip
+    return markdown(header, rows, "llrrrrr")
+
+
+def training_step(records: Sequence[Record]) -> str:
+    """Return what a training step of every method takes, in milliseconds and in plain steps."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "training step" and found["device"] == "cpu":
+            latest[found["precision"]] = found
+    methods = list(dict.fromkeys(name for found in latest.values() for name in found["step"]))
+    rows = []
+    for precision, found in latest.items():
+        cells = [
+            f"{found['step'][name]['p50_ms']:.1f} ({found['plain_steps'][name]:.2f})"
+            if name in found["step"]
+            else ""
+            for name in methods
+        ]
+        rows.append([precision, *cells])
+    return markdown(["", *methods], rows, "l" + "r" * len(methods))
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+    "environment": environment,
+    "results": results,
+    "engines": engines,
+    "saliency": saliency,
+    "latency": latency,
+    "startup": startup,
+    "training-step": training_step,
+}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
+    """Return a table; `align` has one letter a column, l or r."""
+    rules = ["---" if letter == "l" else "---:" for letter in align]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+
+
+def _seeds(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the training rows, each as its runs of different seeds with the recipe of the newest one."""
+    by_row: dict[str, list[Record]] = {}
+    for found in records:
+        if found["bench"] == "training row":
+            by_row.setdefault(_without_seed(found["row"]), []).append(found)
+    groups = []
+    for runs in by_row.values():
+        newest = _but_seed(runs[-1])
+        groups.append(list({run["recipe"]["seed"]: run for run in runs if _but_seed(run) == newest}.values()))
+    return groups
+
+
+def _but_seed(run: Record) -> dict[str, Any]:
+    recipe = {name: value for name, value in run["recipe"].items() if name != "seed"}
+    # These runs too have their seeds in their names.
+    files = {name: re.sub(r"-(?:s|seed)?\d+(?=/)", "", recipe.get(name, "")) for name in ("init", "teacher")}
+    return {**recipe, **files, "bits": run["bits"]}
+
+
+def _without_seed(name: str) -> str:
+    """Return a run's name without the seed that may end it: "mnist-sgt" of "mnist-sgt-2" or "mnist-sgt-seed2"."""
+    folder, slash, file = name.partition("/")
+    return re.sub(r"-(?:s|seed)?\d+$", "", folder) + slash + file
+
+
+def _arch(run: Record) -> str:
+    """Return the architecture of a training row; before it was recorded, the row's name alone held it."""
+    named: str = run["row"].removeprefix(f"{run['recipe']['data']}-").split("-")[0]
+    return str(run.get("arch", named))
+
+
+def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """Return the latest comparison by (bench, batch) of one network and thread, all on the same processor."""
+    fitting = [
+        found for found in records
+        if found["bench"] in ("compare", "compare-explain") and found["arch"] == NETWORK and found["threads"] == 1
+    ]  # fmt: skip
+    latest: dict[tuple[str, int], Record] = {}
+    for found in fitting:
+        if found["environment"]["processor"] == fitting[-1]["environment"]["processor"]:
+            latest.pop((found["bench"], found["input"][0]), None)
+            latest[found["bench"], found["input"][0]] = found
+    return latest
+
+
+def _agreement_with_float(found: Record, number: int) -> str:
+    """Return how much a network's maps agree with those of the float network of the same run, if that is there."""
+    networks = found["networks"]
+    run = networks[number]["model"].partition("/")[0]
+    for agreement in found["agreement"]:
+        if number not in agreement["pair"]:
+            continue
+        other = networks[next(n for n in agreement["pair"] if n != number)]
+        if other["precision"] == "float" and other["model"].partition("/")[0] == run:
+            return f"{agreement['spearman']:.3f}, {agreement['top_overlap']:.3f}"
+    return ""
+
+
+def _mean_and_spread(values: Sequence[float], digits: int, *, error: float | None = None) -> str:
+    """Return the mean with the sample standard deviation, or, of a single value, with its own error."""
+    spread = statistics.stdev(values) if len(values) > 1 else error
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if spread is None else f"{mean} ± {spread:.{digits}f}"
+
+
+def _milliseconds(row: Mapping[str, float] | None, name: str) -> str:
+    if row is None:
+        return "-"
+    text = f"{row['p50_ms']:.{3 if row['p50_ms'] < 10 else 2}f}"
+    return f"**{text}**" if _OURS.get(name, "").startswith("**") else text
+
+
+def _setting(data: str, network: str, bits: int, method: str) -> list[str]:
+    return [data, network, _bits(bits), method]
+
+
+def _bits(bits: int) -> str:
+    return "float" if bits == FLOAT_BITS else str(bits)
+
+
+def _order(data: str, bits: int, accuracy: float) -> tuple[int, str, int, float]:
+    return (_position(data), data, -bits, -accuracy)
+
+
+def _position(data: str) -> int:
+    known = list(dict.fromkeys(row.data for row in PUBLISHED))
+    return known.index(data) if data in known else len(known)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.startup import FIRST, SECOND, WITHOUT, main, median, start
+from runtime.errors import ModelError, OptionError
+
+
+def test_a_start_counts_import_load_compile_and_the_first_prediction(digits_models: dict[str, Path]) -> None:
+    found = median([start(str(digits_models["ort"]), engine="ort", device="cpu", threads=1)])
+    assert min(found.import_ms, found.open_ms, found.predict_ms) > 0
+    assert found.classifier_ms == pytest.approx(found.open_ms + found.predict_ms)
+    assert found.first_prediction_ms == pytest.approx(found.import_ms + found.classifier_ms)
+    assert 20e6 < found.above_numpy_bytes < found.above_interpreter_bytes < found.resident_bytes < 500e6
+
+
+def test_the_medians_are_those_of_each_field() -> None:
+    found = median([[1, 2, 3, 5, 6, 9, 9, 9], [2, 9, 1, 10, 12, 7, 8, 8], [3, 1, 2, 3, 6, 8, 7, 7]])
+    assert (found.import_ms, found.open_ms, found.predict_ms, found.classifier_ms) == (2, 2, 2, 5)
+    assert (found.resident_bytes, found.above_numpy_bytes) == (8, 8)
+
+
+def test_a_start_that_fails_says_why() -> None:
+    with pytest.raises(
+        ModelError, match=r"^absent.onnx: cold start failed \(.*absent.onnx: no such file; check the"
+    ):
+        start("absent.onnx", engine="ort", device="cpu", threads=None)
+
+
+def test_a_person_and_a_program_read_three_kinds_of_start(
+    digits_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "startup.jsonl"
+    main([str(digits_models["openvino"]), "--starts", "1", "--explain", "--record", str(record)])
+    out = capsys.readouterr().out
+    (line,) = record.read_text().splitlines()
+    found = json.loads(line)["cold_start"]
+    assert list(found) == [WITHOUT, FIRST, SECOND]
+    for row in out.splitlines():
+        assert len(row) <= 80 or "medians of" in row or "cores" in row
+    ratio = found[FIRST]["classifier_ms"] / found[SECOND]["classifier_ms"]
+    assert f"from the cache {ratio:.2f} times as fast as the first time" in out
+    # The start from the cache neither reads the graph nor compiles it; measured: less than half of the time.
+    assert found[SECOND]["classifier_ms"] < found[FIRST]["classifier_ms"]
+    assert found[SECOND]["above_numpy_bytes"] < 120e6
+
+
+def test_no_starts_are_refused(digits_models: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match=r"^--starts 0: expected a whole number from 1$"):
+        main([str(digits_models["ort"]), "--starts", "0"])

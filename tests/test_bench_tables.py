@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import record
+from bench.published import PUBLISHED
+from bench.rows import TABLES as ROWS
+from bench.summary import TABLES, latency, results, saliency
+from bench.tables import ROOT, STALE, main, rewritten
+from runtime.errors import FileError
+from train.recipes import PUBLISHED_RUNS
+
+
+def run(row: str, accuracy: float, seed: int = 0, suffix: str = "", **recipe: Any) -> dict[str, Any]:
+    """Return a record of the kind that bench.rows appends; `suffix` ends its name."""
+    data, arch, bits, method = row.rsplit("-", 3)
+    settings = {"data": data, "method": method, "seed": seed, "epochs": 10, "init": "", "teacher": "", **recipe}
+    return {"bench": "training row", "row": row + suffix, "test_accuracy": accuracy, "arch": arch,
+            "bits": int(bits.removesuffix("bit")), "recipe": settings}  # fmt: skip
+
+
+def ours(table: str) -> list[str]:
+    return [line for line in table.splitlines() if line.endswith("| ours |")]
+
+
+def test_the_readme_shows_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_readme_has_every_table() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in TABLES if f"<!-- table: {name} -->" not in text] == []
+
+
+def test_a_stale_table_is_named_and_rewritten_and_the_rest_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    before, after = "# Title\n\nText.\n\n<!-- table: results -->\n", "<!-- end -->\n\nMore text.\n"
+    readme.write_text(before + after)
+    record.append(folder / "training.jsonl", run("mnist-cnn2-8bit-sgt", 99.41))
+    arguments = ["--readme", str(readme), "--results", str(folder)]
+    assert main([*arguments, "--check"]) == STALE
+    assert capsys.readouterr().out == f"{readme}: stale: results; run python -m bench.tables\n"
+    assert readme.read_text() == before + after
+    assert main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith(before)
+    assert text.endswith(after)
+    assert "| mnist | cnn2 | 8 | sgt | **99.41** | 1 | ours |\n" in text
+    assert main([*arguments, "--check"]) == 0
+    record.append(folder / "training.jsonl", run("mnist-cnn2-8bit-sgt", 99.52))
+    assert main([*arguments, "--check"]) == STALE
+
+
+def test_seeds_are_one_line_with_mean_and_sample_deviation() -> None:
+    row, accuracies = "mnist-cnn2-8bit-sgt", [99.4, 99.5, 99.7]
+    runs = [
+        run(row, accuracy, seed, suffix, init=f"runs/mnist-cnn2-8bit-plain{suffix}/ckpt.pt")
+        for seed, (accuracy, suffix) in enumerate(zip(accuracies, ("", "-1", "-seed2"), strict=True))
+    ]
+    runs.insert(0, run(row, 90.0, epochs=5))  # an older recipe does not count
+    runs.insert(1, run(row, 91.0, init="runs/mnist-cnn2-8bit-plain/ckpt.pt"))  # nor an older run of a seed
+    (line,) = ours(results(runs))
+    assert f"| **99.53 ± {statistics.stdev(accuracies):.2f}** | 3 |" in line
+
+
+def test_rows_stand_by_data_then_bits_then_accuracy_beside_the_papers() -> None:
+    runs = [run("cifar10-resnet20-2bit-sgt", 90.1), run("cifar10-resnet20-4bit-sgt", 92.1),
+            run("mnist-cnn2-8bit-sgt", 99.3)]  # fmt: skip
+    lines = results(runs).splitlines()[2:]
+    assert len(lines) == len(PUBLISHED) + 3
+    cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10")]
+    assert [(cells[2], cells[4]) for cells in cifar10] == [
+        ("4", "92.45"), ("4", "**92.10**"), ("4", "76.12"), ("4", "75.55"),
+        ("2", "90.96"), ("2", "**90.10**"), ("2", "88.90"),
+    ]  # fmt: skip
+
+
+def test_rows_recorded_before_the_architecture_was_are_named_by_their_row() -> None:
+    found = run("fashion-mnist-cnn2-8bit-sgt", 93.8)
+    del found["arch"]
+    assert "| fashion-mnist | cnn2 | 8 | sgt | **93.80** | 1 | ours |" in results([found])
+
+
+def test_every_row_that_can_be_trained_is_shown_as_it_is_named() -> None:
+    for row in (row for table in ROWS.values() for row in table):
+        data = row.name.rsplit("-", 3)[0]
+        bits = 32 if "-float-" in row.name else 8
+        name = row.name.replace("-float-", "-32bit-")
+        found = run(name, 50.0) | {"bits": bits}
+        (line,) = ours(results([found]))
+        assert line.startswith(f"| {data} | {name.split('-')[-3]} | {'float' if bits == 32 else 8} |")
+
+
+def test_the_published_figures_are_those_of_the_recipes() -> None:
+    for published in PUBLISHED_RUNS:
+        (row,) = [row for row in PUBLISHED
+                  if (row.data, row.network, row.bits, row.method) == (
+                      published.recipe.data, published.arch, published.quant.bits, published.recipe.method)
+                  and published.source.startswith(row.source)]  # fmt: skip
+        assert f"{row.accuracy:.2f} %" in published.figure
+        assert row.masked_auc is None or f"AUC {row.masked_auc:.2f}" in published.figure
+
+
+def measured(model: str, auc: float, precision: str = "8 bit", fill: str = "black") -> dict[str, Any]:
+    network = {"model": model, "precision": precision, "accuracy": 99.0, "masked_auc": auc,
+               "masked_auc_error": 0.2, "insertion_auc": 0.9, "deletion_auc": 0.2}  # fmt: skip
+    exact = network | {"precision": "float", "masked_auc": auc - 1}
+    return {"bench": "saliency", "data": "mnist", "n": 500, "fill": fill, "canvas": "blur", "target": "predicted",
+            "networks": [network, exact],
+            "agreement": [{"pair": [0, 1], "spearman": 0.9876, "top_overlap": 0.9}]}  # fmt: skip
+
+
+def test_areas_of_several_seeds_have_their_spread_and_of_one_its_error() -> None:
+    table = saliency([
+        measured("mnist-sgt-0", 30), measured("mnist-sgt-0", 26), measured("mnist-sgt-1", 28),
+        measured("mnist-plain", 29, fill="random"),
+    ])  # fmt: skip
+    assert f"| mnist-sgt, 8 bit | 2 | 500 | black | 99.00 | 27.00 ± {statistics.stdev([26, 28]):.2f} |" in table
+    assert (
+        "| mnist-plain, 8 bit | 1 | 500 | random | 99.00 | 29.00 ± 0.20 | 0.900 | 0.200 | 0.988, 0.900 |" in table
+    )
+    assert "| mnist | smoot, float (Karkehabadi et al. 2024) |  |  | not told | 99.40 | 33.16 |" in table
+
+
+def compared(bench: str, batch: int, processor: str = "one", **times_ms: float) -> dict[str, Any]:
+    return {"bench": bench, "arch": "resnet20", "threads": 1, "input": [batch, 32, 32, 3],
+            "latency": {name: {"p50_ms": value} for name, value in times_ms.items()},
+            "environment": {"processor": processor}}  # fmt: skip
+
+
+def test_contenders_stand_slowest_first_from_the_latest_run_on_one_processor() -> None:
+    names = {"OpenVINO INT8": 0.2, "PyTorch FP32": 2.0}
+    table = latency([
+        compared("compare", 1, **{"OpenVINO INT8": 0.5, "PyTorch FP32": 9.0}),
+        compared("compare", 32, "another", **names),
+        compared("compare-explain", 1, **{"OpenVINO INT8 + map": 0.4, "OpenVINO INT8": 0.2}),
+        compared("compare", 1, **names),
+    ])  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| PyTorch FP32 | 2.000 | - |  | **ours, OpenVINO INT8** | **0.400** | - |",
+        "| **ours, OpenVINO INT8** | **0.200** | - |  |  |  |  |",
+    ]
+
+
+def test_without_records_every_table_still_has_its_form() -> None:
+    for name, table in TABLES.items():
+        assert table([]).startswith("Nothing" if name == "environment" else "| ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: other -->\n<!-- end -->", "^a.md: table 'other', expected one of environment, results"),
+        ("<!-- table: results -->\n", "^a.md: a marker without its counterpart, expected <!-- table: NAME -->"),
+        ("<!-- end -->\n", "^a.md: a marker without its counterpart"),
+        ("<!-- table: results -->\n<!-- table: latency -->\n<!-- end -->", "^a.md: a marker without"),
+    ],
+)
+def test_markers_that_are_wrong_are_named(text: str, message: str) -> None:
+    with pytest.raises(FileError, match=message):
+        rewritten(text, [], "a.md")
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"n": 1}'])
+def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"bench": "x"}) + "\n" + line + "\n")
+    with pytest.raises(
+        FileError, match=f"^{path}, line 2: expected one result of a bench command; remove the line$"
+    ):
+        record.read(tmp_path)
