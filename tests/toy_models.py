@@ -162,3 +162,28 @@ class Attention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
         return self.head((x + self.project(y.transpose(1, 2).reshape(n, t, c))).mean(1))
+
+
+# What `--arch tests.toy_models:NAME` names, and what it must refuse.
+
+
+def small_convnet(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+def makes_features(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 5))
+
+
+def makes_a_string(channels: int, size: tuple[int, int], classes: int) -> str:
+    return "a network"
+
+
+def takes_nothing() -> nn.Module:
+    return nn.Identity()
+
+
+not_code = "not code"

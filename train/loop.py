@@ -15,11 +15,12 @@ from runtime.errors import OptionError, TrainingError
 from train import checkpoint as checkpoints
 from train import processes
 from train.checkpoint import Checkpoint
-from train.data import ImageData, batches
+from train.data import ImageData, InputSpec, batches
 from train.device import arrange, in_precision, place
 from train.distillation import load_teacher
 from train.divergence import diverged, is_finite, where_it_diverged
 from train.methods import Guidance, new_guidance, start_guidance
+from train.pretrained import pretrained_state
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
@@ -29,21 +30,26 @@ from train.step import compute_gradients, new_optimizer, set_lr, update
 # Enough real images for export to compare networks on, few enough to travel in the checkpoint.
 _MAX_SAMPLES = 256
 _MAX_SAMPLE_BYTES = 4 << 20
+_START_PIXELS = 1 << 20
 
 
 def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Checkpoint:
     """Return the checkpoint of a run before its first epoch.
 
     Raises:
-        FileError: `recipe.init` is no checkpoint.
-        OptionError: `recipe.init` holds another architecture.
+        FileError: `recipe.init` is no checkpoint, or pretrained parameters are not to be had.
+        OptionError: `recipe.init` holds another architecture, or nobody trained this one.
     """
     torch.manual_seed(recipe.seed)
     input_spec = data.input_spec()
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
-    model = checkpoints.new_network(description, quant, input_spec, _initial_state(recipe.init, description))
-    first = torch.randperm(len(data.train_images))[:256]
+    model = checkpoints.new_network(
+        description, quant, input_spec, _initial_state(recipe, description, input_spec)
+    )
+    # Fewer of large images: a network holds all its activations of them at once.
+    count = min(256, max(16, _START_PIXELS // (input_spec.size[0] * input_spec.size[1])))
+    first = torch.randperm(len(data.train_images))[:count]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     start_alphas(model, images)
     guidance = start_guidance(recipe, len(data.train_images), model, images, labels)
@@ -187,13 +193,15 @@ def _train_epoch(
     return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
 
 
-def _initial_state(path: str, arch: dict[str, Any]) -> dict[str, Tensor] | None:
-    if not path:
+def _initial_state(recipe: Recipe, arch: dict[str, Any], input_spec: InputSpec) -> dict[str, Tensor] | None:
+    if recipe.pretrained:
+        return pretrained_state(arch["name"], input_spec)
+    if not recipe.init:
         return None
-    initial = checkpoints.load(path)
+    initial = checkpoints.load(recipe.init)
     if initial.arch != arch:
         raise OptionError(
-            f"init {path}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
+            f"init {recipe.init}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
         )
     return initial.float_state()
 
