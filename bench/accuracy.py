@@ -18,6 +18,7 @@ from runtime import command
 from runtime.classifier import MAX_BATCH, Classifier
 from runtime.errors import OptionError
 from runtime.session import ENGINES
+from train import factory
 
 EXAMPLES = """
   python -m bench.accuracy ckpt.onnx --data mnist --data-root data
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    factory.add_option(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads
     ) as classifier:

@@ -29,6 +29,7 @@ from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
 from runtime.files import check_writable
 from train import checkpoint as checkpoints
+from train import factory
 
 EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt
@@ -92,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    factory.add_option(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     if options.batch < 1 or options.threads < 1:
         raise OptionError(f"--batch {options.batch} --threads {options.threads}: expected whole numbers from 1")
     if options.explain and options.data:

@@ -25,6 +25,7 @@ from runtime.classifier import MAX_BATCH, softmax
 from runtime.errors import OptionError
 from runtime.files import check_writable
 from runtime.session import ENGINES
+from train import factory
 from train.figures import (
     COLORS,
     History,
@@ -155,6 +156,7 @@ def one_of_each_class(test: LabelledImages, count: int) -> LabelledImages:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw one figure into a PNG file."""
     options = _parser().parse_args(argv)
+    factory.allow(*options.arch)
     check_writable(options.output)
     if options.figure == "maps":
         _draw_maps(options)
@@ -214,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     maps.add_argument("--scale", choices=SCALES, default="shared",
                       help="one colour scale for all maps, or one for each network (default: shared)")  # fmt: skip
     maps.add_argument("--engine", choices=tuple(ENGINES), help="of .onnx files (default: as exported)")
+    factory.add_option(parser)
     return parser
 
 

@@ -26,6 +26,7 @@ from runtime.errors import OptionError
 from runtime.files import check_writable
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train import checkpoint as checkpoints
+from train import factory
 from train.checkpoint import Checkpoint
 
 EXAMPLES = """
@@ -84,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
     parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    factory.add_option(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     if options.images < 1 or options.threads < 1:
         raise OptionError(f"--images {options.images} --threads {options.threads}: expected whole numbers from 1")
     if options.record:

@@ -30,6 +30,7 @@ from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
 from runtime.files import check_writable
 from runtime.session import ENGINES
+from train import factory
 
 EXAMPLES = """
   python -m bench.saliency ckpt.onnx --data mnist_test.npz          # without torch
@@ -114,6 +115,7 @@ def summarize(network: Network, curves: Curves) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one row per network and the agreement of every pair, or one JSON line."""
     options = _parser().parse_args(argv)
+    factory.allow(*options.arch)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     for path in filter(None, (options.record, options.plot)):
@@ -175,6 +177,7 @@ def _parser() -> Any:
     parser.add_argument("--plot", metavar="PNG", help="draw the three curves of all networks")
     parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    factory.add_option(parser)
     return parser
 
 

@@ -13,18 +13,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from export.operators import dequantize_weight, fake_quantize
 from train.data import InputSpec
+from train.grids import is_layer, norm_after
 from train.quant import float_weight, weight_quantizer
 from train.quantizers import PACT, InputQuantizer
-
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from train.traced import trace
 
 
 class FoldedLayer(nn.Module):
-    """A convolution or linear layer whose weight is int8 codes and one scale per output channel, or float."""
+    """A convolution or linear layer whose weight is int8 codes and one scale per output channel, or float.
+
+    Channels lie on `axis` of the weight: 0, or 1 where a linear layer's weight is kept as the matrix [I, O] that a
+    product with more than two axes takes in ONNX; engines would not multiply codes that are turned on the way.
+    """
 
     codes: Tensor | None
     scale: Tensor | None
@@ -32,11 +36,21 @@ class FoldedLayer(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, layer: nn.Module, codes: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor
+        self,
+        layer: nn.Module,
+        codes: Tensor | None,
+        scale: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor,
+        *,
+        axis: int = 0,
     ):
         super().__init__()
+        if axis == 1:
+            codes, weight = (None if w is None else w.t().contiguous() for w in (codes, weight))
         for name, value in (("codes", codes), ("scale", scale), ("weight", weight), ("bias", bias)):
             self.register_buffer(name, value)
+        self.axis = axis
         # A list keeps the layer out of this module's own parameters: only its geometry is used.
         self._geometry = [layer]
 
@@ -44,10 +58,12 @@ class FoldedLayer(nn.Module):
         """Apply the layer to float32 x, as it was trained."""
         layer = self._geometry[0]
         if self.codes is not None and self.scale is not None:
-            weight = dequantize_weight(self.codes, self.scale)
+            weight = dequantize_weight(self.codes, self.scale, self.axis)
         else:
             assert self.weight is not None
             weight = self.weight
+        if self.axis == 1:
+            return torch.matmul(x, weight) + self.bias
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, self.bias)
         return layer._conv_forward(x, weight, self.bias)  # type: ignore[operator]
@@ -107,17 +123,21 @@ def deploy_form(network: nn.Module, input_spec: InputSpec, *, int8: bool = True)
         input_spec: size and normalization of its image.
         int8: keep the integer grids; False keeps float weights, and of PACT the clip alone.
     """
-    module = fx.symbolic_trace(network, concrete_args=None) if not isinstance(network, fx.GraphModule) else network
-    module = copy.deepcopy(module).eval()
+    module = copy.deepcopy(trace(network)).eval()
     modules = dict(module.named_modules())
+    with torch.no_grad():
+        ShapeProp(module).propagate(torch.zeros(1, input_spec.channels, *input_spec.size))
     for node in list(module.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, _LAYERS):
-            norm_node = _norm_after(node, modules)
+        if is_layer(node, modules):
+            assert layer is not None
+            rows = isinstance(layer, nn.Linear) and len(node.meta["tensor_meta"].shape) > 2
+            # BatchNorm of rows of features normalizes by row: its axis is not the layer's.
+            norm_node = None if rows else norm_after(node, modules)
             norm = modules[str(norm_node.target)] if norm_node is not None else None
             # A layer called twice may be followed by different norms: every call gets a module of its own.
             name = _unique(module, f"{node.target}", node)
-            module.add_submodule(name, _fold(layer, norm, int8=int8))
+            module.add_submodule(name, _fold(layer, norm, int8=int8, axis=int(rows)))
             node.target = name
             if norm_node is not None:
                 norm_node.replace_all_uses_with(node)
@@ -149,7 +169,7 @@ def fold_weight(layer: nn.Module, norm: nn.Module | None) -> FoldedWeight:
     return FoldedWeight(codes, scale)
 
 
-def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool) -> FoldedLayer:
+def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool, axis: int) -> FoldedLayer:
     bias = layer.bias if layer.bias is not None else torch.zeros(float_weight(layer).shape[0])
     bias = bias.detach().clone()  # type: ignore[operator]
     if norm is not None:
@@ -159,11 +179,11 @@ def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool) -> FoldedLaye
         bias = (bias - mean) * _norm_factor(norm) + shift
     if int8 and weight_quantizer(layer) is not None:
         folded = fold_weight(layer, norm)
-        return FoldedLayer(layer, folded.codes, folded.scale, None, bias)
+        return FoldedLayer(layer, folded.codes, folded.scale, None, bias, axis=axis)
     weight = float_weight(layer).detach()
     if norm is not None:
         weight = weight * _norm_factor(norm).reshape(-1, *[1] * (weight.ndim - 1))
-    return FoldedLayer(layer, None, None, weight.clone(), bias)
+    return FoldedLayer(layer, None, None, weight.clone(), bias, axis=axis)
 
 
 def _norm_factor(norm: nn.Module) -> Tensor:
@@ -173,14 +193,6 @@ def _norm_factor(norm: nn.Module) -> Tensor:
     assert isinstance(eps, float)
     factor = 1 / torch.sqrt(variance + eps)
     return factor * gamma.detach() if isinstance(gamma, Tensor) else factor
-
-
-def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """Return the BatchNorm call that alone reads `node`, or None."""
-    users = list(node.users)
-    if len(users) == 1 and users[0].op == "call_module" and isinstance(modules.get(str(users[0].target)), _NORMS):
-        return users[0]
-    return None
 
 
 def _averages_globally(node: fx.Node, layer: nn.Module | None) -> bool:

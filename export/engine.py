@@ -32,6 +32,7 @@ from runtime.files import check_writable, read_bytes, write_atomically
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from runtime.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
+from train import factory
 
 _MEBIBYTE = 1 << 20
 _CHECKPOINT = b"PK\x03\x04"  # how a file of torch.save begins
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Build a plan; nothing is written where the graph, the parser or the builder fails."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
+    factory.allow(*options.arch)
     build_options = _build_options(options)
     output = Path(options.output or Path(options.model).with_suffix(".plan"))
     cache = Path(options.timing_cache or output.with_name(f"{output.name}.cache"))
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timing-cache", metavar="FILE", help="reused by the next build (default: PLAN.cache)")
     add("--dry-run", action="store_true", help="check, choose and parse; build and write nothing")
     add("--autotune", action="store_true", help="build all precisions, measure them here, keep the fastest")
+    factory.add_option(parser)
     add("--max-accuracy-drop", type=float, default=0.5, metavar="POINTS",
         help="of --autotune, below the exported graph (default: 0.5)")  # fmt: skip
     add("--min-agreement", type=float, default=0.95, metavar="SPEARMAN",

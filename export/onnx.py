@@ -34,6 +34,7 @@ from runtime.errors import ModelError, OptionError
 from runtime.files import check_writable, read_bytes, write_atomically
 from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Manifest
 from train import checkpoint as checkpoints
+from train import factory
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, describe
 
@@ -265,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
     parser.add_argument("--resize", choices=RESIZES, default="bilinear",
                         help="what the runtime does with images of another size (default: bilinear)")  # fmt: skip
+    factory.add_option(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     if options.no_saliency and options.require_agreement > -1:
         raise OptionError("--require-agreement needs the maps that --no-saliency leaves out; drop one of them")
     output = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))

@@ -39,14 +39,19 @@ def _(x: Tensor, alpha: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 @torch.library.custom_op("clearpact::dequantize_weight", mutates_args=())
-def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return codes * scale, float32, for int8 codes [O, ...] and one scale per output channel [O]."""
-    return codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
+def dequantize_weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Return codes * scale, float32, for int8 codes and one scale per output channel [O], which lie on `axis`."""
+    return codes * along(scale, axis, codes.ndim)
 
 
 @dequantize_weight.register_fake
-def _(codes: Tensor, scale: Tensor) -> Tensor:
+def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
+
+
+def along(scale: Tensor, axis: int, rank: int) -> Tensor:
+    """Return scales [O] as a tensor of `rank` axes that broadcasts along `axis`."""
+    return scale.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
 def translations(target: str) -> dict[Any, Callable[..., Any]]:
@@ -58,13 +63,13 @@ def translations(target: str) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _dequantize_weight(codes: Any, scale: Any) -> Any:
-    return opset21.DequantizeLinear(codes, scale, axis=0)
+def _dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
+    return opset21.DequantizeLinear(codes, scale, axis=axis)
 
 
-def _dequantize_ort(codes: Any, scale: Any) -> Any:
+def _dequantize_ort(codes: Any, scale: Any, axis: int) -> Any:
     """With a zero point: ONNX Runtime 1.31 makes a QGemm of a Gemm only where its weight states one."""
-    return opset21.DequantizeLinear(codes, scale, _constant(np.zeros(scale.shape[0], np.int8)), axis=0)
+    return opset21.DequantizeLinear(codes, scale, _constant(np.zeros(scale.shape[0], np.int8)), axis=axis)
 
 
 def _fake_quantize_openvino(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int) -> Any:

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
+from export.operators import along
 from export.reference import reference_run
 from runtime.errors import ModelError
 from train.data import InputSpec
@@ -152,7 +153,7 @@ def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
         assert layer.scale is not None
         parts = {"codes": layer.codes, "scale": layer.scale}
         if f"network.{name}.weight" in in_file:
-            parts = {"weight": layer.codes * layer.scale.reshape(-1, *[1] * (layer.codes.ndim - 1))}
+            parts = {"weight": layer.codes * along(layer.scale, layer.axis, layer.codes.ndim)}
         for part, expected in parts.items():
             found = in_file.get(f"network.{name}.{part}")
             if (

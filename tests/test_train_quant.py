@@ -5,10 +5,13 @@ import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from runtime.errors import ModelError, OptionError
-from tests.toy_models import DepthwiseNet, FunctionalNet
+from tests.toy_models import Attention, DepthwiseNet, FunctionalNet, MobileNet, PatchMLP, TwoBranches
 from train.models import CNN2, ResNet20
 from train.quant import QuantSpec, describe, float_weight, quantize, quantizers, start_alphas, weight_quantizer
 from train.quantizers import PACT, InputQuantizer
@@ -87,6 +90,167 @@ def test_only_sums_that_are_rounded_get_grids_for_what_they_add() -> None:
     assert {name: q.qmin for name, q in found.items()} == {
         "x_grid": -128, "relu": 0, "conv2_grid": -127, "sigmoid_grid": 0, "relu_1": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [MobileNet, TwoBranches, PatchMLP, Attention])
+def test_networks_of_any_style_stay_close_and_multiply_integers(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.randn(8, 3, 16, 16)
+    expected = model(x)
+    quantized = quantize(copy.deepcopy(model), QuantSpec(8), input_scale=4 / 127).eval()
+    start_alphas(quantized, x, quantile=1.0)
+    assert 0 < (quantized(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+    scales = [q.scale.detach() for q in quantizers(quantized).values()]
+    factors: list[torch.Tensor] = []
+    layers = [m for m in quantized.modules() if weight_quantizer(m) is not None]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: factors.append(inputs[0]))
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, f, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if f in (torch.matmul, torch.Tensor.matmul, torch.bmm):
+                factors.extend(args)
+            return f(*args, **(kwargs or {}))
+
+    with Watch():
+        quantized(x)
+    assert len(factors) == len(layers) + (4 if make is Attention else 0)
+    for factor in factors:
+        assert any(torch.allclose(factor / s, (factor / s).round(), atol=1e-3) for s in scales)
+
+
+def test_grids_are_signed_only_where_a_value_may_be_negative() -> None:
+    def codes(model: nn.Module) -> dict[str, int]:
+        return {name: q.qmin for name, q in quantizers(quantize(model, QuantSpec(8), input_scale=0.01)).items()}
+
+    mobile = codes(MobileNet())
+    assert mobile["stem_2"] == 0
+    assert {
+        mobile[name] for name in ("blocks_0_act_grid", "silu_grid", "mul_grid", "blocks_0_project_1_grid")
+    } == {-127}
+    # Of a join of non-negative parts, one the product of a clip and a sigmoid; and a maximum keeps its grid.
+    assert codes(TwoBranches()) == {
+        "x_grid": -128,
+        "left_1": 0,
+        "relu": 0,
+        "relu_1": 0,
+        "cat_1_grid": 0,
+        "relu_2": 0,
+    }
+    attention = codes(Attention())
+    assert attention["scaled_dot_product_attention_dropout_grid"] == 0  # of a softmax
+    assert [attention[f"getitem_{i}_grid"] for i in (3, 4, 5)] == [-127] * 3  # query, key, value
+
+
+def test_an_image_cut_into_patches_keeps_the_grid_of_its_pixels() -> None:
+    rows = {row.name: row.activation for row in describe(quantize(PatchMLP(), QuantSpec(4), input_scale=0.01))}
+    assert rows["embed"] == "8-bit -128..127, scale 0.01"
+
+
+def test_the_description_lists_products_functions_and_parameters() -> None:
+    class Mixed(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(super().forward(x), self.scale)
+
+    rows = describe(quantize(Mixed(), QuantSpec(4), input_scale=0.01))
+    assert [(r.name, r.kind, r.bits) for r in rows if r.kind == "MatMul"] == [
+        ("matmul", "MatMul", 4), ("matmul_1", "MatMul", 4)
+    ]  # fmt: skip
+    floats = {(row.name, row.kind, row.reason) for row in rows if row.bits is None}
+    assert floats == {
+        ("norm", "LayerNorm", "no quantizer for this layer"),
+        ("linear", "linear", "a function; only layers are quantized"),
+        ("scale", "Parameter", "used outside of a layer"),
+    }
+
+
+def test_a_norm_that_follows_no_layer_is_not_said_to_be_folded() -> None:
+    rows = {row.name: row.reason for row in describe(quantize(TwoBranches(), QuantSpec(8)))}
+    assert rows["norm"] == "not right after a layer, and not folded"
+    rows = {row.name: row.reason for row in describe(quantize(MobileNet(), QuantSpec(8)))}
+    assert rows["blocks.0.norm"] == "folded into the layer before it at export"
+
+
+def test_dropout_by_function_drops_in_training_and_only_there() -> None:
+    for model in (MobileNet(), Attention()):
+        quantized = quantize(model, QuantSpec(8), input_scale=0.01).train()
+        kinds = [type(m) for m in quantized.modules()]
+        assert kinds.count(nn.Dropout) == 1
+        x = torch.randn(2, 3, 16, 16)
+        assert torch.equal(quantized.eval()(x), quantized(x))
+
+
+def test_a_forward_that_reads_the_mode_itself_is_refused() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if self.training else self.fc(x) * 2
+
+    model = Auxiliary().eval()
+    with pytest.raises(ModelError, match=r"Auxiliary: its forward reads self\.training, .* such as nn\.Dropout"):
+        quantize(model, QuantSpec(8))
+    assert not model.fc.training
+
+
+def test_in_place_operations_are_kept_in_order() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            self.relu(x)  # its result is in x
+            y = self.b(x)
+            y += x
+            return y
+
+    torch.manual_seed(0)
+    model = InPlace().eval()
+    x = torch.randn(64, 4)
+    expected = model(x.clone())
+    quantized = quantize(model, QuantSpec(8)).eval()
+    start_alphas(quantized, x, quantile=1.0)
+    assert [q.qmin for q in quantizers(quantized).values()] == [-127, 0]
+    assert torch.allclose(quantized(x), expected, atol=0.05)
+
+
+def test_relu6_starts_at_6_at_most() -> None:
+    model = quantize(nn.Sequential(nn.Linear(1, 1), nn.ReLU6(), nn.Linear(1, 1)), QuantSpec(8))
+    with torch.no_grad():
+        float_weight(model.get_submodule("0")).fill_(10.0)
+    start_alphas(model, torch.linspace(0, 10, 50).reshape(-1, 1))
+    (pact,) = (q for q in quantizers(model).values() if q.qmin == 0)
+    assert isinstance(pact, PACT)
+    assert pact.alpha.item() == 6.0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "floating"),
+    [
+        ("resnet18", 21, set()),
+        ("mobilenet_v2", 53, set()),
+        ("mobilenet_v3_small", 54, set()),
+        ("shufflenet_v2_x1_0", 57, set()),
+        ("efficientnet_b0", 82, set()),
+        ("vit_b_16", 26, {"LayerNorm", "MultiheadAttention", "NonDynamicallyQuantizableLinear", "Parameter"}),
+    ],
+)
+def test_networks_of_torchvision_are_quantized_as_they_are(name: str, layers: int, floating: set[str]) -> None:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(num_classes=10)
+    rows = describe(quantize(model, QuantSpec(8)))
+    assert sum(row.bits is not None for row in rows) == layers
+    assert {row.kind for row in rows if row.bits is None and "folded" not in row.reason} == floating
 
 
 def test_bits_of_layers_and_of_the_activations_they_read() -> None:

@@ -20,7 +20,7 @@ from runtime import command
 from runtime.errors import EngineError, FileError, OptionError
 from runtime.files import check_writable, read_bytes, remove_leftovers, write_atomically
 from train import checkpoint as checkpoints
-from train import data, loop, processes, recipes, splits
+from train import data, factory, loop, processes, recipes, splits
 from train.checkpoint import Checkpoint
 from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
@@ -40,6 +40,7 @@ EXAMPLES = """
   python -m train --data cifar10 --arch resnet20 --bits 4 --epochs 200 --device cuda
   python -m train --recipe maleki2024-cifar10 --device cuda    # as published; see --list-recipes
   python -m train --data folder:photos --image-size 96 --flip  # photos/cat/1.jpg, photos/dog/2.png, ...
+  python -m train --data cifar10 --arch my_project.nets:small_net    # your own network; say --arch again to resume
   python -m train --resume runs/mnist-cnn2-8bit-sgt            # from its last epoch
   torchrun --nproc-per-node 2 -m train --data cifar10 --arch resnet20    # two GPUs, or two processes on the CPU
   tensorboard --logdir runs                                    # curves and alphas of all runs
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.list_recipes:
         print(recipes.table())
         return
+    if options.arch and factory.is_factory(options.arch):
+        factory.allow(options.arch)
     device = processes.join(_device(options.device))
     if options.resume:
         folder = Path(options.resume)
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         arch, quant, recipe = _settings(options)
         data_name = splits.short_name(recipe.data)
-        name = options.name or options.recipe or f"{data_name}-{arch}-{_bits_name(quant)}-{recipe.method}"
+        name = f"{data_name}-{arch.rpartition(':')[2]}-{_bits_name(quant)}-{recipe.method}"
+        name = options.name or options.recipe or name
         folder = Path(options.runs) / name
         if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
             raise OptionError(
@@ -89,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=data.check_name, metavar="NAME", help=data.EXPECTED)
     parser.add_argument("--recipe", metavar="NAME", help="a published experiment; other options override it")
     parser.add_argument("--list-recipes", action="store_true", help="show the published experiments and stop")
-    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), help="default: cnn2")
+    parser.add_argument("--arch", metavar="NAME",
+                        help=f"{', '.join(ARCHITECTURES)} or your own module:factory (default: cnn2)")  # fmt: skip
     parser.add_argument("--bits", type=_bits, help="2 to 8, or 32 for float (default: 8)")
     parser.add_argument("--bits-file", metavar="JSON", help='bits of single layers: {"conv2": 4, "fc1": 2}')
     parser.add_argument("--method", choices=METHODS, help="default: sgt")
@@ -144,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--threshold-rate", type=float, help="gamma of asg")
     hyper.add_argument("--precision", choices=PRECISIONS, help="of a step's convolutions; weights stay float32")
     hyper.add_argument("--init", metavar="CKPT", help="start from its parameters: same architecture, any bits")
+    hyper.add_argument("--pretrained", action="store_true", default=None,
+                       help="start from the parameters that torchvision trained on ImageNet")  # fmt: skip
     hyper.add_argument("--teacher", metavar="CKPT", help="learn its probabilities too (distillation)")
     hyper.add_argument("--teacher-weight", type=float, help="share of the teacher in the loss, 0 to 1")
     hyper.add_argument("--temperature", type=float, help="of the teacher's probabilities")

@@ -59,7 +59,11 @@ class Checkpoint:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def network(self) -> nn.Module:
-        """Return the network in evaluation mode, quantized as trained, holding the saved parameters."""
+        """Return the network in evaluation mode, quantized as trained, holding the saved parameters.
+
+        Raises:
+            OptionError: a factory made it, which runs for those alone who name it (train/factory.py).
+        """
         model = new_network(self.arch, self.quant, self.input)
         model.load_state_dict(self.state_dict)
         return model.eval()
@@ -86,15 +90,16 @@ def new_network(
     """Return a freshly initialized network, quantized by `quant`.
 
     Args:
-        arch: {"name": one of train.models.ARCHITECTURES, **its arguments}.
+        arch: {"name": one of train.models.ARCHITECTURES, or a factory, **its arguments}.
         quant: bits and quantizers.
         input_spec: sets the grid of the input image.
-        parameters: state of the network before quantization (`Checkpoint.float_state`), instead of random numbers.
+        parameters: of the network before quantization, all (`Checkpoint.float_state`) or all but its last layer's
+            (`train.pretrained`), instead of random numbers.
     """
     arguments = {key: value for key, value in arch.items() if key != "name"}
     model = build(arch["name"], **arguments)
     if parameters is not None:
-        model.load_state_dict(parameters)
+        model.load_state_dict({**model.state_dict(), **parameters})
     return quantize(model, quant, input_scale=input_spec.grid_scale)
 
 

@@ -66,9 +66,12 @@ def draw_alphas(histories: Mapping[str, History], path: Path) -> Figure:
                 # In the order of the forward pass: the darker the earlier.
                 few = len(keys) <= len(COLORS)
                 color = COLORS[position] if few else colormaps["viridis"](0.93 * position / (len(keys) - 1))
-                _plot(axes, history, key, label=key.removeprefix(_ALPHA), color=color)
+                # What begins with an underscore, as layers of an nn.Sequential do, a legend leaves out.
+                _plot(axes, history, key, label=key.removeprefix(_ALPHA).lstrip("_"), color=color)
             axes.set(title=name, ylabel="alpha (activation units)", ylim=(0, None))
-            axes.legend(fontsize="small", ncols=1 + len(keys) // 12, bbox_to_anchor=(1.01, 1), loc="upper left")
+            named = axes.lines[:: 1 + len(keys) // 25]  # of a deep network's, enough to see which colour is where
+            axes.legend(handles=named, fontsize="small", ncols=1 + len(named) // 12, bbox_to_anchor=(1.01, 1),
+                        loc="upper left")  # fmt: skip
             tidy(axes)
         panels[-1].set_xlabel("epoch")
 

@@ -16,11 +16,12 @@ from train import checkpoint as checkpoints
 from train import processes
 from train.balance import balanced_batches, class_weights
 from train.checkpoint import Checkpoint
-from train.data import ImageData, batches, stream
+from train.data import ImageData, InputSpec, batches, stream
 from train.device import arrange, in_precision, place
 from train.distillation import load_teacher
 from train.divergence import diverged, is_finite, where_it_diverged
 from train.methods import Guidance, new_guidance, start_guidance
+from train.pretrained import pretrained_state
 from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
@@ -43,14 +44,16 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     """Return the checkpoint of a run before its first epoch.
 
     Raises:
-        FileError: `recipe.init` is no checkpoint.
-        OptionError: `recipe.init` holds another architecture.
+        FileError: `recipe.init` is no checkpoint, or pretrained parameters are not to be had.
+        OptionError: `recipe.init` holds another architecture, or nobody trained this one.
     """
     torch.manual_seed(recipe.seed)
     input_spec = data.input_spec()
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
-    model = checkpoints.new_network(description, quant, input_spec, _initial_state(recipe.init, description))
+    model = checkpoints.new_network(
+        description, quant, input_spec, _initial_state(recipe, description, input_spec)
+    )
     first = torch.randperm(len(data.train_images))[: min(_START_IMAGES, _pass_size(data.train_images))]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     start_alphas(model, images)
@@ -222,13 +225,15 @@ def _pass_size(images: Images) -> int:
     return min(_MOST_IMAGES, max(_FEWEST_IMAGES, _MOST_VALUES // (channels * height * width)))
 
 
-def _initial_state(path: str, arch: dict[str, Any]) -> dict[str, Tensor] | None:
-    if not path:
+def _initial_state(recipe: Recipe, arch: dict[str, Any], input_spec: InputSpec) -> dict[str, Tensor] | None:
+    if recipe.pretrained:
+        return pretrained_state(arch["name"], input_spec)
+    if not recipe.init:
         return None
-    initial = checkpoints.load(path)
+    initial = checkpoints.load(recipe.init)
     if initial.arch != arch:
         raise OptionError(
-            f"init {path}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
+            f"init {recipe.init}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
         )
     return initial.float_state()
 

@@ -1,13 +1,16 @@
-"""The reference architectures."""
+"""The architectures: small ones of our own, torchvision's, and the user's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from runtime.errors import OptionError
+from train.factory import find, is_factory
+from train.vision_transformer import VisionTransformer
 
 
 class CNN2(nn.Module):
@@ -100,15 +103,65 @@ class ResNet20(nn.Module):
         return logits
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"cnn2": CNN2, "resnet20": ResNet20}
+def _of_torchvision(name: str, stem: str) -> Callable[..., nn.Module]:
+    """Return what makes a network of torchvision's, its first convolution `stem` made for other channels."""
+
+    def make(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        import torchvision  # a second that the other networks need not wait
+
+        model: nn.Module = getattr(torchvision.models, name)(num_classes=classes)
+        if channels != 3:
+            first = model.get_submodule(stem)
+            assert isinstance(first, nn.Conv2d)
+            kernel, stride, padding = first.kernel_size, first.stride, first.padding
+            conv = nn.Conv2d(channels, first.out_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            model.set_submodule(stem, conv)
+        return model
+
+    return make
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "cnn2": CNN2,
+    "resnet20": ResNet20,
+    "resnet18": _of_torchvision("resnet18", "conv1"),
+    "mobilenet_v2": _of_torchvision("mobilenet_v2", "features.0.0"),
+    "deit_tiny": VisionTransformer,
+}
 
 
 def build(arch: str, **arguments: Any) -> nn.Module:
     """Return a freshly initialized network.
 
+    Args:
+        arch: one of ARCHITECTURES, or package.module:factory, a function that returns an nn.Module and that the
+            user has named (`train.factory.allow`).
+        arguments: channels, size and classes.
+
     Raises:
-        OptionError: no architecture of that name.
+        OptionError: no such architecture, a factory that the user has not named, or one that makes something else.
     """
+    if is_factory(arch):
+        return _own_network(arch, arguments)
     if arch not in ARCHITECTURES:
-        raise OptionError(f"architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}")
+        raise OptionError(
+            f"architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}, or package.module:factory"
+        )
     return ARCHITECTURES[arch](**arguments)
+
+
+def _own_network(arch: str, arguments: dict[str, Any]) -> nn.Module:
+    model = find(arch, arguments)(**arguments)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"--arch {arch}: returned {type(model).__name__}, expected a torch.nn.Module")
+    mode, images = model.training, torch.zeros(2, arguments["channels"], *arguments["size"])
+    with torch.no_grad():
+        logits = model.eval()(images)
+    if not isinstance(logits, Tensor) or logits.shape != (2, arguments["classes"]):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise OptionError(
+            f"--arch {arch}: of 2 images {list(images.shape)} it returns {found}, expected logits "
+            f"{[2, arguments['classes']]}"
+        )
+    return model.train(mode)

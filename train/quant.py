@@ -1,24 +1,26 @@
-"""Turn any convolutional `nn.Module` into its PACT-quantized form, without editing its source.
+"""Turn any `nn.Module` into its PACT-quantized form, without editing its source.
 
 `quantize` traces the module with torch.fx, replaces every ReLU call by a PACT of its own (a ReLU module that is
 used three times gets three), registers a weight quantizer on every convolution and linear layer, and puts a
-quantizer before any such layer whose input would otherwise not lie on a grid. Everything else stays float and is
-listed by `describe`.
+quantizer before any such layer, and any product of two activations as in attention, whose operand would otherwise
+not lie on a grid. Everything else stays float and is listed by `describe`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
+from train import grids
 from train.quantizers import PACT, InputQuantizer, WeightQuantizer
+from train.traced import expand_attention, source, trace
 
 FLOAT_BITS = 32
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -26,31 +28,7 @@ WEIGHT_METHODS = ("absmax", "sawb", "lsq")
 
 Quantizer = PACT | InputQuantizer
 
-_QUANTIZED_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_RELU_MODULES = (nn.ReLU, nn.ReLU6)
-_RELU_FUNCTIONS = (F.relu, F.relu6, torch.relu, torch.relu_)
-_RELU_METHODS = ("relu", "relu_")
-# What hands codes on as they are: a maximum, a copy, another shape. Dropout is the identity when deployed.
-_GRID_KEEPING_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d, nn.Flatten,
-                         nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
-                         nn.PixelShuffle, nn.ChannelShuffle)  # fmt: skip
-_GRID_KEEPING_FUNCTIONS = (F.max_pool2d, F.adaptive_max_pool2d, F.dropout, torch.flatten, torch.reshape,
-                           torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
-                           operator.getitem)  # fmt: skip
 _SUMS = (operator.add, operator.iadd, torch.add)
-_GRID_KEEPING_METHODS = (
-    "flatten",
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-)
-_SIGN_KEEPING_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-_SIGN_KEEPING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean)
-_SIGN_KEEPING_METHODS = ("mean",)
 
 
 @dataclass(frozen=True)
@@ -133,18 +111,22 @@ def quantize(model: nn.Module, spec: QuantSpec, *, input_scale: float | None = N
     """
     if spec.bits == FLOAT_BITS:
         return model
-    graph_module = _trace(model)
+    graph_module = trace(model)
     modules = dict(graph_module.named_modules())
-    layers = [n for n in graph_module.graph.nodes if _is_module(n, modules, _QUANTIZED_LAYERS)]
+    layers = [n for n in graph_module.graph.nodes if grids.is_layer(n, modules)]
     if not layers:
         raise ModelError(f"{type(model).__name__}: no convolution or linear layer found, nothing to quantize")
     bits = _bits_by_layer([str(n.target) for n in layers], spec)
 
     graph_module.add_module("quantizers", nn.ModuleDict())
+    expand_attention(graph_module)
     _replace_relus(graph_module, modules, spec)
     for node in layers:
-        _quantize_input(graph_module, node, spec, input_scale)
-    _assign_activation_bits(graph_module, layers, bits, spec)
+        _quantize_operand(graph_module, source(node), spec, input_scale)
+    for node in list(graph_module.graph.nodes):
+        for operand in grids.matrix_operands(node, modules):
+            _quantize_operand(graph_module, grids.before_views(operand, modules), spec, input_scale)
+    _assign_activation_bits(graph_module, bits, spec)
     if spec.addends:
         _quantize_addends(graph_module, spec)
     for name, layer_bits in bits.items():
@@ -174,7 +156,8 @@ def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -
         positive = magnitudes[magnitudes > 0]
         if len(positive):
             rank = max(1, round(quantile * len(positive)))
-            quantizer.alpha.copy_(positive.kthvalue(rank).values)  # type: ignore[operator]
+            alpha = positive.kthvalue(rank).values.clamp_max(quantizer.largest_start)  # type: ignore[arg-type]
+            quantizer.alpha.copy_(alpha)  # type: ignore[operator]
 
     handles = [m.register_forward_pre_hook(set_alpha) for m in model.modules() if isinstance(m, PACT)]
     if not handles:
@@ -213,31 +196,50 @@ def float_weight(layer: nn.Module) -> Tensor:
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
-    """List every layer with parameters: its bits, the grid of its input, or why it stays float."""
-    rows = []
+    """List every layer with parameters and every product of activations: bits and grids, or why it stays float."""
     modules = dict(model.named_modules())
+    graph = model.graph if isinstance(model, fx.GraphModule) else None
+    calls: dict[str, fx.Node] = {}
+    for node in graph.nodes if graph is not None else ():
+        calls.setdefault(str(node.target), node)
+    rows = []
     for name, module in modules.items():
-        if isinstance(module, PACT | WeightQuantizer | parametrize.ParametrizationList):
+        if isinstance(module, PACT | WeightQuantizer | parametrize.ParametrizationList | fx.GraphModule):
             continue
         quantizer = weight_quantizer(module)
         kind = type(module).__name__.removeprefix("Parametrized")
         if quantizer is not None:
-            rows.append(LayerDescription(name, kind, quantizer.bits, _input_grid(model, modules, name)))
-        elif any(True for _ in module.parameters(recurse=False)):
-            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            reason = "folded into the layer before it at export" if norm else "no quantizer for this layer"
-            rows.append(LayerDescription(name, kind, None, reason=reason))
+            grid = _grid(source(calls[name]), modules) if name in calls else None
+            rows.append(LayerDescription(name, kind, quantizer.bits, grid))
+        elif type(module) is not nn.Module and any(True for _ in module.parameters(recurse=False)):
+            rows.append(LayerDescription(name, kind, None, reason=_why_float(module, calls.get(name), modules)))
+    return rows + (_describe_functions(graph, modules) if graph is not None else [])
+
+
+def _describe_functions(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[LayerDescription]:
+    """List what is no module: parameters that a forward uses by name, products and attention by function."""
+    rows = []
+    for node in graph.nodes:
+        operands = grids.matrix_operands(node, modules)
+        if operands and all(grids.grid_source(operand, modules) for operand in operands):
+            bits = max(_quantizer(operand, modules).bits for operand in operands)
+            factors = " by ".join(str(_grid(operand, modules)) for operand in operands)
+            rows.append(LayerDescription(node.name, "MatMul", bits, factors))
+        elif node.op == "get_attr":
+            rows.append(LayerDescription(str(node.target), "Parameter", None, reason="used outside of a layer"))
+        elif node.target in grids.FLOAT_FUNCTIONS or grids.MATMUL.include(node, modules):
+            kind = getattr(node.target, "__name__", str(node.target))
+            rows.append(LayerDescription(node.name, kind, None, reason="a function; only layers are quantized"))
     return rows
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    try:
-        return fx.symbolic_trace(model)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__}: torch.fx cannot trace it ({str(error).splitlines()[0]}); "
-            "make its control flow independent of the data"
-        ) from error
+def _why_float(module: nn.Module, node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
+    if isinstance(module, grids.NORMS):
+        before = source(node) if node is not None else None
+        if before is None or (grids.is_layer(before, modules) and grids.norm_after(before, modules) is node):
+            return "folded into the layer before it at export"
+        return "not right after a layer, and not folded"
+    return "no quantizer for this layer"
 
 
 def _bits_by_layer(names: list[str], spec: QuantSpec) -> dict[str, int]:
@@ -251,24 +253,28 @@ def _bits_by_layer(names: list[str], spec: QuantSpec) -> dict[str, int]:
 
 def _replace_relus(graph_module: fx.GraphModule, modules: dict[str, nn.Module], spec: QuantSpec) -> None:
     for node in list(graph_module.graph.nodes):
-        if _calls(node, modules, _RELU_MODULES, _RELU_FUNCTIONS, _RELU_METHODS):
-            _insert(graph_module, node, node.name, PACT(spec.alpha, 8, full_grid=spec.full_grid), node.args[0])
+        if grids.RELU.include(node, modules):
+            pact = PACT(spec.alpha, 8, full_grid=spec.full_grid)
+            pact.largest_start = 6.0 if grids.RELU6.include(node, modules) else math.inf
+            _insert(graph_module, node, node.name, pact, source(node))
             graph_module.graph.erase_node(node)
 
 
-def _quantize_input(
-    graph_module: fx.GraphModule, node: fx.Node, spec: QuantSpec, input_scale: float | None
+def _quantize_operand(
+    graph_module: fx.GraphModule, operand: fx.Node, spec: QuantSpec, input_scale: float | None
 ) -> None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if _grid_source(graph_module, source) is not None:
+    """Put a quantizer after `operand`, where its value is not on a grid already."""
+    modules = dict(graph_module.named_modules())
+    if grids.grid_source(operand, modules) is not None:
         return
-    if source.op == "placeholder" and input_scale is not None:
-        quantizer: Quantizer = InputQuantizer(input_scale)
+    origin = grids.origin(operand, modules)
+    quantizer: Quantizer
+    if origin.op == "placeholder" and input_scale is not None:
+        operand, quantizer = origin, InputQuantizer(input_scale)
     else:
-        signed = not _never_negative(graph_module, source)
+        signed = not grids.never_negative(operand, modules)
         quantizer = PACT(spec.alpha, 8, signed=signed, full_grid=spec.full_grid)
-    _insert(graph_module, source, f"{source.name}_grid", quantizer, source)
+    _insert(graph_module, operand, f"{operand.name}_grid", quantizer, operand)
 
 
 def _quantize_addends(graph_module: fx.GraphModule, spec: QuantSpec) -> None:
@@ -276,95 +282,45 @@ def _quantize_addends(graph_module: fx.GraphModule, spec: QuantSpec) -> None:
     modules = dict(graph_module.named_modules())
     for node in list(graph_module.graph.nodes):
         is_sum = node.op == "call_function" and node.target in _SUMS
-        if is_sum and any(_is_module(user, modules, (PACT,)) for user in node.users):
-            for source in node.all_input_nodes:
-                if _grid_source(graph_module, source) is None:
-                    signed = not _never_negative(graph_module, source)
-                    quantizer = PACT(spec.alpha, 8, signed=signed, full_grid=spec.full_grid)
-                    _insert(graph_module, source, f"{source.name}_grid", quantizer, source)
+        if is_sum and any(isinstance(modules.get(str(user.target)), PACT) for user in node.users):
+            for operand in node.all_input_nodes:
+                _quantize_operand(graph_module, operand, spec, None)
 
 
-def _insert(graph_module: fx.GraphModule, node: fx.Node, name: str, module: Quantizer, source: Any) -> None:
+def _insert(graph_module: fx.GraphModule, node: fx.Node, name: str, module: Quantizer, operand: fx.Node) -> None:
     """Put `module` after `node`, and let every user of `node` read the quantized value instead."""
     graph_module.get_submodule("quantizers").add_module(name, module)
     with graph_module.graph.inserting_after(node):
-        quantized = graph_module.graph.call_module(f"quantizers.{name}", (source,))
+        quantized = graph_module.graph.call_module(f"quantizers.{name}", (operand,))
     node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
 
 
-def _assign_activation_bits(
-    graph_module: fx.GraphModule, layers: list[fx.Node], bits: dict[str, int], spec: QuantSpec
-) -> None:
+def _assign_activation_bits(graph_module: fx.GraphModule, bits: dict[str, int], spec: QuantSpec) -> None:
     """Give each activation the bits of the layer that reads it, the most where several do."""
-    readers: dict[str, list[int]] = {}
-    for node in layers:
-        source = _grid_source(graph_module, node.args[0])  # type: ignore[arg-type]
-        assert source is not None
-        readers.setdefault(str(source.target), []).append(bits[str(node.target)])
-    for name, quantizer in graph_module.get_submodule("quantizers").named_children():
-        if isinstance(quantizer, PACT):
-            chosen = max(readers.get(f"quantizers.{name}", [spec.bits]))
-            quantizer.set_bits(chosen, full_grid=spec.full_grid)
-
-
-def _grid_source(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Return the quantizer whose grid the value of `node` lies on, or None."""
     modules = dict(graph_module.named_modules())
-    while True:
-        if _is_module(node, modules, (PACT, InputQuantizer)):
-            return node
-        keeps = _calls(node, modules, _GRID_KEEPING_MODULES, _GRID_KEEPING_FUNCTIONS, _GRID_KEEPING_METHODS)
-        keeps = keeps or _pads_with_zeros(node)
-        if not keeps or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
+    readers: dict[Quantizer, list[int]] = {}
+    for node in graph_module.graph.nodes:
+        if grids.is_layer(node, modules):
+            quantizer = _quantizer(source(node), modules)
+            readers.setdefault(quantizer, []).append(bits[str(node.target)])
+        for operand in grids.matrix_operands(node, modules):
+            readers.setdefault(_quantizer(operand, modules), []).append(spec.bits)
+    for pact in graph_module.get_submodule("quantizers").children():
+        if isinstance(pact, PACT):
+            pact.set_bits(max(readers.get(pact, [spec.bits])), full_grid=spec.full_grid)
 
 
-def _pads_with_zeros(node: fx.Node) -> bool:
-    if node.target is not F.pad:
-        return False
-    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
-    return value in (None, 0)
-
-
-def _never_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    modules = dict(graph_module.named_modules())
-    module_types = _SIGN_KEEPING_MODULES + _GRID_KEEPING_MODULES
-    functions = _SIGN_KEEPING_FUNCTIONS + _GRID_KEEPING_FUNCTIONS
-    methods = _SIGN_KEEPING_METHODS + _GRID_KEEPING_METHODS
-    while _calls(node, modules, module_types, functions, methods):
-        node = node.args[0]  # type: ignore[assignment]
-    if _is_module(node, modules, (nn.Sigmoid,)) or node.target in (torch.sigmoid, F.sigmoid, "sigmoid"):
-        return True
-    quantizer = modules.get(str(node.target)) if node.op == "call_module" else None
-    return isinstance(quantizer, PACT) and quantizer.qmin == 0
-
-
-def _input_grid(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str | None:
-    if not isinstance(model, fx.GraphModule):
-        return None
-    node = next(n for n in model.graph.nodes if n.op == "call_module" and n.target == name)
-    source = _grid_source(model, node.args[0])
-    if source is None:
-        return None
-    quantizer = modules[str(source.target)]
+def _quantizer(node: fx.Node, modules: dict[str, nn.Module]) -> Quantizer:
+    """Return the quantizer on whose grid the value of `node` lies."""
+    found = grids.grid_source(node, modules)
+    assert found is not None
+    quantizer = modules[str(found.target)]
     assert isinstance(quantizer, PACT | InputQuantizer)
+    return quantizer
+
+
+def _grid(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    if grids.grid_source(node, modules) is None:
+        return None
+    quantizer = _quantizer(node, modules)
     return f"{quantizer.bits}-bit {quantizer.qmin}..{quantizer.qmax}, scale {quantizer.scale.item():.4g}"
-
-
-def _is_module(node: fx.Node, modules: dict[str, nn.Module], types: tuple[type, ...]) -> bool:
-    return node.op == "call_module" and isinstance(modules.get(str(node.target)), types)
-
-
-def _calls(
-    node: fx.Node,
-    modules: dict[str, nn.Module],
-    types: tuple[type, ...],
-    functions: tuple[Any, ...],
-    methods: tuple[str, ...],
-) -> bool:
-    if node.op == "call_function":
-        return node.target in functions
-    if node.op == "call_method":
-        return node.target in methods
-    return _is_module(node, modules, types)

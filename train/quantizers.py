@@ -135,6 +135,9 @@ class PACT(nn.Module):
         bits: 2 to 8.
         signed: the activation takes negative values (tokens, GELU, an un-rectified input).
         full_grid: 8 bits use 0..255 instead of the portable 0..127.
+
+    Attributes:
+        largest_start: where `train.quant.start_alphas` starts at most: the bound of the activation it replaces.
     """
 
     MIN_ALPHA = 1e-4
@@ -143,6 +146,7 @@ class PACT(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         self.signed = signed
+        self.largest_start = math.inf
         self.set_bits(bits, full_grid=full_grid)
 
     def set_bits(self, bits: int, *, full_grid: bool = False) -> None:

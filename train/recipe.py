@@ -52,6 +52,7 @@ class Recipe:
         threshold_rate: gamma of asg, learning rate of the threshold in units of its start.
         precision: of the steps' convolutions, one of train.device.PRECISIONS; accuracy is measured in float32.
         init: checkpoint of the same architecture, of any bits, whose parameters the run starts from; "": random.
+        pretrained: start from the parameters that torchvision trained on ImageNet.
         teacher: checkpoint whose probabilities the network also learns; "": none.
         teacher_weight: share of the cross entropy that the teacher's probabilities replace, 0 to 1.
         temperature: of the teacher's and the network's probabilities.
@@ -89,6 +90,7 @@ class Recipe:
     threshold_rate: float = 0.01
     precision: str = "float32"
     init: str = ""
+    pretrained: bool = False
     teacher: str = ""
     teacher_weight: float = 0.7
     temperature: float = 4.0
@@ -129,6 +131,8 @@ class Recipe:
             raise OptionError(f"balanced_sampling together with {other}: expected one of them; drop the other")
         if self.color_jitter > 1:
             raise OptionError(f"color_jitter {self.color_jitter}: expected a share from 0 to 1")
+        if self.init and self.pretrained:
+            raise OptionError(f"init {self.init} and pretrained: both say where to start from; choose one")
         if self.method == "smoot" and not 0.2 <= self.mask_share <= 0.8:
             raise OptionError(f"mask_share {self.mask_share}: expected 0.2 to 0.8, the bounds of smoot's masks")
 

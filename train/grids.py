@@ -1,0 +1,155 @@
+"""Which values of a traced network lie on a quantizer's grid, and which are never negative."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from train.quantizers import PACT, InputQuantizer
+from train.traced import source
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Calls(NamedTuple):
+    """Ways to call one operation: as a module, a function or a method of a tensor."""
+
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+
+    def include(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+        """Return whether `node` is such a call."""
+        if node.op == "call_function":
+            return node.target in self.functions
+        if node.op == "call_method":
+            return node.target in self.methods
+        return node.op == "call_module" and isinstance(modules.get(str(node.target)), self.modules)
+
+
+RELU = Calls((nn.ReLU, nn.ReLU6), (F.relu, F.relu6, torch.relu, torch.relu_), ("relu", "relu_"))
+RELU6 = Calls((nn.ReLU6,), (F.relu6,))
+MATMUL = Calls((), (torch.matmul, torch.bmm, operator.matmul), ("matmul", "bmm"))
+# What hands codes on as they are: a maximum, a copy, another shape, a part, zeros around. Dropout is the identity
+# when deployed.
+_GRID_KEEPING = Calls(
+    (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity,
+     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad2d),
+    (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, F.dropout, torch.flatten, torch.reshape,
+     torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.unbind,
+     operator.getitem, torch.amax, F.pixel_shuffle, F.pixel_unshuffle, F.unfold),
+    ("flatten", "unflatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
+     "chunk", "split", "unbind", "unfold", "amax", "expand", "swapaxes", "movedim"),
+)  # fmt: skip
+_SIGN_KEEPING = Calls(
+    (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+    (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean),
+    ("mean",),
+)
+_NEVER_NEGATIVE = Calls(
+    (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax),
+    (torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax),
+    ("sigmoid", "softmax"),
+)
+_VIEWS = Calls(
+    (nn.Flatten, nn.Unflatten),
+    (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
+    ("flatten", "unflatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
+     "swapaxes", "movedim"),
+)  # fmt: skip
+# What multiplies, but is no layer whose weight could be given a quantizer.
+FLOAT_FUNCTIONS = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear, F.bilinear, F.scaled_dot_product_attention,
+    F.multi_head_attention_forward, torch.einsum, torch.addmm, torch.baddbmm,
+)  # fmt: skip
+_SUMS_AND_PRODUCTS = Calls((), (operator.add, operator.mul, torch.add, torch.mul), ("add", "mul"))
+_JOINS = Calls((), (torch.cat, torch.concat, torch.stack))
+
+
+def is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether `node` calls a convolution or linear layer."""
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), LAYERS)
+
+
+def norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """Return the BatchNorm call that alone reads `node`, or None."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].op == "call_module" and isinstance(modules.get(str(users[0].target)), NORMS):
+        return users[0]
+    return None
+
+
+def matrix_operands(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """Return both operands of a product of two activations, none for any other node."""
+    if not MATMUL.include(node, modules) or len(node.args) != 2:
+        return []
+    operands = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+    return operands if len(operands) == 2 else []
+
+
+def origin(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """Return where the elements of `node` were computed, before they were moved, selected or copied."""
+    while _GRID_KEEPING.include(node, modules) or _takes_attribute(node) or _pads_with_zeros(node):
+        node = source(node)
+    return node
+
+
+def before_views(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """Return what `node` is another shape of: quantized there, codes are moved instead of floats."""
+    while _VIEWS.include(node, modules) or _takes_attribute(node):
+        node = source(node)
+    return node
+
+
+def grid_source(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """Return the quantizer whose grid the value of `node` lies on, or None."""
+    node = origin(node, modules)
+    if node.op == "call_module" and isinstance(modules.get(str(node.target)), PACT | InputQuantizer):
+        return node
+    if _JOINS.include(node, modules):
+        sources = {grid_source(part, modules) for part in _parts(node)}
+        return sources.pop() if len(sources) == 1 else None
+    return None
+
+
+def never_negative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether the graph shows that no element of `node` is ever below zero."""
+    node = origin(node, modules)
+    while _SIGN_KEEPING.include(node, modules):
+        node = origin(source(node), modules)
+    if _SUMS_AND_PRODUCTS.include(node, modules):
+        operands: list[Any] = [*node.args, *(v for k, v in node.kwargs.items() if k == "other")]
+        return all(
+            never_negative(a, modules) if isinstance(a, fx.Node) else isinstance(a, int | float) and float(a) >= 0
+            for a in operands
+        )
+    if _JOINS.include(node, modules):
+        return all(never_negative(part, modules) for part in _parts(node))
+    quantizer = modules.get(str(node.target)) if node.op == "call_module" else None
+    return _NEVER_NEGATIVE.include(node, modules) or (isinstance(quantizer, PACT) and quantizer.qmin == 0)
+
+
+def _takes_attribute(node: fx.Node) -> bool:
+    return node.target is builtins.getattr and node.args[1] in ("T", "mT")
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if node.target is not F.pad:
+        return False
+    given: dict[str, Any] = {
+        **dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    return given.get("mode", "constant") == "constant" and not given.get("value")
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    joined: Any = node.args[0] if node.args else node.kwargs["tensors"]
+    return list(joined)
