@@ -37,6 +37,7 @@ from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, describe
+from train.splits import is_folder
 
 NORMALIZED = "normalized"
 
@@ -68,7 +69,7 @@ def export(
     gate: str = "code",
     saliency_precision: str = "auto",
     required_agreement: float = -1.0,
-    resize: str = "bilinear",
+    resize: str | None = None,
     checkpoint_sha256: str = "",
     status: Callable[[str], None] = lambda text: None,
 ) -> Exported:
@@ -85,7 +86,8 @@ def export(
             export/gradient_precision.py; "auto": int8 on OpenVINO, unless its maps agree less than 0.99 (mean
             Spearman) with float32's, else float32. (ONNX Runtime multiplies codes only between two grids.)
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
-        resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
+        resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES; None: what
+            training did, "crop" for image folders and "bilinear" for data sets of one size.
         checkpoint_sha256: of the checkpoint's file, for the manifest.
         status: told what is being done, step by step.
 
@@ -131,6 +133,7 @@ def export(
                 f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
                 f"{required_agreement} at least; train with more bits, or require less"
             )
+    resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
     manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
@@ -264,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--require-agreement", type=float, default=-1.0, metavar="SPEARMAN",
                         help="refuse a file whose maps agree less with the float network's")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
-    parser.add_argument("--resize", choices=RESIZES, default="bilinear",
-                        help="what the runtime does with images of another size (default: bilinear)")  # fmt: skip
+    parser.add_argument("--resize", choices=RESIZES,
+                        help="what the runtime does with other sizes (default: as in training)")  # fmt: skip
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)

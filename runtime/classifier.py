@@ -154,7 +154,10 @@ class Classifier:
             max_batch=self._max_batch,
             progress=command.progress if progress else None,
         )
-        return explanation(found, images, self.manifest.classes, method, single=_is_single(images))
+        return explanation(
+            found, images, self.manifest.classes, method,
+            single=_is_single(images), cropped=self.manifest.input.resize == "crop",
+        )  # fmt: skip
 
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""

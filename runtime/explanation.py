@@ -12,7 +12,7 @@ import numpy as np
 from runtime.attribution import Attribution
 from runtime.errors import ImageError, OptionError
 from runtime.files import write_atomically
-from runtime.images import resize_maps
+from runtime.images import middle, resize_maps
 
 # The map's value that is drawn as fully salient: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.0
@@ -99,7 +99,13 @@ class Explanation:
 
 
 def explanation(
-    found: Attribution, images: np.ndarray, classes: tuple[str, ...], method: str, *, single: bool
+    found: Attribution,
+    images: np.ndarray,
+    classes: tuple[str, ...],
+    method: str,
+    *,
+    single: bool,
+    cropped: bool = False,
 ) -> Explanation:
     """Return the explanation of images from what a method found.
 
@@ -109,11 +115,16 @@ def explanation(
         classes: names of the classes.
         method: name of the method.
         single: leave the axis N out.
+        cropped: the model saw the middle of images of another shape only; outside of it, maps are 0.
     """
     maps = np.abs(found.values).max(1)
     height, width = images.shape[:2] if single else images.shape[1:3]
     if maps.shape[1:] != (height, width):
-        maps = resize_maps(maps, (height, width))
+        size = maps.shape[1:]
+        top, left, *seen = middle((height, width), size) if cropped else (0, 0, height, width)
+        inside = resize_maps(maps, (seen[0], seen[1]))
+        maps = np.zeros((len(maps), height, width), np.float32)
+        maps[:, top : top + seen[0], left : left + seen[1]] = inside
     labels = [classes[index] for index in found.target]
     if not single:
         return Explanation(

@@ -101,6 +101,8 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
                 f"image of {batch.shape[1]}x{batch.shape[2]} pixels, expected {height}x{width}; "
                 "resize it, or export with --resize bilinear"
             )
+        if expected.resize == "crop":
+            batch = crop_to_shape(batch, expected.size)
         batch = resize(batch, expected.size)
     if batch.shape[3] == 3 and expected.channels == 1:
         batch = ((batch @ _LUMA + 0x8000) >> 16).astype(np.uint8)[..., None]

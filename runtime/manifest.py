@@ -4,8 +4,9 @@
     arch         name of the architecture
     precision    "int8" or "fp32"
     target       engine the graph was lowered for: "openvino", "ort" or "tensorrt"
-    input        {"size": [H, W], "channels": 1 or 3, "mean": [...], "std": [...], "resize": "bilinear" or "none"};
-                 the graph's input `image` is uint8 [N, H, W, C] and normalizes itself: (p / 255 - mean) / std
+    input        {"size": [H, W], "channels": 1 or 3, "mean": [...], "std": [...], "resize": "bilinear", "crop" or
+                 "none"}; the graph's input `image` is uint8 [N, H, W, C] and normalizes itself:
+                 (p / 255 - mean) / std
     classes      class names, in the order of the logits
     layers       one entry per layer: {"name", "kind", "bits" (null: float), "input": grid of its input, as text}
     metrics      numbers measured before export, such as {"test_accuracy": percent}
@@ -31,7 +32,7 @@ from runtime.onnx_bytes import metadata
 METADATA_KEY = "clearpact"
 VERSION = 1
 INPUT_NAME, TARGET_NAME = "image", "target"
-RESIZES = ("bilinear", "none")
+RESIZES = ("bilinear", "crop", "none")
 
 _REMEDY = "export it with `python -m export.onnx`"
 _KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
@@ -46,8 +47,9 @@ class ImageInput:
         channels: 1 (grey) or 3 (RGB).
         mean: per channel, on the scale where 255 is 1; applied inside the graph.
         std: per channel, likewise.
-        resize: what happens to images of another size: "bilinear" (antialiased, the aspect ratio is not kept)
-            or "none" (they are refused).
+        resize: what happens to images of another size: "bilinear" (antialiased, the aspect ratio is not kept),
+            "crop" (the same with the largest middle part that has the model's aspect ratio) or "none" (they are
+            refused).
     """
 
     size: tuple[int, int]

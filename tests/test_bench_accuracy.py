@@ -272,6 +272,7 @@ if __name__ == "__main__":
         found = json.loads(done.stdout)
         assert found["data"].startswith("folder:mine@")
         assert found["n"] == 18
+        assert Classifier(run / "ckpt.onnx").manifest.input.resize == "crop"
         assert found["accuracy"] == pytest.approx(found["checkpoint_accuracy"], abs=100 / 18 + 1e-6)
     main([str(run / "ckpt.onnx"), "--data", str(run / "split.json"), "--against", str(run / "ckpt.pt"), "--json"])
     assert json.loads(capsys.readouterr().out)["classified_differently"] == 0

@@ -301,3 +301,17 @@ def test_command_writes_heat_maps(digits_models: dict[str, Path], frames: np.nda
     assert sorted(p.name for p in (tmp_path / "heats").iterdir()) == ["0.png", "1.png"]
     with pytest.raises(OptionError, match="one file for 2 images, expected a folder"):
         classify([model, str(photos), "--explain", str(tmp_path / "one.png")])
+
+
+def test_a_cropping_model_explains_the_middle_it_saw(digits_checkpoint: Checkpoint, frames: np.ndarray) -> None:
+    model = export(digits_checkpoint, resize="crop").model.SerializeToString()
+    photo = np.asarray(Image.fromarray(frames[3, :, :, 0]).resize((60, 60)))
+    wide = np.pad(photo, ((0, 0), (10, 20)))
+    with Classifier(model) as classifier:
+        found = classifier.explain(wide)
+        inside = classifier.explain(wide[:, 15:75])
+    assert found.map.shape == (60, 90)
+    assert np.array_equal(found.map[:, 15:75], inside.map)
+    assert inside.map.max() > 0
+    assert not found.map[:, :15].any()
+    assert not found.map[:, 75:].any()

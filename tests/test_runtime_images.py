@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import FileError, ImageError
-from runtime.images import SUFFIXES, list_images, load_image, resize, to_batch
+from runtime.images import SUFFIXES, list_images, load_image, middle, resize, to_batch
 from runtime.manifest import ImageInput
+from train.decoding import decode
 
 GREY = ImageInput((6, 5), 1, (0.5,), (0.25,))
 RGB = ImageInput((6, 5), 3, (0.5,) * 3, (0.25,) * 3)
@@ -219,3 +220,24 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
 
 def test_every_suffix_is_one_that_pillow_reads() -> None:
     assert set(SUFFIXES) <= set(Image.registered_extensions())
+
+
+@given(st.tuples(*[st.integers(1, 60)] * 2), st.tuples(*[st.integers(1, 40)] * 2))
+def test_the_middle_has_the_models_shape_and_one_full_side(frame: tuple[int, int], size: tuple[int, int]) -> None:
+    top, left, height, width = middle(frame, size)
+    assert height == frame[0] or width == frame[1]
+    assert abs(height * size[1] - width * size[0]) <= max(size) / 2 or 1 in (height, width)
+    assert 0 <= frame[0] - height - 2 * top <= 1
+    assert 0 <= frame[1] - width - 2 * left <= 1
+
+
+@pytest.mark.parametrize("frame", [(30, 50), (50, 30), (33, 33), (200, 41)])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_frame_is_cropped_as_image_folders_are_for_training(
+    tmp_path: Path, frame: tuple[int, int], channels: int | None
+) -> None:
+    image = pixels(*frame, channels) if channels else pixels(*frame)
+    Image.fromarray(image).save(tmp_path / "frame.png")
+    wanted = ImageInput((12, 16), 3, (0.5,) * 3, (0.25,) * 3, "crop")
+    trained_on = decode(str(tmp_path / "frame.png"), (12, 16)).astype(int)
+    assert np.abs(to_batch(image, wanted)[0] - trained_on).max() <= 1

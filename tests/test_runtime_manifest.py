@@ -41,7 +41,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             channels=channels,
             mean=tuple(draw(st.lists(finite, min_size=channels, max_size=channels))),
             std=tuple(draw(st.lists(st.floats(1e-6, 10), min_size=channels, max_size=channels))),
-            resize=draw(st.sampled_from(["bilinear", "none"])),
+            resize=draw(st.sampled_from(["bilinear", "crop", "none"])),
         ),
         classes=tuple(draw(st.lists(text, min_size=1, max_size=5))),
         layers=tuple(
@@ -224,8 +224,8 @@ def test_a_manifest_that_is_no_json_object_is_refused(text: str) -> None:
         ({"input__std": [0]}, r"manifest field std \[0\]: expected 1 numbers above 0"),
         ({"input__std": [float("nan")]}, r"manifest field std \[nan\]: expected 1 numbers above 0"),
         ({"input__mean": [10**400]}, "manifest int too large to convert to float"),
-        ({"input__resize": "cubic"}, "manifest field resize 'cubic': expected one of bilinear, none"),
-        ({"input__resize": ...}, "manifest field resize None: expected one of bilinear, none"),
+        ({"input__resize": "cubic"}, "manifest field resize 'cubic': expected one of bilinear, crop, none"),
+        ({"input__resize": ...}, "manifest field resize None: expected one of bilinear, crop, none"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_it_must_be(changes: dict[str, Any], found: str) -> None:
