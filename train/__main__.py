@@ -173,7 +173,7 @@ def _bits_name(quant: QuantSpec) -> str:
 def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     """Return architecture, quantization and recipe: the published or default ones, then what is given."""
     if options.recipe:
-        run = recipes.published_run(options.recipe, options.arch)
+        run = recipes.published_run(options.recipe)
         arch, quant, recipe = run.arch, run.quant, run.recipe
     elif options.data is None:
         raise OptionError(

@@ -21,11 +21,10 @@ class PublishedRun:
         name: what `--recipe` takes.
         source: paper and table.
         figure: the published result.
-        arch: of train.models.ARCHITECTURES, except where something is missing.
+        arch: one of train.models.ARCHITECTURES.
         quant: bits and quantizers.
         recipe: data, method and hyperparameters.
         remark: what the paper leaves open.
-        missing: what the row still needs here; with another network (`--arch`) it can be trained already.
     """
 
     name: str
@@ -35,7 +34,6 @@ class PublishedRun:
     quant: QuantSpec
     recipe: Recipe
     remark: str
-    missing: str = ""
 
 
 _PLAIN_DESCENT = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, "alpha_decay": 0.0}
@@ -47,7 +45,7 @@ _KARKEHABADI = Recipe(
 _NO_OPTIMIZER = "optimizer not published: gradient descent as in Algorithm 2"
 _NO_MU = "mu not published"
 _KARKEHABADI_DEEP = replace(_KARKEHABADI, lr=1e-3, top1_weight=0.8)
-_TINY_TRANSFORMER = "a tiny vision transformer"
+_FROM_SCRATCH = f"{_NO_MU}; nor is what it started from: here from random parameters"
 
 PUBLISHED_RUNS = (
     PublishedRun(
@@ -77,46 +75,38 @@ PUBLISHED_RUNS = (
     ),
     PublishedRun(
         "karkehabadi2024-caltech101", "Karkehabadi et al. 2024, Tables I and IV", "95.10 %", "resnet18",
-        QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="caltech101", batch_size=128, image_size=224),
-        f"image size and split not published, {_NO_MU}", "a ResNet-18 trained on ImageNet",
+        QuantSpec(FLOAT_BITS),
+        replace(_KARKEHABADI_DEEP, data="caltech101", batch_size=128, image_size=224, pretrained=True),
+        f"image size and split not published, {_NO_MU}",
     ),
     PublishedRun(
         "karkehabadi2024-cifar10", "Karkehabadi et al. 2024, Tables I and V", "96.35 %", "deit_tiny",
-        QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar10"), _NO_MU, _TINY_TRANSFORMER,
+        QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar10"), _FROM_SCRATCH,
     ),
     PublishedRun(
         "karkehabadi2024-cifar100", "Karkehabadi et al. 2024, Tables I and VI", "79.65 %", "deit_tiny",
-        QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar100"), _NO_MU, _TINY_TRANSFORMER,
+        QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar100"), _FROM_SCRATCH,
     ),
 )  # fmt: skip
 
 
-def published_run(name: str, arch: str | None = None) -> PublishedRun:
+def published_run(name: str) -> PublishedRun:
     """Return a row by name.
 
-    Args:
-        name: of the row.
-        arch: the network that takes the place of the row's own, if one does.
-
     Raises:
-        OptionError: no such row, or one whose network is not there yet.
+        OptionError: no such row.
     """
     for run in PUBLISHED_RUNS:
         if run.name == name:
-            if run.missing and arch is None:
-                raise OptionError(
-                    f"--recipe {name}: not available yet, it needs {run.missing}; name another one with --arch"
-                )
             return run
     names = ", ".join(run.name for run in PUBLISHED_RUNS)
     raise OptionError(f"--recipe {name}: expected one of {names}; see --list-recipes")
 
 
 def table() -> str:
-    """Return all rows as text: each with its published figure, source and remark, and what it still needs."""
+    """Return all rows as text: each with its published figure, source and remark."""
     lines = [f"{'recipe':27} {'data':14} {'method':7} {'network':9} bits"]
     for run in PUBLISHED_RUNS:
         lines.append(f"{run.name:27} {run.recipe.data:14} {run.recipe.method:7} {run.arch:9} {run.quant.bits:4}")
-        needs = f"not yet: it needs {run.missing}" if run.missing else ""
-        lines += [f"    {text}" for text in (f"{run.figure}: {run.source}", run.remark, needs) if text]
+        lines += [f"    {text}" for text in (f"{run.figure}: {run.source}", run.remark) if text]
     return "\n".join(lines)
