@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "data": test.name, "n": len(test.labels), "accuracy": scores.accuracy,
             "sensitivity": scores.sensitivity, "specificity": scores.specificity,
             "checkpoint_accuracy": before, "classified_differently": differing,
-            "confusion": scores.confusion.tolist(), "environment": where,
+            "classes": classes, "confusion": scores.confusion.tolist(), "environment": where,
         }))  # fmt: skip
         return
     print(

@@ -6,14 +6,16 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "onnx")
 
 
 def environment() -> dict[str, str | int]:
-    """Return processor, cores, operating system, Python, library versions and the commit of this code."""
+    """Return processor, cores, system, Python, library versions, the commit of this code and the command."""
     found: dict[str, str | int] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -24,13 +26,17 @@ def environment() -> dict[str, str | int]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    # Python by its name: where it is installed says nothing about the number.
+    found["command"] = shlex.join(["python", *sys.orig_argv[1:]])
     return found
 
 
 def describe(found: dict[str, str | int]) -> str:
-    """Return the environment as one line for people."""
+    """Return the environment as one line for people, who know what they typed."""
     return ", ".join(
-        f"{value}" if key in ("processor", "system") else f"{key} {value}" for key, value in found.items()
+        f"{value}" if key in ("processor", "system") else f"{key} {value}"
+        for key, value in found.items()
+        if key != "command"
     )
 
 

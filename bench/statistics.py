@@ -13,11 +13,15 @@ from runtime import command
 from runtime.errors import OptionError
 
 SETTLE_MS = 3.0
+QUANTILE_PERCENTS = tuple(range(0, 101, 5))
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Percentiles of one contender's run times, in milliseconds, and the images it does in a second."""
+    """Percentiles of one contender's run times, in milliseconds, and the images it does in a second.
+
+    `quantiles_ms` are the percentiles QUANTILE_PERCENTS, the distribution from the smallest time to the largest.
+    """
 
     n: int
     p50_ms: float
@@ -27,6 +31,7 @@ class Latency:
     mean_ms: float
     std_ms: float
     images_per_second: float
+    quantiles_ms: tuple[float, ...]
 
 
 def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
@@ -41,6 +46,7 @@ def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
         mean_ms=float(samples_ms.mean()),
         std_ms=float(samples_ms.std()),
         images_per_second=1000 * batch / p50,
+        quantiles_ms=tuple(round(float(q), 6) for q in np.percentile(samples_ms, QUANTILE_PERCENTS)),
     )
 
 

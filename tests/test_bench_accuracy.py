@@ -114,6 +114,7 @@ def test_json_has_the_scores_the_counts_and_the_environment(
     assert result["accuracy"] == pytest.approx(100 * np.trace(confusion) / 360)
     assert (result["precision"], result["target"], result["data"]) == ("int8", "openvino", "digits_test.npz")
     assert result["engine"].startswith("openvino 20")
+    assert result["classes"] == [str(digit) for digit in range(10)]
     assert result["environment"] == environment()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,11 +105,17 @@ def test_a_missing_model_is_refused() -> None:
 def test_the_environment_names_what_a_number_depends_on() -> None:
     found = environment()
     assert found["numpy"] == np.__version__
-    assert {"processor", "cores", "system", "python", "commit", *PACKAGES} == set(found)
+    assert {"processor", "cores", "system", "python", "commit", "command", *PACKAGES} == set(found)
     assert (
-        describe({"processor": "CPU", "cores": 2, "system": "Linux", "commit": "ab"})
+        describe({"processor": "CPU", "cores": 2, "system": "Linux", "commit": "ab", "command": "python -m any"})
         == "CPU, cores 2, Linux, commit ab"
     )
+
+
+def test_a_record_names_the_command_that_made_it() -> None:
+    arguments = ["-c", "from bench.environment import environment; print(environment()['command'])", "a b"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == shlex.join(["python", *arguments])
 
 
 def test_peak_memory_holds_what_was_allocated_and_freed() -> None:

@@ -18,6 +18,7 @@ def test_statistics_of_known_samples() -> None:
     assert (found.p50_ms, found.p90_ms, found.p99_ms, found.mean_ms) == (51.0, 91.0, 100.0, 51.0)
     assert found.std_ms == pytest.approx(np.sqrt((101**2 - 1) / 12), rel=1e-12)
     assert found.images_per_second == pytest.approx(8 * 1000 / 51)
+    assert found.quantiles_ms == tuple(range(1, 102, 5))
 
 
 def test_an_outlier_moves_the_mean_and_not_the_median() -> None:

@@ -1,0 +1,103 @@
+"""Where the numbers come from: machines, versions, and the commands that make them again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from bench.report.page import Html, Section, code, folded, join, paragraph, table, tag
+from bench.report.sources import Run, Sources
+
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoint
+
+
+def environment_section(sources: Sources, here: Mapping[str, Any]) -> Section:
+    """Return where each measurement was made, and this report."""
+    places: dict[str, list[str]] = {}
+    known: dict[str, Mapping[str, Any]] = {}
+    for record in sources.latest(*{record.bench for record in sources.records}):
+        where = record.values.get("environment")
+        if isinstance(where, dict):
+            key = json.dumps({name: value for name, value in where.items() if name not in ("command", "commit")})
+            known[key] = where
+            places.setdefault(key, []).append(record.bench)
+    rows = [_row(known[key], ", ".join(dict.fromkeys(benches))) for key, benches in places.items()]
+    header = ["measured", "processor", "cores", "system", "Python", "libraries", "commit"]
+    shown = table("Machines and versions", header, [_row(here, "this report"), *rows], align="llrllll",
+                  class_="environment")  # fmt: skip
+    return Section("Environment", shown)
+
+
+def commands_section(sources: Sources, here: Mapping[str, Any]) -> Section:
+    """Return the commands that train, export, measure and write this report again."""
+    parts = [tag("h3", "This report"), code(str(here["command"]))]
+    for run in sources.runs:
+        parts += [tag("h3", f"Training and export of {run.name}"), *_run_commands(run)]
+    recorded = _recorded(sources)
+    if recorded:
+        parts += [tag("h3", "Measurements"), *(code(command) for command in recorded)]
+    silent = sum("command" not in _environment(record.values) for record in sources.records)
+    if silent:
+        parts.append(paragraph(f"{silent} records come from releases that did not keep their command."))
+    return Section("Commands", join(parts))
+
+
+def train_command(checkpoint: Checkpoint) -> str:
+    """Return the command that trains such a network again: what differs from the defaults, as options.
+
+    What only a file can say, the bits of single layers, is in `bits.json`.
+    """
+    from train.quant import QuantSpec
+    from train.recipe import default_recipe
+
+    recipe, quant, usual = checkpoint.recipe, checkpoint.quant, QuantSpec()
+    words = ["python", "-m", "train", "--data", recipe.data, "--arch", str(checkpoint.arch["name"])]
+    words += ["--bits", str(quant.bits), "--method", recipe.method]
+    if quant.weights != usual.weights:
+        words += ["--weights", quant.weights]
+    words += ["--full-grid"] * quant.full_grid + ["--bits-file", "bits.json"] * bool(quant.layer_bits)
+    default = default_recipe(recipe.data, recipe.method)
+    for name in (field.name for field in fields(recipe)):
+        value = getattr(recipe, name)
+        if value == getattr(default, name):
+            continue
+        option = name.replace("_", "-")
+        words += (
+            [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        )
+    return shlex.join(words)
+
+
+def _run_commands(run: Run) -> list[Html]:
+    quant = run.checkpoint.quant
+    parts = [code(train_command(run.checkpoint))]
+    if quant.layer_bits:
+        parts.append(folded("bits.json", code(json.dumps(quant.layer_bits))))
+    precision = "--fp32" if quant.bits == 32 else "--int8"
+    return [*parts, code(shlex.join(["python", "-m", "export.onnx", str(run.file), precision]))]
+
+
+def _recorded(sources: Sources) -> list[str]:
+    found: dict[str, None] = {}
+    for record in sources.records:
+        if record.bench == "training row" and isinstance(record.values.get("command"), str):
+            found[record.values["command"]] = None
+        elif "command" in _environment(record.values):
+            found[str(_environment(record.values)["command"])] = None
+    return list(found)
+
+
+def _environment(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    where = values.get("environment")
+    return where if isinstance(where, dict) else {}
+
+
+def _row(where: Mapping[str, Any], what: str) -> list[str]:
+    named = ("processor", "cores", "system", "python")
+    others = {key: value for key, value in where.items() if key not in (*named, "commit", "command")}
+    libraries = ", ".join(f"{name} {version}" for name, version in others.items())
+    return [what, *(str(where.get(name, "-")) for name in named), libraries, str(where.get("commit", "-"))]
