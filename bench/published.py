@@ -30,6 +30,7 @@ class Published:
 
 _MALEKI = "Maleki et al. 2024"
 _KARKEHABADI = "Karkehabadi et al. 2024"
+_LAVAEI = "Lavaei et al. 2025"
 _APOT = "Li et al. 2020 (APoT)"
 _PACT = "Choi et al. 2018 (PACT)"
 
@@ -47,4 +48,8 @@ PUBLISHED = (
     Published("cifar10", "resnet20", 4, "plain", 75.55, _MALEKI),
     Published("cifar10", "resnet20", 2, "plain", 90.96, _APOT),
     Published("cifar10", "resnet20", 2, "plain", 88.9, _PACT),
+    Published("cifar10", "deit_tiny", 32, "smoot", 96.35, _KARKEHABADI),
+    Published("cifar100", "deit_tiny", 32, "smoot", 79.65, _KARKEHABADI),
+    Published("caltech101", "resnet18", 32, "smoot", 95.10, _KARKEHABADI),
+    Published("kvasir", "resnet20", 8, "asg", 79.05, _LAVAEI),
 )

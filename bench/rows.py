@@ -53,16 +53,20 @@ class Row:
         return given
 
 
-_CIFAR10 = "--data cifar10 --arch resnet20 --batch-size 256 --precision bfloat16"
-_LOW_BITS = f"{_CIFAR10} --weights lsq --method sgt --kl-weight 0.05 --lr 0.04 --weight-decay 1e-4"
 _DIGITS = "--data digits --arch cnn2"
+_SEEDS = (0, 1, 2)
 
-_MNIST = ("--data mnist --arch cnn2 --bits 8 --precision bfloat16 --crop-padding 2 --rotate-degrees 10 --zoom 0.1 "
-          "--elastic-pixels 0.6")  # fmt: skip
-_FASHION = "--data fashion-mnist --arch cnn2 --bits 8 --precision bfloat16 --crop-padding 1 --flip"
 
-# The low-bit rows follow APoT (Li et al. 2020, section 4): from the next higher precision, first and last layer at
-# 8 bits, less decay the fewer the bits; the float network teaches all of them.
+def _of_every_method(data: str) -> tuple[Row, ...]:
+    """Return short runs that differ in method and seed alone, whose maps bench.saliency compares."""
+    options = f"--data {data} --arch cnn2 --bits 8 --precision bfloat16 --epochs 4 --kl-weight 1"
+    return tuple(
+        Row(f"{data}-cnn2-8bit-{method}-seed{seed}", f"{options} --method {method} --seed {seed}")
+        for seed in _SEEDS
+        for method in ("plain", "sgt", "smoot")
+    )
+
+
 TABLES = {
     "digits": (
         Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
@@ -70,23 +74,23 @@ TABLES = {
             init="digits-cnn2-float-plain", teacher="digits-cnn2-float-plain"),
     ),
     "mnist": (
-        Row("mnist-cnn2-8bit-plain", f"{_MNIST} --method plain --epochs 36"),
-        Row("mnist-cnn2-8bit-sgt", f"{_MNIST} --method sgt --kl-weight 0.1 --lr 0.02 --epochs 8", asked=99.5,
-            init="mnist-cnn2-8bit-plain"),
+        Row("mnist-cnn2-8bit-plain", "--recipe clearpact-mnist-plain"),
+        Row("mnist-cnn2-8bit-sgt", "--recipe clearpact-mnist", asked=99.5, init="mnist-cnn2-8bit-plain"),
     ),
     "fashion-mnist": (
-        Row("fashion-mnist-cnn2-8bit-plain", f"{_FASHION} --method plain --epochs 36"),
-        Row("fashion-mnist-cnn2-8bit-sgt", f"{_FASHION} --method sgt --kl-weight 0.1 --lr 0.02 --epochs 8",
-            asked=93.7, init="fashion-mnist-cnn2-8bit-plain"),
+        Row("fashion-mnist-cnn2-8bit-plain", "--recipe clearpact-fashion-plain"),
+        Row("fashion-mnist-cnn2-8bit-sgt", "--recipe clearpact-fashion", asked=93.7,
+            init="fashion-mnist-cnn2-8bit-plain"),
     ),
+    "mnist-maps": _of_every_method("mnist"),
+    "fashion-mnist-maps": _of_every_method("fashion-mnist"),
     "cifar10": (
-        Row("cifar10-resnet20-float-plain", f"{_CIFAR10} --bits 32 --method plain --lr 0.2 --epochs 200"),
-        Row("cifar10-resnet20-8bit-sgt",
-            f"{_CIFAR10} --bits 8 --method sgt --kl-weight 0.05 --lr 0.04 --weight-decay 1e-4 --epochs 60",
+        Row("cifar10-resnet20-float-plain", "--recipe clearpact-cifar10-float"),
+        Row("cifar10-resnet20-8bit-sgt", "--recipe clearpact-cifar10-8bit",
             init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
-        Row("cifar10-resnet20-4bit-sgt", f"{_LOW_BITS} --bits 4 --epochs 120", asked=92.0,
+        Row("cifar10-resnet20-4bit-sgt", "--recipe clearpact-cifar10-4bit", asked=92.0,
             init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
-        Row("cifar10-resnet20-2bit-sgt", f"{_LOW_BITS} --bits 2 --epochs 200 --weight-decay 3e-5", asked=90.0,
+        Row("cifar10-resnet20-2bit-sgt", "--recipe clearpact-cifar10-2bit", asked=90.0,
             init="cifar10-resnet20-4bit-sgt", teacher="cifar10-resnet20-float-plain"),
     ),
 }  # fmt: skip

@@ -47,9 +47,11 @@ def test_rows_hold_what_the_papers_print(name: str, arch: str, bits: int, expect
 
 
 def test_every_row_can_be_trained_and_has_a_name_of_its_own() -> None:
-    names = [run.name for run in recipes.PUBLISHED_RUNS]
-    assert len(names) == len(set(names)) == 8
-    assert all(run.arch in ARCHITECTURES and run.recipe.method in METHODS for run in recipes.PUBLISHED_RUNS)
+    runs = (*recipes.PUBLISHED_RUNS, *recipes.OWN_RUNS)
+    assert len({run.name for run in runs}) == len(runs) == 8 + 8
+    assert all(run.arch in ARCHITECTURES and run.recipe.method in METHODS for run in runs)
+    assert {run.name for run in runs if run.name.startswith("clearpact-")} == {r.name for r in recipes.OWN_RUNS}
+    assert all((run.source and run.figure) for run in recipes.PUBLISHED_RUNS)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_list_shows_source_and_figure_of_every_row_in_80_columns(capsys: pytest.
     main(["--list-recipes"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < 80
-    names = [run.name for run in recipes.PUBLISHED_RUNS]
+    names = [run.name for run in (*recipes.PUBLISHED_RUNS, *recipes.OWN_RUNS)]
     assert [line.split()[0] for line in lines[1:] if line[0] != " "] == names
     row = next(n for n, line in enumerate(lines) if line.startswith("maleki2024-mnist "))
     assert lines[row].split()[1:] == ["mnist", "sgt", "resnet20", "8"]

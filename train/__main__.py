@@ -91,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("train", "Train a quantized, saliency-guided image classifier.", EXAMPLES)
     parser.add_argument("--data", type=data.check_name, metavar="NAME", help=data.EXPECTED)
-    parser.add_argument("--recipe", metavar="NAME", help="a published experiment; other options override it")
-    parser.add_argument("--list-recipes", action="store_true", help="show the published experiments and stop")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="a published experiment, or one of ours; other options override it"
+    )
+    parser.add_argument("--list-recipes", action="store_true", help="show all recipes and stop")
     parser.add_argument("--arch", metavar="NAME",
                         help=f"{', '.join(ARCHITECTURES)} or your own module:factory (default: cnn2)")  # fmt: skip
     parser.add_argument("--bits", type=_bits, help="2 to 8, or 32 for float (default: 8)")
@@ -173,7 +175,7 @@ def _bits_name(quant: QuantSpec) -> str:
 def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     """Return architecture, quantization and recipe: the published or default ones, then what is given."""
     if options.recipe:
-        run = recipes.published_run(options.recipe)
+        run = recipes.named(options.recipe)
         arch, quant, recipe = run.arch, run.quant, run.recipe
     elif options.data is None:
         raise OptionError(

@@ -1,11 +1,13 @@
-"""The published experiments as recipes: `python -m train --recipe NAME`, `--list-recipes`.
+"""Recipes by name, the published experiments and ours: `python -m train --recipe NAME`, `--list-recipes`.
 
 Every value that a paper prints is the paper's. What it leaves open is said in the row's remark, and is then the
-simplest reading: no augmentation, no weight decay, a constant learning rate.
+simplest reading: no augmentation, no weight decay, a constant learning rate. What ours reach is recorded in
+bench/results/; `python -m bench.rows` trains them in turn.
 """
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
@@ -14,17 +16,17 @@ from train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class PublishedRun:
-    """One row of a paper.
+class NamedRecipe:
+    """One row of a paper, or one of ours.
 
     Args:
         name: what `--recipe` takes.
-        source: paper and table.
-        figure: the published result.
+        source: paper and table; empty for ours.
+        figure: the published result; empty for ours.
         arch: one of train.models.ARCHITECTURES.
         quant: bits and quantizers.
         recipe: data, method and hyperparameters.
-        remark: what the paper leaves open.
+        remark: what the paper leaves open, or what ours starts from.
     """
 
     name: str
@@ -48,24 +50,24 @@ _KARKEHABADI_DEEP = replace(_KARKEHABADI, lr=1e-3, top1_weight=0.8)
 _FROM_SCRATCH = f"{_NO_MU}; nor is what it started from: here from random parameters"
 
 PUBLISHED_RUNS = (
-    PublishedRun(
+    NamedRecipe(
         "maleki2024-mnist", "Maleki et al. 2024, Tables I and II", "99.35 % (99.23 % with --method plain)",
         "resnet20", QuantSpec(8), replace(_MALEKI, lr=0.1, batch_size=128, kl_weight=0.1), _NO_OPTIMIZER,
     ),
-    PublishedRun(
+    NamedRecipe(
         "maleki2024-cifar10", "Maleki et al. 2024, Tables I and II", "76.12 % (75.55 % with --method plain)",
         "resnet20", QuantSpec(4), replace(_MALEKI, data="cifar10", lr=0.01, batch_size=64, kl_weight=0.05),
         _NO_OPTIMIZER,
     ),
-    PublishedRun(
+    NamedRecipe(
         "karkehabadi2024-mnist", "Karkehabadi et al. 2024, Tables I and II", "99.40 %, AUC 33.16",
         "cnn2", QuantSpec(FLOAT_BITS), _KARKEHABADI, _NO_MU,
     ),
-    PublishedRun(
+    NamedRecipe(
         "karkehabadi2024-fashion", "Karkehabadi et al. 2024, Tables I and III", "93.65 %, AUC 36.18",
         "cnn2", QuantSpec(FLOAT_BITS), replace(_KARKEHABADI, data="fashion-mnist"), _NO_MU,
     ),
-    PublishedRun(
+    NamedRecipe(
         "lavaei2025-kvasir", "Lavaei et al. 2025, Table I", "79.05 %, sensitivity 84.37 %", "resnet20",
         QuantSpec(8),
         Recipe("kvasir", "asg", epochs=50, batch_size=128, optimizer="adam", lr=1e-3, mask_share=0.5,
@@ -73,40 +75,77 @@ PUBLISHED_RUNS = (
                **_PLAIN_DESCENT),  # type: ignore[arg-type]
         "network, bits, image size, rates and amounts of augmentation not published",
     ),
-    PublishedRun(
+    NamedRecipe(
         "karkehabadi2024-caltech101", "Karkehabadi et al. 2024, Tables I and IV", "95.10 %", "resnet18",
         QuantSpec(FLOAT_BITS),
         replace(_KARKEHABADI_DEEP, data="caltech101", batch_size=128, image_size=224, pretrained=True),
         f"image size and split not published, {_NO_MU}",
     ),
-    PublishedRun(
+    NamedRecipe(
         "karkehabadi2024-cifar10", "Karkehabadi et al. 2024, Tables I and V", "96.35 %", "deit_tiny",
         QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar10"), _FROM_SCRATCH,
     ),
-    PublishedRun(
+    NamedRecipe(
         "karkehabadi2024-cifar100", "Karkehabadi et al. 2024, Tables I and VI", "79.65 %", "deit_tiny",
         QuantSpec(FLOAT_BITS), replace(_KARKEHABADI_DEEP, data="cifar100"), _FROM_SCRATCH,
     ),
 )  # fmt: skip
 
 
-def published_run(name: str) -> PublishedRun:
+_MNIST = Recipe(
+    "mnist", "plain", epochs=36, precision="bfloat16", crop_padding=2, rotate_degrees=10, zoom=0.1,
+    elastic_pixels=0.6, top1_weight=0.95,
+)  # fmt: skip
+_FASHION = Recipe(
+    "fashion-mnist", "plain", epochs=36, precision="bfloat16", crop_padding=1, flip=True, top1_weight=0.95
+)
+_CIFAR10 = Recipe(
+    "cifar10", "plain", epochs=200, batch_size=256, lr=0.2, precision="bfloat16", crop_padding=4, flip=True
+)
+# The low-bit rows follow APoT (Li et al. 2020, section 4): from the next higher precision, first and last layer at
+# 8 bits, less decay the fewer the bits; the float network teaches all of them.
+_CIFAR10_SGT = replace(_CIFAR10, method="sgt", kl_weight=0.05, lr=0.04, weight_decay=1e-4)
+_FINE_TUNING = {"method": "sgt", "kl_weight": 0.1, "lr": 0.01, "epochs": 7}
+_GPU = "not trained yet"
+
+
+def _own(name: str, arch: str, quant: QuantSpec, recipe: Recipe, remark: str = "") -> NamedRecipe:
+    return NamedRecipe(f"clearpact-{name}", "", "", arch, quant, recipe, remark)
+
+
+OWN_RUNS = (
+    _own("mnist-plain", "cnn2", QuantSpec(8), _MNIST),
+    _own("mnist", "cnn2", QuantSpec(8), replace(_MNIST, **_FINE_TUNING), "--init: clearpact-mnist-plain"),  # type: ignore[arg-type]
+    _own("fashion-plain", "cnn2", QuantSpec(8), _FASHION),
+    _own("fashion", "cnn2", QuantSpec(8), replace(_FASHION, **_FINE_TUNING), "--init: clearpact-fashion-plain"),  # type: ignore[arg-type]
+    _own("cifar10-float", "resnet20", QuantSpec(FLOAT_BITS), _CIFAR10, _GPU),
+    _own("cifar10-8bit", "resnet20", QuantSpec(8), replace(_CIFAR10_SGT, epochs=60),
+         f"--init and --teacher: clearpact-cifar10-float; {_GPU}"),
+    _own("cifar10-4bit", "resnet20", QuantSpec(4, "lsq"), replace(_CIFAR10_SGT, epochs=120),
+         f"--init and --teacher: clearpact-cifar10-float; {_GPU}"),
+    _own("cifar10-2bit", "resnet20", QuantSpec(2, "lsq"), replace(_CIFAR10_SGT, epochs=200, weight_decay=3e-5),
+         f"--init: clearpact-cifar10-4bit, --teacher: clearpact-cifar10-float; {_GPU}"),
+)  # fmt: skip
+
+
+def named(name: str) -> NamedRecipe:
     """Return a row by name.
 
     Raises:
         OptionError: no such row.
     """
-    for run in PUBLISHED_RUNS:
-        if run.name == name:
-            return run
-    names = ", ".join(run.name for run in PUBLISHED_RUNS)
-    raise OptionError(f"--recipe {name}: expected one of {names}; see --list-recipes")
+    runs = {run.name: run for run in (*PUBLISHED_RUNS, *OWN_RUNS)}
+    if name not in runs:
+        raise OptionError(f"--recipe {name}: expected one of {', '.join(runs)}; see --list-recipes")
+    return runs[name]
 
 
 def table() -> str:
     """Return all rows as text: each with its published figure, source and remark."""
     lines = [f"{'recipe':27} {'data':14} {'method':7} {'network':9} bits"]
-    for run in PUBLISHED_RUNS:
+    for run in (*PUBLISHED_RUNS, *OWN_RUNS):
         lines.append(f"{run.name:27} {run.recipe.data:14} {run.recipe.method:7} {run.arch:9} {run.quant.bits:4}")
-        lines += [f"    {text}" for text in (f"{run.figure}: {run.source}", run.remark) if text]
+        published = f"{run.figure}: {run.source}" if run.source else ""
+        for text in filter(None, (published, run.remark)):
+            lines += textwrap.wrap(text, 79, initial_indent=" " * 4, subsequent_indent=" " * 6)
     return "\n".join(lines)
