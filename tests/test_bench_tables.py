@@ -75,7 +75,7 @@ def test_rows_stand_by_data_then_bits_then_accuracy_beside_the_papers() -> None:
             run("mnist-cnn2-8bit-sgt", 99.3)]  # fmt: skip
     lines = results(runs).splitlines()[2:]
     assert len(lines) == len(PUBLISHED) + 3
-    cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10")]
+    cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10 ")]
     assert [(cells[2], cells[4]) for cells in cifar10] == [
         ("float", "96.35"), ("4", "92.45"), ("4", "**92.10**"), ("4", "76.12"), ("4", "75.55"),
         ("2", "90.96"), ("2", "**90.10**"), ("2", "88.90"),
