@@ -13,12 +13,15 @@ from pathlib import Path
 
 from bench import record
 from bench.environment import describe, environment
+from bench.model_card import card
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import check_writable, read_bytes
+from runtime.files import check_writable, read_bytes, write_atomically
 from train import __main__ as train
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
+
+RESULTS = Path(__file__).parent / "results"
 
 EXAMPLES = """
   python -m bench.rows cifar10 --device cuda --data-root data     # float, 8, 4 and 2 bits
@@ -138,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--epochs", type=int, help="of every row, for a trial; runs/ needs a folder of its own then"
     )
-    parser.add_argument("--ship", metavar="FOLDER", help="write each row's checkpoint, without optimizer, there")
+    parser.add_argument(
+        "--ship", metavar="FOLDER", help="write each row's checkpoint, without optimizer, and its card there"
+    )
     parser.add_argument("--record", metavar="FILE", help="append each row, with its environment, to a .jsonl")
     options = parser.parse_args(argv)
     for path in (options.record, options.ship and Path(options.ship) / "any.pt"):
@@ -153,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         checkpoint = train_row(row, runs, shared)
         reached[row.name] = checkpoint
-        if options.ship:
-            checkpoints.save(shipped(row, checkpoint), Path(options.ship) / f"{row.name}.pt")
+        found = result(row, checkpoint, runs, where)
         if options.record:
-            record.append(options.record, result(row, checkpoint, runs, where))
+            record.append(options.record, found)
+        if options.ship:
+            ship(row, checkpoint, found, Path(options.ship))
     print(f"\n{'row':32}  epochs  asked  train %   test %")
     for row in rows:
         last = reached[row.name].history[-1]
@@ -164,6 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{row.name:32}{len(reached[row.name].history):8}{asked:>7}{last['train_accuracy']:9.2f}"
               f"{last['test_accuracy']:9.2f}")  # fmt: skip
     print(describe(where))
+
+
+def ship(row: Row, checkpoint: Checkpoint, found: dict[str, object], folder: Path) -> None:
+    """Write a finished row's checkpoint and its card."""
+    file = folder / f"{row.name}.pt"
+    checkpoints.save(shipped(row, checkpoint), file)
+    text = card(found, record.read(RESULTS), file.stat().st_size)
+    write_atomically(file.with_suffix(".md"), text)
 
 
 def shipped(row: Row, checkpoint: Checkpoint) -> Checkpoint:

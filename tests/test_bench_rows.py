@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.environment import environment
+from bench.model_card import card
 from bench.rows import TABLES, Row, main, needed
 from runtime.errors import OptionError
 from train import __main__ as train
@@ -76,6 +78,11 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "digits-cnn2-4bit-sgt.pt").stat().st_size < 0.7 * four_bits.stat().st_size
     assert all(torch.equal(light.state_dict[name], value) for name, value in checkpoint.state_dict.items())
     assert light.recipe.init == "runs/digits-cnn2-float-plain/ckpt.pt"
+    text = (tmp_path / "digits-cnn2-4bit-sgt.md").read_text()
+    assert f"| test accuracy | {checkpoint.test_accuracy:.2f} % |" in text
+    assert "| method | sgt, 1 epochs, seed 0 |" in text
+    assert "export.onnx deploy/models/digits-cnn2-4bit-sgt.pt --int8" in text
+    assert str(tmp_path) not in text
     assert str(tmp_path) not in json.dumps(lines)
     assert checkpoint.quant.weights == "lsq"
     assert checkpoint.recipe.init == checkpoint.recipe.teacher
@@ -85,3 +92,19 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
         assert line["command"].startswith("python -m train --runs runs --name digits-cnn2-")
     assert lines[1]["test_accuracy"] == checkpoint.test_accuracy
     assert f"{checkpoint.test_accuracy:9.2f}" in capsys.readouterr().out
+
+
+def test_a_card_shows_the_newest_area_of_its_row() -> None:
+    recipe = {"data": "mnist", "method": "sgt", "seed": 2, "init": ""}
+    result = {"row": "x", "arch": "cnn2", "bits": 8, "epochs": 3, "test_accuracy": 99.5, "command": "python",
+              "recipe": recipe, "environment": environment()}  # fmt: skip
+
+    def record(model: str, precision: str, auc: float, fill: str = "black") -> dict[str, object]:
+        network = {"model": model, "precision": precision, "masked_auc": auc, "masked_auc_error": 0.25}
+        return {"bench": "saliency", "fill": fill, "n": 5000, "networks": [network]}
+
+    records = [record("x", "8 bit", 30.0), record("x", "8 bit", 26.5), record("x", "float", 1.0),
+               record("y", "8 bit", 2.0), record("x", "8 bit", 3.0, "random"), {"bench": "latency"}]  # fmt: skip
+    assert "| masked-accuracy AUC | 26.50 ± 0.25 (5,000 images, black fill," in card(result, records, 10)
+    assert "AUC" not in card(result, [], 10)
+    assert "starts from" not in card(result, [], 10)

@@ -18,11 +18,13 @@ from runtime.errors import EngineError, ModelError, OptionError
 from runtime.onnx_bytes import without_gradient
 from tests.qdq_models import conv_model
 from tests.toy_models import randomize_norms
+from train import checkpoint as checkpoints
 from train import data, loop
 from train.checkpoint import Checkpoint
 from train.quant import QuantSpec
 from train.recipe import default_recipe
 
+ROOT = Path(__file__).parents[1]
 BATCH = BuildOptions(batch=(1, 8, 32))
 # TensorRT-RTX, called as TensorRT is, says that its timing caches do nothing.
 caches_do_nothing = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
@@ -82,6 +84,12 @@ def test_resnet20_in_4_bits_multiplies_int8_where_it_was_chosen(
     trt: ModuleType, resnet_checkpoint: Checkpoint
 ) -> None:
     assert_as_chosen(trt, exported(resnet_checkpoint), forward=20)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy" / "models").glob("*.pt")), ids=lambda path: path.stem)
+def test_shipped_models_multiply_int8_where_it_was_chosen(trt: ModuleType, path: Path) -> None:
+    shipped = checkpoints.load(path)
+    assert_as_chosen(trt, exported(shipped), forward={"cnn2": 4, "resnet20": 20}[shipped.arch["name"]])
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""The card of a shipped checkpoint: what it is, what it reached, what its maps are worth, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.environment import describe
+
+_FILL = "black"
+
+
+def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        result: of `bench.rows.result`.
+        records: from `bench.record.read`; the newest of `bench.saliency` on a run of the row's name is shown.
+        n_bytes: size of the shipped file.
+    """
+    recipe = result["recipe"]
+    bits = "float" if result["bits"] == 32 else f"{result['bits']} bit"
+    facts = {
+        "data": recipe["data"],
+        "network": f"{result['arch']}, {bits}",
+        "method": f"{recipe['method']}, {result['epochs']} epochs, seed {recipe['seed']}",
+        "test accuracy": f"{result['test_accuracy']:.2f} %",
+        **_maps(result["row"], bits, records),
+        "file": f"{n_bytes:,} bytes",
+        "made by": f"`{result['command']}`",
+        "on": describe(result["environment"]),
+    }
+    if recipe["init"]:
+        facts["starts from"] = f"`{recipe['init']}`"
+    precision = "--fp32" if bits == "float" else "--int8"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        f"# {result['row']}\n\n| | |\n| --- | --- |\n{rows}\n\n"
+        "The weights are those after the last epoch; recipes were compared by their test accuracy.\n\n"
+        f"```\npython -m export.onnx deploy/models/{result['row']}.pt {precision} -o model.onnx\n"
+        f"python -m runtime.classify model.onnx photo.png --explain heat.png\n```\n"
+    )
+
+
+def _maps(row: str, bits: str, records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the line of the newest masked-accuracy curve of a row, or nothing."""
+    for record in reversed(records):
+        if record["bench"] != "saliency" or record["fill"] != _FILL:
+            continue
+        for network in record["networks"]:
+            if (network["model"], network["precision"]) == (row, bits):
+                area = f"{network['masked_auc']:.2f} ± {network['masked_auc_error']:.2f}"
+                return {"masked-accuracy AUC": f"{area} ({record['n']:,} images, {_FILL} fill, predicted class)"}
+    return {}
