@@ -83,6 +83,7 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
     assert "| method | sgt, 1 epochs, seed 0 |" in text
     assert "export.onnx deploy/models/digits-cnn2-4bit-sgt.pt --int8" in text
     assert str(tmp_path) not in text
+    assert not (tmp_path / "digits-cnn2-float-plain.pt").exists()  # a step only
     assert str(tmp_path) not in json.dumps(lines)
     assert checkpoint.quant.weights == "lsq"
     assert checkpoint.recipe.init == checkpoint.recipe.teacher

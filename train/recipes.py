@@ -105,7 +105,6 @@ _CIFAR10 = Recipe(
 # The low-bit rows follow APoT (Li et al. 2020, section 4): from the next higher precision, first and last layer at
 # 8 bits, less decay the fewer the bits; the float network teaches all of them.
 _CIFAR10_SGT = replace(_CIFAR10, method="sgt", kl_weight=0.05, lr=0.04, weight_decay=1e-4)
-_FINE_TUNING = {"method": "sgt", "kl_weight": 0.1, "lr": 0.01, "epochs": 7}
 _GPU = "not trained yet"
 
 
@@ -115,9 +114,13 @@ def _own(name: str, arch: str, quant: QuantSpec, recipe: Recipe, remark: str = "
 
 OWN_RUNS = (
     _own("mnist-plain", "cnn2", QuantSpec(8), _MNIST),
-    _own("mnist", "cnn2", QuantSpec(8), replace(_MNIST, **_FINE_TUNING), "--init: clearpact-mnist-plain"),  # type: ignore[arg-type]
+    _own("mnist", "cnn2", QuantSpec(8), replace(_MNIST, method="sgt", kl_weight=0.1, lr=0.01, epochs=7),
+         "--init: clearpact-mnist-plain"),
     _own("fashion-plain", "cnn2", QuantSpec(8), _FASHION),
-    _own("fashion", "cnn2", QuantSpec(8), replace(_FASHION, **_FINE_TUNING), "--init: clearpact-fashion-plain"),  # type: ignore[arg-type]
+    _own("fashion-longer", "cnn2", QuantSpec(8), replace(_FASHION, lr=0.04, epochs=30),
+         "--init: clearpact-fashion-plain"),
+    _own("fashion", "cnn2", QuantSpec(8), replace(_FASHION, method="sgt", kl_weight=0.05, lr=0.01, epochs=10),
+         "--init: clearpact-fashion-longer"),
     _own("cifar10-float", "resnet20", QuantSpec(FLOAT_BITS), _CIFAR10, _GPU),
     _own("cifar10-8bit", "resnet20", QuantSpec(8), replace(_CIFAR10_SGT, epochs=60),
          f"--init and --teacher: clearpact-cifar10-float; {_GPU}"),
