@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images(checkpoint, Path(options.checkpoint), options.data, options.data_root)
     sample = training_sample(images, options.samples)
     rows: list[dict[str, object]] = []
-    parts = itertools.product(widths, (False, True), (False, True), (MSE, "percentile", "best"))
+    parts = itertools.product(widths, (False, True), (False, True), (MSE, "percentile"))
     for bits, equalizes, corrects, search in command.progress(list(parts), label="variants"):
         found = calibrate(
             checkpoint, sample, spec_of(bits), search=search, equalizes=equalizes, corrects_biases=corrects
