@@ -23,6 +23,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from export import calibration
 from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differentiate, export_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
@@ -46,6 +47,7 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --int8 --target ort -o model_ort.onnx
   python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
+  python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
 """
 
 
@@ -97,7 +99,9 @@ def export(
             maps agree less than required.
     """
     if int8 and checkpoint.quant.bits == FLOAT_BITS:
-        raise OptionError("int8 export of a network trained in float; train it with --bits 8, or export --fp32")
+        raise OptionError(
+            "int8 export of a network trained in float; train it with --bits 8, --calibrate it, or export --fp32"
+        )
     if saliency_precision not in PRECISIONS:
         raise OptionError(f"saliency precision {saliency_precision!r}: expected one of {', '.join(PRECISIONS)}")
     if saliency_precision == "int8" and not int8:
@@ -270,14 +274,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resize", choices=RESIZES,
                         help="what the runtime does with other sizes (default: as in training)")  # fmt: skip
     factory.add_option(parser)
+    calibration.add_options(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
     if options.no_saliency and options.require_agreement > -1:
         raise OptionError("--require-agreement needs the maps that --no-saliency leaves out; drop one of them")
-    output = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
-    checkpoint = checkpoints.load(options.checkpoint)
-    check_writable(output)
-    sha256 = hashlib.sha256(read_bytes(options.checkpoint)).hexdigest()
+    if options.calibrate and not options.int8:
+        raise OptionError("--calibrate makes integer grids, which --fp32 leaves out; give --int8")
+    source = Path(options.checkpoint)
+    checkpoint = checkpoints.load(source)
+    if options.calibrate:
+        output = Path(options.output or source.with_name(f"{source.stem}_ptq.onnx"))
+        check_writable(output)
+        checkpoint = calibration.run(options, checkpoint, command.status)
+        source = output.with_suffix(".pt")
+        checkpoints.save(checkpoint, source)
+        print(f"{source}: the calibrated checkpoint")
+    else:
+        output = Path(options.output or source.with_suffix(".onnx"))
+        check_writable(output)
+    sha256 = hashlib.sha256(read_bytes(source)).hexdigest()
     exported = export(
         checkpoint,
         int8=options.int8,

@@ -25,7 +25,7 @@ from train.checkpoint import Checkpoint
 from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
-from train.image_folder import MEMORY_BYTES, Reading
+from train.image_folder import MEMORY_BYTES, reading_of
 from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
@@ -247,17 +247,14 @@ def _print_run(checkpoint: Checkpoint, images: data.ImageData, folder: Path, dev
 
 def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> data.ImageData:
     """Return the images of a recipe; of a run that is resumed, those it began with."""
-    split = None
-    if run is not None and recipe.split:
-        split = splits.read(run / SPLIT_NAME)
-        if split.digest != recipe.split:
-            raise FileError(
-                f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
-            )
     if options.workers is not None and options.workers < 0:
         raise OptionError(f"--workers {options.workers}: expected a whole number from 0")
-    memory_bytes = int(options.memory_gib * 2**30)
-    reading = Reading(recipe.image_size, recipe.split_seed, options.strict, options.workers, memory_bytes, split)
+    reading = replace(
+        reading_of(recipe, run),
+        strict=options.strict,
+        workers=options.workers,
+        memory_bytes=int(options.memory_gib * 2**30),
+    )
     with processes.first_alone():
         return data.load(recipe.data, options.data_root, reading)
 

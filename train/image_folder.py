@@ -15,10 +15,11 @@ from runtime.errors import FileError
 from train import splits
 from train.data import ImageData
 from train.decoding import Decoder, read_all, worker_count
-from train.splits import PARTS, Split
+from train.splits import PARTS, SPLIT_NAME, Split
 
 if TYPE_CHECKING:
     from train.data import Images
+    from train.recipe import Recipe
 
 MEMORY_BYTES = 4 << 30
 IMAGE_SIDE = 64
@@ -43,6 +44,22 @@ class Reading:
     workers: int | None = None
     memory_bytes: int = MEMORY_BYTES
     split: Split | None = None
+
+
+def reading_of(recipe: Recipe, run: Path | None) -> Reading:
+    """Return how a recipe reads its folder: with the split written into its run's folder, once there is one.
+
+    Raises:
+        FileError: the run's split is gone, or is not the one the checkpoint was trained on.
+    """
+    split = None
+    if run is not None and recipe.split:
+        split = splits.read(run / SPLIT_NAME)
+        if split.digest != recipe.split:
+            raise FileError(
+                f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
+            )
+    return Reading(recipe.image_size, recipe.split_seed, split=split)
 
 
 class FileImages:

@@ -1,0 +1,206 @@
+"""Post-training quantization: a float checkpoint becomes a quantized one without being trained again.
+
+Weights are equalized across layers, alphas searched on real training images, and biases corrected (Nagel et al.
+2019). The result is an ordinary quantized checkpoint. Training with the quantizers on (`python -m train --bits 8`)
+is what this is to be compared with: `report` puts the accuracies side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.errors import OptionError
+from train import checkpoint as checkpoints
+from train import data, loop
+from train.calibration import SEARCHES, correct_biases, search_alphas
+from train.checkpoint import Checkpoint, new_network
+from train.equalization import equalize
+from train.image_folder import reading_of
+from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+
+SAMPLES = 512
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated checkpoint, and what was done to it.
+
+    Args:
+        checkpoint: quantized; its history is empty.
+        samples: real images that were looked at.
+        equalized: pairs of layers.
+        errors: mean squared error of the logits by candidate of the alpha search, the chosen one first.
+        uncorrected: layers without bias or BatchNorm; None where biases were left as they are.
+    """
+
+    checkpoint: Checkpoint
+    samples: int
+    equalized: int
+    errors: dict[str, float]
+    uncorrected: list[str] | None
+
+    def __str__(self) -> str:
+        chosen, error = next(iter(self.errors.items()))
+        biases = "biases as they were"
+        if self.uncorrected is not None:
+            biases = "biases corrected" + (f" but for {', '.join(self.uncorrected)}" if self.uncorrected else "")
+        return (
+            f"{self.samples} training images; {self.equalized} pairs of layers equalized; alpha by {chosen} "
+            f"(mean squared error of the logits {error:.3g}); {biases}"
+        )
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    images: Tensor,
+    quant: QuantSpec | None = None,
+    *,
+    search: str = "best",
+    equalizes: bool = True,
+    corrects_biases: bool = True,
+    status: Callable[[str], None] = lambda text: None,
+) -> Calibrated:
+    """Quantize a float checkpoint on real images.
+
+    Args:
+        checkpoint: trained in float.
+        images: of the training split, uint8 [n, C, H, W]; a few hundred are enough.
+        quant: bits; None: 8.
+        search: of the alphas, one of train.calibration.SEARCHES.
+        equalizes: cross-layer equalization (section 4.1).
+        corrects_biases: bias correction (section 4.2).
+        status: told what is being done, step by step.
+
+    Raises:
+        OptionError: the checkpoint is quantized already.
+        ModelError: the network cannot be quantized.
+    """
+    if checkpoint.quant.bits != FLOAT_BITS:
+        raise OptionError(
+            f"--calibrate of a network trained with {checkpoint.quant.bits} bits: expected a float one "
+            "(--bits 32); export this one without --calibrate"
+        )
+    quant = quant or QuantSpec()
+    batches = [checkpoint.input.normalize(part) for part in images.split(_BATCH)]
+    floating = checkpoint.network()
+    equalized = 0
+    if equalizes:
+        status("equalizing ...")
+        equalized = equalize(floating)
+    quantized = new_network(checkpoint.arch, quant, checkpoint.input, _copy(floating)).eval()
+    status("searching alphas ...")
+    with torch.no_grad():
+        logits = [floating(batch) for batch in batches]
+    errors = search_alphas(quantized, batches, logits, search)
+    uncorrected = None
+    if corrects_biases:
+        status("correcting biases ...")
+        assert isinstance(quantized, torch.fx.GraphModule)
+        uncorrected = correct_biases(quantized, floating, batches)
+    status("")
+    calibrated = replace(
+        checkpoint, quant=quant, state_dict=quantized.state_dict(), optimizer={}, guidance={}, history=[]
+    )
+    return Calibrated(calibrated, len(images), equalized, errors, uncorrected)
+
+
+def spec_of(bits: int) -> QuantSpec:
+    """Return the grids of a network that is not trained on them: of few bits, those with the least squared error.
+
+    There the largest weight alone must not set the step of all.
+    """
+    return QuantSpec(bits, "absmax" if bits == 8 else "sawb")
+
+
+def training_sample(images: data.ImageData, count: int, seed: int = 0) -> Tensor:
+    """Return `count` training images uint8 [n, C, H, W], or all there are, drawn without regard to class.
+
+    Raises:
+        OptionError: `count` is below 1.
+    """
+    if count < 1:
+        raise OptionError(f"--samples {count}: expected a whole number from 1")
+    order = torch.randperm(len(images.train_images), generator=torch.Generator().manual_seed(seed))
+    return images.train_images[order[:count]]
+
+
+def accuracy(checkpoint: Checkpoint, images: data.ImageData) -> float:
+    """Return the accuracy of a checkpoint on the test split, in percent."""
+    return loop.evaluate(checkpoint, checkpoint.network(), images.test_images, images.test_labels)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of calibration to a command's parser."""
+    group = parser.add_argument_group("post-training quantization of a float checkpoint")
+    group.add_argument("--calibrate", action="store_true", help="quantize it without training; writes a .pt too")
+    group.add_argument("--data", metavar="NAME", help="its training images (default: what it was trained on)")
+    group.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
+    group.add_argument("--samples", type=int, default=SAMPLES, help="images to look at (default: %(default)d)")
+    group.add_argument("--bits", type=int, choices=QUANTIZED_BITS, default=8, help="default: 8")
+    group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
+    group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
+    group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
+    group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
+
+
+def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str) -> data.ImageData:
+    """Return the images a checkpoint was trained on, of a folder with the run's own split.
+
+    Args:
+        checkpoint: whose recipe says how they are read.
+        path: of the checkpoint; split.json lies beside it.
+        name: of the data set, where it is another than the recipe's or its folder has moved.
+        root: folder of the data sets' files.
+
+    Raises:
+        FileError: they are not there, or another split than in training.
+        OptionError: they do not fit the network.
+    """
+    recipe = checkpoint.recipe
+    reading = reading_of(recipe, path.parent if name in (None, recipe.data) else None)
+    images = data.load(name or recipe.data, root, reading)
+    if recipe.split and (images.split is None or images.split.digest != recipe.split):
+        raise OptionError(f"--data {name}: {images.name}, expected the images of training, {recipe.data_name}")
+    expected = (checkpoint.input.channels, *checkpoint.input.size)
+    if tuple(images.train_images.shape[1:]) != expected or images.classes != checkpoint.classes:
+        raise OptionError(
+            f"--data {name or recipe.data}: images {list(images.train_images.shape[1:])} of {len(images.classes)} "
+            f"classes, expected {list(expected)} and the checkpoint's classes; name the data it was trained on"
+        )
+    return images
+
+
+def run(options: argparse.Namespace, checkpoint: Checkpoint, status: Callable[[str], None]) -> Checkpoint:
+    """Calibrate as the command line says, print what came of it, and return the quantized checkpoint."""
+    images = load_images(checkpoint, Path(options.checkpoint), options.data, options.data_root)
+    found = calibrate(
+        checkpoint,
+        training_sample(images, options.samples),
+        spec_of(options.bits),
+        search=options.search,
+        equalizes=not options.no_equalize,
+        corrects_biases=not options.no_bias_correction,
+        status=status,
+    )
+    trained = checkpoints.load(options.qat) if options.qat else None
+    status("measuring accuracy ...")
+    reached = accuracy(found.checkpoint, images)
+    measured = {"float": accuracy(checkpoint, images), f"calibrated, {options.bits} bit": reached}
+    if trained is not None:
+        measured[f"trained, {trained.quant.bits} bit"] = accuracy(trained, images)
+    status("")
+    print(f"calibrated: {found}")
+    figures = ", ".join(f"{name} {value:.2f} %" for name, value in measured.items())
+    print(f"accuracy on {len(images.test_labels):,} test images: {figures}")
+    return replace(found.checkpoint, history=[{"epoch": 0, "test_accuracy": reached}])
+
+
+def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}

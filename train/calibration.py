@@ -1,0 +1,174 @@
+"""Alphas and biases of a quantized network that will not be trained: from real images, without labels.
+
+`search_alphas` finds every PACT's alpha; `correct_biases` takes off the mean error that quantization leaves in
+each layer (Nagel et al. 2019, section 4.2). The fake-quantized network then exports as a trained one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from train.grids import is_layer, norm_after
+from train.quant import quantizers
+from train.quantizers import PACT
+
+MSE = "mse"
+# Shares of the positive activations that are not clipped, in percent; which one is best depends on the network.
+PERCENTILES = ("99", "99.9", "99.99", "99.999", "100")
+SEARCHES = (MSE, "percentile", "best")
+
+_BINS = 8192
+_CANDIDATES = 100  # alphas tried for the least error: hundredths of the largest activation
+
+
+@torch.no_grad()
+def search_alphas(
+    model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor], search: str = "best"
+) -> dict[str, float]:
+    """Set every PACT's alpha of a quantized network in evaluation mode.
+
+    Candidates are the alphas with the least mean squared error of their own activation ("mse"), and those at each
+    of PERCENTILES, the same for all layers; kept is the one whose logits are nearest to the float network's.
+
+    Args:
+        model: from `train.quant.quantize`.
+        batches: normalized real images, float [n, C, H, W] each.
+        logits: of the float network for them, [n, K] each.
+        search: one of SEARCHES: both kinds of candidates, or one of them.
+
+    Returns:
+        Mean squared error of the logits by candidate, the best one first.
+    """
+    counts = _magnitudes(model, batches)
+    candidates: dict[str, dict[PACT, float]] = {}
+    if search in (MSE, "best"):
+        candidates[MSE] = {pact: _least_error(pact, *found) for pact, found in counts.items()}
+    if search in ("percentile", "best"):
+        for percentile in PERCENTILES:
+            share = float(percentile) / 100
+            candidates[f"{percentile} %"] = {pact: _quantile(share, *found) for pact, found in counts.items()}
+    errors = {}
+    for name, alphas in candidates.items():
+        _set(alphas)
+        errors[name] = _error(model, batches, logits)
+    ranked = sorted(errors, key=lambda name: errors[name])
+    _set(candidates[ranked[0]])
+    return {name: errors[name] for name in ranked}
+
+
+@torch.no_grad()
+def correct_biases(model: fx.GraphModule, reference: nn.Module, batches: Sequence[Tensor]) -> list[str]:
+    """Shift every layer of a quantized network so that its mean output on real images is the float network's.
+
+    Layer after layer, each with those before it corrected: the expectation of the error is measured, as in the
+    paper's appendix D, not computed from BatchNorm's statistics.
+
+    Args:
+        model: from `train.quant.quantize`, in evaluation mode.
+        reference: the float network, whose layers have the same names.
+        batches: normalized real images, float [n, C, H, W] each.
+
+    Returns:
+        Names of the layers that have neither bias nor BatchNorm after them, and stay as they are.
+    """
+    modules = dict(model.named_modules())
+    nodes = {str(node.target): node for node in model.graph.nodes if is_layer(node, modules)}
+    wanted = _means(reference, list(nodes), batches)
+    left = []
+    for name, node in nodes.items():
+        layer, norm_node = modules[name], norm_after(node, modules)
+        error = _means(model, [name], batches)[name] - wanted[name]
+        if isinstance(layer.bias, Tensor):
+            layer.bias.sub_(error)
+        elif norm_node is not None:
+            modules[str(norm_node.target)].running_mean.add_(error)
+        else:
+            left.append(name)
+    return left
+
+
+def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, tuple[Tensor, float]]:
+    """Return for every PACT the histogram [_BINS] of the positive magnitudes that reach it, and the largest."""
+    pacts = [m for m in quantizers(model).values() if isinstance(m, PACT)]
+    largest = dict.fromkeys(pacts, 0.0)
+    histograms = {pact: torch.zeros(_BINS) for pact in pacts}
+
+    def measure(pact: PACT, magnitudes: Tensor) -> None:
+        largest[pact] = max(largest[pact], magnitudes.max().item())
+
+    def count(pact: PACT, magnitudes: Tensor) -> None:
+        positive = magnitudes[magnitudes > 0]
+        if len(positive):
+            histograms[pact] += torch.histc(positive.float(), _BINS, 0, largest[pact])
+
+    for look in (measure, count):
+        _run(model, batches, {pact: _unquantized(look) for pact in pacts})
+    return {pact: (histograms[pact], largest[pact]) for pact in pacts if largest[pact] > 0}
+
+
+def _unquantized(look: Callable[[PACT, Tensor], None]) -> Callable[..., Tensor]:
+    """Return a hook that looks at magnitudes and lets them through unrounded: no layer sees another's error."""
+
+    def hook(pact: PACT, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        (x,) = inputs
+        passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
+        look(pact, passed.abs())
+        return passed
+
+    return hook
+
+
+def _least_error(pact: PACT, histogram: Tensor, largest: float) -> float:
+    values = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
+    alphas = torch.arange(1, _CANDIDATES + 1).unsqueeze(1) * (largest / _CANDIDATES)
+    scale = alphas / pact.qmax
+    rounded = torch.round(values / scale).clamp_max(pact.qmax) * scale
+    errors = ((rounded - values).square() * histogram).sum(1)
+    return alphas[errors.argmin()].item()
+
+
+def _quantile(share: float, histogram: Tensor, largest: float) -> float:
+    reached = histogram.double().cumsum(0) >= share * histogram.double().sum() * (1 - 1e-9)
+    return (int(reached.int().argmax()) + 1) * largest / _BINS
+
+
+def _set(alphas: dict[PACT, float]) -> None:
+    for pact, alpha in alphas.items():
+        pact.alpha.fill_(alpha)
+
+
+def _error(model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor]) -> float:
+    squares = [(model(x) - expected).square().mean(1) for x, expected in zip(batches, logits, strict=True)]
+    return torch.cat(squares).mean().item()
+
+
+def _means(model: nn.Module, names: list[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the mean output of each layer by channel, [O]."""
+    sums: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            sums[name].append(output.transpose(0, axis).flatten(1).mean(1) * len(inputs[0]))
+
+        return hook
+
+    _run(model, batches, {model.get_submodule(name): hook_of(name) for name in names})
+    n = sum(map(len, batches))
+    # A layer that is called twice has the mean of both calls.
+    calls = len(batches)
+    return {name: torch.stack(found).sum(0) * calls / (len(found) * n) for name, found in sums.items()}
+
+
+def _run(model: nn.Module, batches: Sequence[Tensor], hooks: dict[Any, Callable[..., Any]]) -> None:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
