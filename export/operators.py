@@ -86,7 +86,7 @@ def _fake_quantize_ort(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int) -> 
     zero_point = _zero_point(dtype)
     codes = opset21.QuantizeLinear(x, scale, zero_point)
     limits = np.iinfo(dtype)
-    if (qmin, qmax) not in ((limits.min, limits.max), (-limits.max, limits.max)):
+    if (qmin, qmax) != (limits.min, limits.max):
         codes = opset21.Clip(codes, _constant(np.array(qmin, dtype)), _constant(np.array(qmax, dtype)))
     return opset21.DequantizeLinear(codes, scale, zero_point)
 
