@@ -3,10 +3,16 @@
 Four comparisons, each of which names what differs: the weight codes in the file against the checkpoint's; the
 codes of every activation on real images, each layer given the same input codes; the logits and classes, likewise;
 and the classes of the two networks, each running freely from the pixels.
+
+Graph and network add up in float32, in different orders. Where a sum lies within float32's rounding of the border
+between two codes, it may go to either: at such a tie, and nowhere else, a code may differ, by one. The network in
+float64 decides what is a tie. Networks that were just quantized have many, since their clips and their sums are
+multiples of the same steps.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +28,19 @@ from export.operators import along
 from export.reference import reference_run
 from runtime.errors import ModelError
 from train.data import InputSpec
+from train.quant import weight_quantizer
 from train.quantizers import PACT, InputQuantizer
 
-# Float32 sums in another order may move a value across a rounding boundary: then a code differs by one step. More
-# than this share of a tensor's codes, or more than one step, is no such accident when both got the same input.
-MAX_FLIPPED_SHARE = 1e-3
+# How far from the border between two codes, in steps, float32 may take a sum for one on the other side. Of the
+# codes that differed in ResNet-18, MobileNetV2 and DeiT-tiny, fresh from `quantize`, the farthest was at 5e-5.
+TIE_STEPS = 2.0**-10
 MAX_LOGIT_STEPS = 1.0
 # Running freely, one code that differs changes all that follows: of the images with such a code, this share of all
-# images may change class (those whose two best logits are nearly equal). An image without one may not.
+# images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
+# in the trained network itself.
 MAX_CHANGED_SHARE = 0.02
 CODES_SUFFIX = ".codes"
+_IMAGES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,11 @@ class Verification:
         samples: number of real images compared.
         weight_codes: number of integer weight codes compared, all equal.
         activation_codes: number of activation codes compared, layer by layer on the same input codes.
-        flipped_codes: how many of them differ, each by one step.
+        flipped_codes: how many of them differ, each by one step and at a tie.
         max_logit_steps: largest difference of a logit on the same input codes, in steps of the last layer: its
             input's scale times its weight's.
         changed_classes: images that change class when both run freely from the pixels, each after a flipped code.
+        undecided_classes: those of them whose two best logits are closer than rounding moves them in the network.
         max_logit_difference: largest difference of a logit in that case, in the logits' unit.
         reference: what ran the graph.
     """
@@ -56,15 +66,18 @@ class Verification:
     flipped_codes: int
     max_logit_steps: float
     changed_classes: int
+    undecided_classes: int
     max_logit_difference: float
     reference: str
 
     def __str__(self) -> str:
-        classes = f"all but {self.changed_classes}" if self.changed_classes else "all"
+        tied = f"all but {self.changed_classes} ({self.undecided_classes} of them nearly tied)"
+        classes = tied if self.changed_classes else "all"
         return (
             f"{self.weight_codes:,} weight codes equal; on {self.samples} images {self.flipped_codes} of "
-            f"{self.activation_codes:,} activation codes differ, logits by {self.max_logit_steps:.2f} steps "
-            f"({self.max_logit_difference:.2g} from the pixels on), {classes} classes equal ({self.reference})"
+            f"{self.activation_codes:,} activation codes differ, at ties, logits by {self.max_logit_steps:.2f} "
+            f"steps ({self.max_logit_difference:.2g} from the pixels on), {classes} classes equal "
+            f"({self.reference})"
         )
 
 
@@ -86,49 +99,57 @@ def verify(
     weight_codes = _compare_weights(model, form)
     names = [n for n, m in form.network.named_modules() if isinstance(m, FoldedQuantizer) and m.rounds]
     run, reference = reference_run(model, [f"{name}{CODES_SUFFIX}" for name in names])
-    found = run({"image": images.permute(0, 2, 3, 1).contiguous().numpy()})
-    zero_points = zero_points_of(model)
-    codes = {
-        name: found[f"{name}{CODES_SUFFIX}"].astype(np.int32) - zero_points[f"{name}{CODES_SUFFIX}"]
-        for name in names
-    }
-    expected_codes, logits_on_same_codes = _run_layer_by_layer(network, input_spec, images, codes)
-
-    flipped = np.zeros(len(images), dtype=np.int64)
-    for name, expected in expected_codes.items():
-        difference = np.abs(codes[name] - expected)
-        count = int(np.count_nonzero(difference))
-        if difference.max() > 1 or count > max(MAX_FLIPPED_SHARE * difference.size, 1):
-            raise ModelError(
-                f"activation {name}: {count} of {difference.size} codes differ from the trained network's, up to "
-                f"{difference.max()}, expected {MAX_FLIPPED_SHARE:.1%} at most, by 1; the export is not exact"
+    exact, zero_points = _in_float64(network), zero_points_of(model)
+    logits, same_codes, free, flipped, compared = [], [], [], [], 0
+    for part in images.split(_IMAGES_AT_ONCE):
+        found = run({"image": part.permute(0, 2, 3, 1).contiguous().numpy()})
+        codes = {
+            name: torch.from_numpy(
+                found[f"{name}{CODES_SUFFIX}"].astype(np.int32) - zero_points[f"{name}{CODES_SUFFIX}"]
             )
-        flipped += np.count_nonzero(difference.reshape(len(images), -1), axis=1)
-
-    logits = found["logits"]
-    steps = float((np.abs(logits - logits_on_same_codes) / _logit_step(form)).max())
+            for name in names
+        }
+        x = input_spec.normalize(part)
+        expected, logits_of_codes = run_layer_by_layer(network, network, x, codes)
+        difference = {name: (code - expected[name].round()).abs() for name, code in codes.items()}
+        if any(d.any() for d in difference.values()):
+            check_ties(difference, run_layer_by_layer(exact, network, x.double(), codes)[0])
+        flipped.append(sum((d.flatten(1) > 0).sum(1) for d in difference.values()) + torch.zeros(len(part)))
+        compared += sum(d.numel() for d in difference.values())
+        logits.append(torch.from_numpy(found["logits"]))
+        same_codes.append(logits_of_codes)
+        with torch.no_grad():
+            free.append(network(x))
+    ours, of_codes, trained, flips = (torch.cat(parts) for parts in (logits, same_codes, free, flipped))
+    steps = float(((ours - of_codes).abs() / _logit_step(form, of_codes)).max())
     if not steps <= MAX_LOGIT_STEPS:
         raise ModelError(
             f"logits: differ from the trained network's by up to {steps:.1f} steps of the last layer, expected "
             f"{MAX_LOGIT_STEPS} at most; the export is not exact"
         )
-    with torch.no_grad():
-        free_logits = network(input_spec.normalize(images)).numpy()
-    changed = logits.argmax(1) != free_logits.argmax(1)
-    unexplained = (logits.argmax(1) != logits_on_same_codes.argmax(1)) | (changed & (flipped == 0))
-    if unexplained.any() or changed.sum() > MAX_CHANGED_SHARE * len(images):
+    changed = ours.argmax(1) != trained.argmax(1)
+    undecided = torch.zeros_like(changed)
+    if changed.any():
+        with torch.no_grad():
+            parts = images.split(_IMAGES_AT_ONCE)
+            in_float64 = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
+        undecided = nearly_tied(trained, in_float64)
+    unexplained = ((ours.argmax(1) != of_codes.argmax(1)) | (changed & (flips == 0))) & ~undecided
+    if unexplained.any() or (changed & ~undecided).sum() > MAX_CHANGED_SHARE * len(images):
         raise ModelError(
             f"logits: {changed.sum()} of {len(images)} images fall into another class than in the trained network "
-            f"({unexplained.sum()} without a differing code), expected none; the export is not exact"
+            f"({unexplained.sum()} without a differing code, {(changed & undecided).sum()} nearly tied), expected "
+            "none; the export is not exact"
         )
     return Verification(
         samples=len(images),
         weight_codes=weight_codes,
-        activation_codes=sum(c.size for c in codes.values()),
-        flipped_codes=int(flipped.sum()),
+        activation_codes=compared,
+        flipped_codes=int(flips.sum()),
         max_logit_steps=steps,
         changed_classes=int(changed.sum()),
-        max_logit_difference=float(np.abs(logits - free_logits).max()),
+        undecided_classes=int((changed & undecided).sum()),
+        max_logit_difference=float((ours - trained).abs().max()),
         reference=reference,
     )
 
@@ -166,37 +187,99 @@ def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
     return compared
 
 
-def _run_layer_by_layer(
-    network: nn.Module, input_spec: InputSpec, images: Tensor, codes: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Run the trained network with every quantizer's output replaced by `codes`: no difference is passed on.
+class _Constant(nn.Module):
+    """In the place of a weight's quantizer: what it gives."""
 
-    Returns the codes that each quantizer would have given, and the logits.
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self.weight
+
+
+def _in_float64(network: nn.Module) -> nn.Module:
+    """Return a copy that computes in float64, with the weights that the network has in float32."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        if weight_quantizer(module) is not None:
+            weight: Any = module.weight
+            quantizers: Any = module.parametrizations
+            quantizers["weight"][0] = _Constant(weight.detach())
+    return copied.double()
+
+
+@torch.no_grad()
+def run_layer_by_layer(
+    network: nn.Module, trained: nn.Module, x: Tensor, codes: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run a network with every quantizer's output replaced by the graph's codes: no difference is passed on.
+
+    Args:
+        network: the trained network, or its copy in float64.
+        trained: the trained network, whose scales count.
+        x: normalized images [n, C, H, W], of the network's type.
+        codes: of the graph, by quantizer.
+
+    Returns:
+        what each quantizer would have given, in steps of its grid: of the trained network its codes, of the copy
+        in float64 the values before they are rounded; and the logits [n, K].
     """
-    expected: dict[str, np.ndarray] = {}
+    given: dict[str, Tensor] = {}
 
     def replace(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            assert isinstance(module, PACT | InputQuantizer)
-            expected[name] = torch.round(output / module.scale).to(torch.int32).numpy()
-            return torch.from_numpy(codes[name]) * module.scale
+        quantizer = trained.get_submodule(name)
+        assert isinstance(quantizer, PACT | InputQuantizer)
+        scale = quantizer.scale.to(x.dtype)
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given[name] = (output if network is trained else inputs[0]) / scale
+            return codes[name].to(x.dtype) * scale
 
         return hook
 
     handles = [network.get_submodule(name).register_forward_hook(replace(name)) for name in codes]
     try:
-        with torch.no_grad():
-            logits = network(input_spec.normalize(images)).numpy()
+        logits: Tensor = network(x)
     finally:
         for handle in handles:
             handle.remove()
-    return expected, logits
+    return given, logits
 
 
-def _logit_step(form: DeployForm) -> np.ndarray:
-    """Return the value of one accumulator step of the last layer, float [K] or [1]; 1e-4 in a float network."""
+def check_ties(difference: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Refuse codes that differ where no tie explains it.
+
+    Args:
+        difference: by quantizer, how far each code is from the trained network's.
+        exact: the values they were rounded from, in steps, computed in float64.
+
+    Raises:
+        ModelError: a code differs by more than one, or where its value is not on the border between two codes.
+    """
+    for name, steps in difference.items():
+        tied = (exact[name] - exact[name].floor() - 0.5).abs() < TIE_STEPS
+        wrong = int(((steps > 1) | ((steps > 0) & ~tied)).sum())
+        if wrong:
+            raise ModelError(
+                f"activation {name}: {wrong} of {steps.numel()} codes differ from the trained network's, by up to "
+                f"{int(steps.max())}, where no rounding explains it; the export is not exact"
+            )
+
+
+def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:
+    """Return of which images [n] the two best logits lie closer than rounding moves logits: bool."""
+    moved = (trained - in_float64).abs().max()
+    best = trained.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1] <= 2 * moved
+
+
+def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
+    """Return the value of one accumulator step of the last layer, [K]; in float, 1e-4 of the largest logit, []."""
     last = list(folded_layers(form).values())[-1]
     scales = [m.scale for m in form.network.modules() if isinstance(m, FoldedQuantizer)]
     if last.scale is None or not scales:
-        return np.array([1e-4])
-    return (scales[-1] * last.scale).numpy()
+        return 1e-4 * logits.abs().max().clamp_min(1)
+    return scales[-1] * last.scale

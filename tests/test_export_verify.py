@@ -1,0 +1,90 @@
+"""What verification takes for a tie, and what for an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from export.verify import TIE_STEPS, _in_float64, check_ties, nearly_tied, run_layer_by_layer
+from runtime.errors import ModelError
+from train.quant import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
+
+
+@pytest.fixture
+def halves() -> nn.Module:
+    """One value, on the grid of integers, then on that of even integers: every odd one is a tie."""
+    network = quantize(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 3)), QuantSpec(8), input_scale=1.0)
+    first = network.get_submodule("0")
+    with torch.no_grad():
+        float_weight(first).fill_(1.0)
+        first.bias.zero_()
+        quantizers(network)["_1"].alpha.fill_(2.0 * 127)
+    return network.eval()
+
+
+VALUES = torch.arange(127.0).reshape(-1, 1)
+NAMES = ("quantizers.input_1_grid", "quantizers._1")
+
+
+def check(network: nn.Module, change: dict[int, int]) -> None:
+    """Verify a graph that gives every 0..126 its code, but for `change`, value to difference."""
+    codes = dict(zip(NAMES, (VALUES.clone(), (VALUES / 2).round()), strict=True))
+    for value, difference in change.items():
+        codes["quantizers._1"][value] += difference
+    expected, _ = run_layer_by_layer(network, network, VALUES, codes)
+    exact, _ = run_layer_by_layer(_in_float64(network), network, VALUES.double(), codes)
+    check_ties({name: (codes[name] - expected[name]).abs() for name in NAMES}, exact)
+
+
+def test_each_layer_is_given_the_graphs_codes(halves: nn.Module) -> None:
+    codes = dict(zip(NAMES, (VALUES + 2, VALUES * 0 + 3), strict=True))
+    expected, logits = run_layer_by_layer(halves, halves, VALUES, codes)
+    assert torch.equal(expected["quantizers.input_1_grid"], VALUES)
+    assert torch.equal(expected["quantizers._1"], ((VALUES + 2) / 2).round())
+    assert torch.allclose(logits, halves.get_submodule("2")(torch.full((127, 1), 6.0)))
+    exact, _ = run_layer_by_layer(_in_float64(halves), halves, VALUES.double(), codes)
+    assert torch.equal(exact["quantizers._1"], (VALUES.double() + 2) / 2)
+
+
+@pytest.mark.parametrize("change", [{}, {5: 1}, {7: -1}, {5: 1, 7: -1, 125: 1}])
+def test_a_tie_may_go_either_way_by_one(halves: nn.Module, change: dict[int, int]) -> None:
+    """5 / 2 rounds to 2, half to even, and 7 / 2 to 4."""
+    check(halves, change)
+
+
+@pytest.mark.parametrize("change", [{6: 1}, {6: -1}, {5: 2}, {7: -2}, {5: 1, 8: 1}])
+def test_one_code_that_differs_elsewhere_is_an_error(halves: nn.Module, change: dict[int, int]) -> None:
+    largest = max(abs(difference) for difference in change.values())
+    with pytest.raises(
+        ModelError,
+        match=rf"activation quantizers\._1: 1 of 127 codes differ from the trained network's, by up to {largest}, "
+        "where no rounding explains it; the export is not exact",
+    ):
+        check(halves, change)
+
+
+def test_how_near_a_tie_is(halves: nn.Module) -> None:
+    bias = halves.get_submodule("0").bias
+    with torch.no_grad():
+        bias.fill_(-TIE_STEPS)  # half of it in steps of the second grid: 7 / 2 is below the border now
+        check(halves, {})
+        bias.fill_(-4 * TIE_STEPS)
+    with pytest.raises(ModelError, match=f"{len(range(3, 127, 4))} of 127 codes differ"):
+        check(halves, {})
+
+
+def test_the_float64_network_has_the_float32_networks_codes(halves: nn.Module) -> None:
+    exact = _in_float64(halves)
+    for name in ("0", "2"):
+        weight = halves.get_submodule(name).weight.detach()
+        assert torch.equal(exact.get_submodule(name).weight, weight.double())
+        assert weight_quantizer(halves.get_submodule(name)) is not None  # the network itself is as it was
+    x = torch.arange(127.0).reshape(-1, 1)
+    assert torch.allclose(exact(x.double()).float(), halves(x))
+
+
+def test_images_whose_best_logits_nearly_tie_arenearly_tied() -> None:
+    trained = torch.tensor([[1.0, 0.0], [1.0, 0.9], [0.5, 0.45]], dtype=torch.float64)
+    moved = trained + torch.tensor([[0.0, 0.04], [0.0, 0.0], [0.0, 0.0]])
+    assert nearly_tied(trained, moved).tolist() == [False, False, True]
