@@ -25,6 +25,11 @@ class LabelledImages:
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return self.images.shape[1:]
+
 
 def stream(
     name: str,
@@ -91,12 +96,12 @@ def collected(found: ImageStream) -> LabelledImages:
     return LabelledImages(found.name, images[:count], labels[:count])
 
 
-def check_fits(data: LabelledImages, size: tuple[int, int], channels: int, classes: int) -> None:
+def check_fits(data: ImageStream | LabelledImages, size: tuple[int, int], channels: int, classes: int) -> None:
     """Raise OptionError unless the images are of a model's size and the labels among its classes."""
     expected = [*size, channels]
-    if list(data.images.shape[1:]) != expected or data.labels.max() >= classes:
+    if list(data.shape) != expected or data.labels.max() >= classes:
         raise OptionError(
-            f"--data {data.name}: images {list(data.images.shape[1:])} of {data.labels.max() + 1} classes, "
+            f"--data {data.name}: images {list(data.shape)} of {data.labels.max() + 1} classes, "
             f"expected {expected} of {classes} as the model has; name the data it was trained on"
         )
 

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bits = _check(options)
     checkpoint = checkpoints.load(options.checkpoint)
     stream = data.stream(options.data, options.data_root, size=checkpoint.input.size, classes=checkpoint.classes,
-                         trained_on=checkpoint.recipe.data)  # fmt: skip
+                         trained_on=checkpoint.recipe.data_name)  # fmt: skip
     test = data.collected(stream.evenly_spaced(min(options.samples, len(stream.labels))))
     data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
     if options.threads:
