@@ -6,16 +6,17 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.accuracy")
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bench import data
-from bench.environment import describe, environment
+from bench.environment import describe, environment, peak_memory_bytes
+from bench.streams import Batch, ImageStream, cores, in_parallel
 from runtime import command
-from runtime.classifier import MAX_BATCH, Classifier
+from runtime.classifier import Classifier
 from runtime.errors import OptionError
 from runtime.session import ENGINES
 from train import factory
@@ -67,19 +68,41 @@ def score(confusion: np.ndarray) -> Scores:
     )
 
 
-def classify(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Return the predicted classes int64 [N] of images uint8 [N, H, W, C]."""
-    starts = range(0, len(images), MAX_BATCH)
-    parts = command.progress(starts, label="images / 64")
-    return np.concatenate([classifier.logits(images[start : start + MAX_BATCH]).argmax(1) for start in parts])
+Classify = Callable[[np.ndarray], np.ndarray]
+"""Images uint8 [n, H, W, C], n at most MAX_BATCH -> predicted classes int64 [n]; for several threads at once."""
 
 
-def classify_with_checkpoint(path: str, images: np.ndarray) -> np.ndarray:
-    """Return the classes int64 [N] that the fake-quantized network of a checkpoint predicts.
+def confusions(
+    classify: Classify, test: ImageStream, classes: int, *, against: Classify | None = None, workers: int = 1
+) -> tuple[np.ndarray, int]:
+    """Return the confusion matrix int64 [K, K] of all images, and how many another classifier puts elsewhere.
+
+    Memory does not grow with the images.
 
     Args:
-        path: checkpoint file.
-        images: uint8 [N, H, W, C], of the network's size.
+        classify: to measure.
+        test: labelled images.
+        classes: K.
+        against: the other classifier; None finds no difference.
+        workers: batches that are classified at the same time.
+    """
+
+    def of_batch(batch: Batch) -> tuple[np.ndarray, int]:
+        images, labels = batch
+        predicted = classify(images)
+        differing = int((predicted != against(images)).sum()) if against else 0
+        return confusion_matrix(labels, predicted, classes), differing
+
+    total, differing = np.zeros((classes, classes), np.int64), 0
+    batches = in_parallel(of_batch, test.batches(), workers)
+    for confusion, elsewhere in command.progress(batches, label="images / 64", total=test.batch_count):
+        total += confusion
+        differing += elsewhere
+    return total, differing
+
+
+def checkpoint_classifier(path: str) -> Classify:
+    """Return the fake-quantized network of a checkpoint as a classifier; its images have the network's size.
 
     Raises:
         FileError: no checkpoint of this project.
@@ -93,12 +116,15 @@ def classify_with_checkpoint(path: str, images: np.ndarray) -> np.ndarray:
         raise OptionError(f"--against: needs {error.name}; pip install 'clearpact[train]'") from None
     checkpoint = checkpoints.load(path)
     network = checkpoint.network()
-    predicted = []
-    with torch.no_grad():
-        for start in command.progress(range(0, len(images), MAX_BATCH), label="checkpoint, images / 64"):
-            batch = torch.from_numpy(images[start : start + MAX_BATCH]).permute(0, 3, 1, 2)
-            predicted.append(network(checkpoint.input.normalize(batch)).argmax(1).numpy())
-    return np.concatenate(predicted)
+    torch.set_num_threads(1)  # of each of the threads that call
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+            predicted: np.ndarray = network(checkpoint.input.normalize(batch)).argmax(1).numpy()
+        return predicted
+
+    return classify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,17 +136,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", metavar="CKPT", help="count images this checkpoint classifies differently")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
-    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
+    if options.threads is not None and options.threads < 1:
+        raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
+    workers = options.threads or cores()
     with Classifier(
-        options.model, engine=options.engine, device=options.device, threads=options.threads
+        options.model, engine=options.engine, device=options.device, threads=1, parallel_runs=workers
     ) as classifier:
         manifest = classifier.manifest
         classes = manifest.classes
-        test = data.load(
+        test = data.stream(
             options.data, options.data_root,
             size=manifest.input.size, classes=classes, trained_on=manifest.data,
         )  # fmt: skip
@@ -129,30 +158,33 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "
                 f"classes of {options.model}; name the data it was trained on"
             )
-        predicted = classify(classifier, test.images)
-        scores = score(confusion_matrix(test.labels, predicted, len(classes)))
-        differing = None
-        if options.against:
-            differing = int((predicted != classify_with_checkpoint(options.against, test.images)).sum())
+        against = checkpoint_classifier(options.against) if options.against else None
+        confusion, differing = confusions(
+            lambda images: classifier.logits(images).argmax(1),
+            test,
+            len(classes),
+            against=against,
+            workers=workers,
+        )
+        scores = score(confusion)
         engine = f"{classifier.session.engine} {classifier.session.version}"
         before = classifier.manifest.metrics.get("test_accuracy")
-    where = environment()
+    where, n = environment(), int(confusion.sum())
     if options.json:
         print(json.dumps({
             "bench": "accuracy", "model": Path(options.model).name, "arch": classifier.manifest.arch,
             "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
-            "data": test.name, "n": len(test.labels), "accuracy": scores.accuracy,
+            "data": test.name, "n": n, "accuracy": scores.accuracy,
             "sensitivity": scores.sensitivity, "specificity": scores.specificity,
-            "checkpoint_accuracy": before, "classified_differently": differing,
-            "classes": classes, "confusion": scores.confusion.tolist(), "environment": where,
+            "checkpoint_accuracy": before, "classified_differently": differing if options.against else None,
+            "classes": classes, "confusion": scores.confusion.tolist(),
+            "peak_memory_bytes": peak_memory_bytes(), "environment": where,
         }))  # fmt: skip
         return
-    print(
-        f"{options.model}  {classifier.manifest.precision} on {engine}, {len(test.labels):,} images of {test.name}"
-    )
+    print(f"{options.model}  {classifier.manifest.precision} on {engine}, {n:,} images of {test.name}")
     print(f"accuracy     {scores.accuracy:6.2f} %" + (f"   (checkpoint {before:.2f} %)" if before else ""))
-    if differing is not None:
-        print(f"differently  {differing:6,}     images of {len(test.labels):,}, from {options.against}")
+    if options.against:
+        print(f"differently  {differing:6,}     images of {n:,}, from {options.against}")
     print(f"sensitivity  {scores.sensitivity:6.2f} %   macro, one against the rest")
     print(f"specificity  {scores.specificity:6.2f} %")
     print(_table(scores.confusion, classes))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from bench.checkpoint_networks import as_network
+from bench.first_prediction import Loading
+from bench.networks import CHECKPOINT_NAME, Network, open_networks
 from bench.peers import (
     Classify,
     nncf_ptq,
@@ -22,7 +25,11 @@ from bench.peers import (
 from export.deploy_form import deploy_form
 from export.onnx import export
 from runtime.classifier import Classifier
+from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME
+from runtime.session import Session
+from train import checkpoint as checkpoints
+from train import factory
 from train.checkpoint import Checkpoint
 
 OURS = "OpenVINO INT8"
@@ -34,32 +41,52 @@ class Contender:
 
     Args:
         classify: images uint8 [N, H, W, C] -> logits float32 [N, K].
-        file_bytes: what has to be copied to a device; 0 where there is no file.
+        loading: how a fresh process gets there.
+        file_bytes: what has to be copied to a device; 0 where that is PyTorch and the checkpoint.
     """
 
     classify: Classify
+    loading: Loading
     file_bytes: int = 0
 
 
-def contenders(checkpoint: Checkpoint, *, threads: int, peers: bool = True) -> dict[str, Contender]:
+def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: bool = True) -> dict[str, Contender]:
     """Return the contenders by name: the float network, ours, and where they are installed the peers'.
 
     Args:
         checkpoint: quantized.
+        folder: where the file of each is written.
         threads: CPU threads of one inference.
         peers: also torch.compile, bfloat16, and quantization after training by ONNX Runtime and NNCF.
     """
     network = deploy_form(checkpoint.network(), checkpoint.input, int8=False)
-    found = {
-        "PyTorch FP32": Contender(_in_torch(network)),
-        "ONNX Runtime FP32": _ours(checkpoint, "ort", threads, int8=False),
-        "OpenVINO FP32": _ours(checkpoint, "openvino", threads, int8=False),
-        "ONNX Runtime INT8": _ours(checkpoint, "ort", threads, int8=True),
-        OURS: _ours(checkpoint, "openvino", threads, int8=True),
-    }
+    checkpoints.save(checkpoint, folder / CHECKPOINT_NAME)
+    found = {"PyTorch FP32": Contender(_in_torch(network), _loading_torch(checkpoint, folder, "torch"))}
+    for name, (engine, int8) in _EXPORTS.items():
+        path = folder / f"{name}.onnx"
+        file_bytes = _write(path, checkpoint, engine, int8=int8)
+        session = Classifier(path, engine=engine, threads=threads).session
+        found[name] = Contender(_in_session(session), Loading("runtime", path, engine), file_bytes)
     for name, make in _PEERS.items() if peers else ():
         with contextlib.suppress(ImportError):  # `missing_peers` tells
-            found[name] = make(checkpoint, network, threads)
+            found[name] = make(checkpoint, network, folder, threads)
+    return found
+
+
+def explaining_networks(checkpoint: Checkpoint, folder: Path, *, workers: int) -> dict[str, Network]:
+    """Return those of the contenders that give maps, by the same names; the float network in PyTorch first.
+
+    Args:
+        checkpoint: quantized.
+        folder: where files are written.
+        workers: threads that will call at the same time.
+    """
+    network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).network
+    found = {"PyTorch FP32": as_network(network, checkpoint, "PyTorch FP32", "float")}
+    for name, (engine, int8) in _EXPORTS.items():
+        path = folder / f"{name} with map.onnx"
+        _write(path, checkpoint, engine, int8=int8, saliency=True)
+        (found[name],) = open_networks(str(path), engine=engine, threads=1, parallel_runs=workers)
     return found
 
 
@@ -68,10 +95,20 @@ def missing_peers(found: dict[str, Contender]) -> list[str]:
     return [name for name in _PEERS if name not in found]
 
 
-def _ours(checkpoint: Checkpoint, engine: str, threads: int, *, int8: bool) -> Contender:
-    model = export(checkpoint, int8=int8, target=engine, saliency=False).model.SerializeToString()
-    session = Classifier(model, engine=engine, threads=threads).session
-    return Contender(lambda images: session.run({INPUT_NAME: images})["logits"], len(model))
+def _write(path: Path, checkpoint: Checkpoint, engine: str, *, int8: bool, saliency: bool = False) -> int:
+    """Export a checkpoint and return the file's size in bytes."""
+    data = export(checkpoint, int8=int8, target=engine, saliency=saliency).model.SerializeToString()
+    write_atomically(path, data)
+    return len(data)
+
+
+def _in_session(session: Session) -> Classify:
+    return lambda images: session.run({INPUT_NAME: images})["logits"]
+
+
+def _loading_torch(checkpoint: Checkpoint, folder: Path, program: str) -> Loading:
+    arch = str(checkpoint.arch["name"])
+    return Loading(program, folder / CHECKPOINT_NAME, arch if factory.is_factory(arch) else "")
 
 
 def _in_torch(network: nn.Module) -> Classify:
@@ -83,39 +120,52 @@ def _in_torch(network: nn.Module) -> Classify:
     return classify
 
 
-def _torch_compile(checkpoint: Checkpoint, network: nn.Module, threads: int) -> Contender:
-    return Contender(_in_torch(torch.compile(network)))  # type: ignore[arg-type]
+def _torch_compile(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
+    compiled: Any = torch.compile(network)
+    return Contender(_in_torch(compiled), _loading_torch(checkpoint, folder, "torch.compile"))
 
 
-def _openvino_bf16(checkpoint: Checkpoint, network: nn.Module, threads: int) -> Contender:
+def _openvino_bf16(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     import openvino
 
-    model = export(checkpoint, int8=False, saliency=False).model.SerializeToString()
-    whole = openvino.Core().read_model(model=model)
-    return Contender(run_on_openvino(whole, threads, precision="bf16"), len(model))
+    path = folder / "bf16.onnx"
+    file_bytes = _write(path, checkpoint, "openvino", int8=False)
+    whole = openvino.Core().read_model(path)
+    return Contender(
+        run_on_openvino(whole, threads, precision="bf16"), Loading("openvino", path, "bf16"), file_bytes
+    )
 
 
-def _onnx_runtime_ptq(checkpoint: Checkpoint, network: nn.Module, threads: int) -> Contender:
+def _onnx_runtime_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     model = export(checkpoint, int8=False, target="ort", saliency=False).model
     quantized = onnx_runtime_ptq(model, _samples(checkpoint))
-    return Contender(run_on_onnx_runtime(quantized, threads), len(quantized))
+    path = folder / "onnxruntime_ptq.onnx"
+    write_atomically(path, quantized)
+    return Contender(run_on_onnx_runtime(quantized, threads), Loading("onnxruntime", path), len(quantized))
 
 
-def _nncf_ptq(checkpoint: Checkpoint, network: nn.Module, threads: int) -> Contender:
+def _nncf_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     import openvino
 
     quantized = nncf_ptq(export(checkpoint, int8=False, saliency=False).model, _samples(checkpoint))
-    with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(quantized, Path(folder) / "model.xml", compress_to_fp16=False)
-        file_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    return Contender(run_on_openvino(quantized, threads), file_bytes)
+    path = folder / "nncf.xml"
+    openvino.save_model(quantized, path, compress_to_fp16=False)
+    file_bytes = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
+    return Contender(run_on_openvino(quantized, threads), Loading("openvino", path, "f32"), file_bytes)
 
 
 def _samples(checkpoint: Checkpoint) -> np.ndarray:
     return checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()
 
 
-_PEERS: dict[str, Callable[[Checkpoint, nn.Module, int], Contender]] = {
+# Name -> engine, and whether in INT8.
+_EXPORTS = {
+    "ONNX Runtime FP32": ("ort", False),
+    "OpenVINO FP32": ("openvino", False),
+    "ONNX Runtime INT8": ("ort", True),
+    OURS: ("openvino", True),
+}
+_PEERS: dict[str, Callable[[Checkpoint, nn.Module, Path, int], Contender]] = {
     "torch.compile FP32": _torch_compile,
     "OpenVINO bf16": _openvino_bf16,
     "ONNX Runtime PTQ": _onnx_runtime_ptq,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.data import HELP, LabelledImages
-from bench.networks import Network, display_name, find, load_for, open_networks
+from bench.data import HELP, LabelledImages, collected
+from bench.networks import Network, display_name, find, open_networks, stream_for
 from bench.removal import MASKED_PERCENTS, PERCENTS, TARGETS
 from runtime import command
 from runtime.classifier import MAX_BATCH, softmax
@@ -175,7 +175,7 @@ def _draw_maps(options: argparse.Namespace) -> None:
         for path in options.runs
         for network in open_networks(path, engine=options.engine, with_float=options.float)
     ]
-    test = one_of_each_class(load_for(networks, options.data, options.data_root), options.images)
+    test = one_of_each_class(collected(stream_for(networks, options.data, options.data_root)), options.images)
     draw_maps(networks, test, Path(options.output), target=options.target, scale=options.scale)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bench import gpu_latency, layer_profile, power, startup
 from bench.environment import describe, environment, peak_memory_bytes
-from bench.statistics import Latency, check_seconds, measure, summarize
+from bench.statistics import Latency, batch_sizes, check_seconds, measure, summarize
 from runtime import command, tensorrt_session
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh processes")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)
-    batches = _batches(options.batch)
+    batches = batch_sizes(options.batch)
     if options.runs is not None and options.runs < 1:
         raise OptionError(f"--runs {options.runs}: expected a whole number from 1")
     check_seconds(options.seconds)
@@ -241,13 +241,6 @@ def _plan(session: Session, option: str) -> TensorRTSession:
     if isinstance(session, TensorRTSession):
         return session
     raise OptionError(f"{option}: {session.engine} does not show that; build a plan: python -m export.engine")
-
-
-def _batches(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise OptionError(f"--batch {text}: expected whole numbers from 1, comma-separated, such as 1,8,32")
-    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

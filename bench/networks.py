@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import data
-from bench.data import LabelledImages
+from bench.streams import ImageStream
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
@@ -59,7 +59,12 @@ def display_name(file: Path) -> str:
 
 
 def open_networks(
-    path: str, *, engine: str | None = None, threads: int | None = None, with_float: bool = False
+    path: str,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    parallel_runs: int = 1,
+    with_float: bool = False,
 ) -> list[Network]:
     """Return the network in a file and, if asked for, the float network that was quantized to it.
 
@@ -67,6 +72,7 @@ def open_networks(
         path: ONNX file, checkpoint (.pt), or run folder with a checkpoint in it.
         engine: of ONNX files; None takes the one the file was exported for.
         threads: CPU threads of one inference; None leaves the number to the engine.
+        parallel_runs: how many threads will call at the same time.
         with_float: of a quantized checkpoint, add its network with the quantizers off: float weights, and of PACT
             the clip alone.
 
@@ -76,7 +82,7 @@ def open_networks(
     file = find(path)
     name = display_name(file)
     if file.suffix != ".pt":
-        return [_exported_network(file, name, engine, threads)]
+        return [_exported_network(file, name, engine, threads, parallel_runs)]
     try:
         from bench.checkpoint_networks import checkpoint_networks
     except ImportError as error:
@@ -86,12 +92,12 @@ def open_networks(
     return checkpoint_networks(file, name, threads=threads, with_float=with_float)
 
 
-def load_for(networks: Sequence[Network], name: str, root: str) -> LabelledImages:
+def stream_for(networks: Sequence[Network], name: str, root: str) -> ImageStream:
     """Return the test split that the networks can be compared on.
 
     Args:
         networks: one at least.
-        name: data set or .npz file, see `bench.data.load`.
+        name: data set or .npz file, see `bench.data.stream`.
         root: folder of the data set's files.
 
     Raises:
@@ -105,11 +111,11 @@ def load_for(networks: Sequence[Network], name: str, root: str) -> LabelledImage
                 f"{network.name}: trained on {network.data}, but {first.name} on {first.data}; "
                 "compare networks of one data set"
             )
-    test = data.load(name, root, size=first.shape[:2], classes=first.classes, trained_on=first.data)
+    test = data.stream(name, root, size=first.shape[:2], classes=first.classes, trained_on=first.data)
     if not name.endswith((".npz", ".json")) and not is_folder(name) and name != first.data:
         raise OptionError(f"--data {name}: {first.name} was trained on {first.data}; use --data {first.data}")
     for network in networks:
-        shape, highest = test.images.shape[1:], test.labels.max()
+        shape, highest = test.shape, test.labels.max()
         if shape != network.shape or highest >= len(network.classes):
             raise OptionError(
                 f"--data {name}: images {list(shape)} with labels up to {highest}, expected {list(network.shape)} "
@@ -118,8 +124,10 @@ def load_for(networks: Sequence[Network], name: str, root: str) -> LabelledImage
     return test
 
 
-def _exported_network(file: Path, name: str, engine: str | None, threads: int | None) -> Network:
-    session = Classifier(file, engine=engine, threads=threads).session
+def _exported_network(
+    file: Path, name: str, engine: str | None, threads: int | None, parallel_runs: int
+) -> Network:
+    session = Classifier(file, engine=engine, threads=threads, parallel_runs=parallel_runs).session
     manifest = session.manifest
     if "saliency" not in session.outputs:
         raise ModelError(f"{file}: gives classes only; export it again without --no-saliency")

@@ -11,8 +11,8 @@ class Published:
 
     Args:
         data: data set, as train.data names it.
-        network: architecture.
-        bits: of weights and activations; 32 is float.
+        network: architecture; "" if it is not told.
+        bits: of weights and activations; 32 is float, None not told.
         method: one of train.recipe.METHODS.
         accuracy: on the test split, in percent.
         source: the paper.
@@ -21,7 +21,7 @@ class Published:
 
     data: str
     network: str
-    bits: int
+    bits: int | None
     method: str
     accuracy: float
     source: str
@@ -43,13 +43,13 @@ PUBLISHED = (
     Published("fashion-mnist", "cnn2", 32, "smoot", 93.65, _KARKEHABADI, 36.18),
     Published("fashion-mnist", "cnn2", 32, "sgt", 93.35, _KARKEHABADI, 39.91),
     Published("fashion-mnist", "cnn2", 32, "plain", 93.60, _KARKEHABADI, 40.79),
+    Published("cifar10", "deit_tiny", 32, "smoot", 96.35, _KARKEHABADI),
     Published("cifar10", "resnet20", 4, "plain", 92.45, _APOT),
     Published("cifar10", "resnet20", 4, "sgt", 76.12, _MALEKI),
     Published("cifar10", "resnet20", 4, "plain", 75.55, _MALEKI),
     Published("cifar10", "resnet20", 2, "plain", 90.96, _APOT),
     Published("cifar10", "resnet20", 2, "plain", 88.9, _PACT),
-    Published("cifar10", "deit_tiny", 32, "smoot", 96.35, _KARKEHABADI),
     Published("cifar100", "deit_tiny", 32, "smoot", 79.65, _KARKEHABADI),
     Published("caltech101", "resnet18", 32, "smoot", 95.10, _KARKEHABADI),
-    Published("kvasir", "resnet20", 8, "asg", 79.05, _LAVAEI),
+    Published("kvasir", "", None, "asg", 79.05, _LAVAEI),
 )

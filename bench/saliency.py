@@ -12,21 +12,21 @@ if __name__ == "__main__" and not __package__:
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.data import HELP, LabelledImages, evenly_spaced
-from bench.environment import describe, environment
-from bench.networks import Network, load_for, open_networks
+from bench.data import HELP
+from bench.environment import describe, environment, peak_memory_bytes
+from bench.networks import Network, open_networks, stream_for
 from bench.record import append
 from bench.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
+from bench.streams import Batch, ImageStream, cores, in_parallel
 from runtime import command
 from runtime.agreement import spearman, top_overlap
-from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
 from runtime.files import check_writable
 from runtime.session import ENGINES
@@ -55,12 +55,39 @@ class Agreement:
     top_overlap: float
 
 
-def measure(
-    networks: Sequence[Network], test: LabelledImages, *, fill: str, canvas: str, target: str
-) -> tuple[list[Curves], list[Agreement]]:
-    """Return the curves of every network and the agreement of every pair.
+@dataclass(frozen=True)
+class Sums:
+    """What is known of some images, and adds up with that of others: a mean, and the error of a mean.
 
-    Memory grows with the images by their curves alone, some 200 bytes each.
+    Args:
+        images: how many.
+        curves: sums of the curves "masked" (accuracy, 0 or 100 an image), "insertion" and "deletion".
+        areas: of the areas under them, the sums, and the sums of the squares: float64 [3, 2].
+    """
+
+    images: int
+    curves: tuple[np.ndarray, np.ndarray, np.ndarray]
+    areas: np.ndarray
+
+    @classmethod
+    def of(cls, curves: Curves) -> Sums:
+        """Return the sums over the images of some curves."""
+        measured = (100.0 * curves.correct, curves.insertion, curves.deletion)
+        areas = np.stack([area(values) for values in measured])
+        masked, insertion, deletion = (values.sum(0) for values in measured)
+        return cls(len(curves.correct), (masked, insertion, deletion), np.stack([areas, areas**2], 2).sum(1))
+
+    def __add__(self, other: Sums) -> Sums:
+        masked, insertion, deletion = (a + b for a, b in zip(self.curves, other.curves, strict=True))
+        return Sums(self.images + other.images, (masked, insertion, deletion), self.areas + other.areas)
+
+
+def measure(
+    networks: Sequence[Network], test: ImageStream, *, fill: str, canvas: str, target: str, workers: int = 1
+) -> tuple[list[Sums], list[Agreement]]:
+    """Return the curves of every network, summed over the images, and the agreement of every pair.
+
+    Memory does not grow with the images.
 
     Args:
         networks: to measure, on the same images.
@@ -68,48 +95,55 @@ def measure(
         fill: see `bench.removal.removal_curves`.
         canvas: likewise.
         target: likewise; two networks that predict different classes then explain different ones.
+        workers: batches that are measured at the same time.
+
+    Raises:
+        ClearpactError: the images cannot be read.
     """
-    parts: list[list[Curves]] = [[] for _ in networks]
     pairs = list(itertools.combinations(range(len(networks)), 2))
-    agreeing: list[list[np.ndarray]] = [[] for _ in pairs]
-    starts = range(0, len(test.images), MAX_BATCH)
-    steps = command.progress(itertools.product(starts, range(len(networks))), label="batches",
-                             total=len(starts) * len(networks))  # fmt: skip
-    maps: list[np.ndarray] = []
-    for start, number in steps:
-        cut = slice(start, start + MAX_BATCH)
-        curves, found = removal_curves(
-            networks[number], test.images[cut], test.labels[cut],
-            fill=fill, canvas=canvas, target=target, first=start,
-        )  # fmt: skip
-        parts[number].append(curves)
-        maps = [*maps, found] if number else [found]
-        for (a, b), row in zip(pairs, agreeing, strict=True):
-            if b == number:
-                row.append(np.stack([spearman(maps[a], found), top_overlap(maps[a], found)]))
-    means = [np.concatenate(row, 1).mean(1) for row in agreeing]
-    joined = [
-        Curves(*(np.concatenate([getattr(c, name) for c in row]) for name in ("correct", "deletion", "insertion")))
-        for row in parts
-    ]
-    return joined, [Agreement(pair, float(m[0]), float(m[1])) for pair, m in zip(pairs, means, strict=True)]
+
+    def of_batch(batch: tuple[int, tuple[np.ndarray, np.ndarray]]) -> tuple[list[Sums], np.ndarray]:
+        first, (images, labels) = batch
+        found = [removal_curves(network, images, labels, fill=fill, canvas=canvas, target=target, first=first)
+                 for network in networks]  # fmt: skip
+        maps = [m for _, m in found]
+        agreeing = [[spearman(maps[a], maps[b]).sum(), top_overlap(maps[a], maps[b]).sum()] for a, b in pairs]
+        return [Sums.of(curves) for curves, _ in found], np.array(agreeing).reshape(len(pairs), 2)
+
+    steps = command.progress(in_parallel(of_batch, _numbered(test.batches()), workers), label="images / 64",
+                             total=test.batch_count)  # fmt: skip
+    total, agreement = next(iter_steps := iter(steps))
+    for sums, agreeing in iter_steps:
+        total = [a + b for a, b in zip(total, sums, strict=True)]
+        agreement = agreement + agreeing
+    means = agreement / total[0].images
+    return total, [Agreement(pair, float(m[0]), float(m[1])) for pair, m in zip(pairs, means, strict=True)]
 
 
-def summarize(network: Network, curves: Curves) -> dict[str, Any]:
+def summarize(network: Network, sums: Sums) -> dict[str, Any]:
     """Return means over the images: curves, areas, and the standard errors of the areas.
 
     Accuracy in percent, probabilities 0 to 1, shares of the pixels 0 to 1: the area under the accuracy lies
     between 0 and 90, the others between 0 and 1.
     """
-    measured = {"masked": 100.0 * curves.correct, "insertion": curves.insertion, "deletion": curves.deletion}
+    n = sums.images
     found: dict[str, Any] = {"model": network.name, "precision": network.precision, "engine": network.engine}
-    found["accuracy"] = float(measured["masked"][:, 0].mean())
-    for name, values in measured.items():
-        areas = area(values)
-        found[f"{name}_auc"] = float(areas.mean())
-        found[f"{name}_auc_error"] = float(areas.std() / np.sqrt(len(areas)))
-        found[f"{name}_curve"] = values.mean(0).tolist()
+    found["accuracy"] = float(sums.curves[0][0] / n)
+    for name, curve, (areas, squares) in zip(("masked", "insertion", "deletion"), sums.curves, sums.areas,
+                                             strict=True):  # fmt: skip
+        mean = areas / n
+        found[f"{name}_auc"] = float(mean)
+        found[f"{name}_auc_error"] = float(np.sqrt(max(squares / n - mean**2, 0) / n))
+        found[f"{name}_curve"] = (curve / n).tolist()
     return found
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Yield every batch with the number of its first image."""
+    first = 0
+    for batch in batches:
+        yield first, batch
+        first += len(batch[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,23 +154,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     for path in filter(None, (options.record, options.plot)):
         check_writable(path)
+    workers = options.threads or cores()
     networks = [
         network
         for path in options.models
         for network in open_networks(
-            path, engine=options.engine, threads=options.threads, with_float=options.float
+            path, engine=options.engine, threads=1, parallel_runs=workers, with_float=options.float
         )
     ]
-    test = load_for(networks, options.data, options.data_root)
+    test = stream_for(networks, options.data, options.data_root)
     if options.images is not None:
-        test = evenly_spaced(test, options.images)
-    curves, agreements = measure(networks, test, fill=options.fill, canvas=options.canvas, target=options.target)
-    rows = [summarize(network, found) for network, found in zip(networks, curves, strict=True)]
+        test = test.evenly_spaced(options.images)
+    measured, agreements = measure(
+        networks, test, fill=options.fill, canvas=options.canvas, target=options.target, workers=workers
+    )
+    rows = [summarize(network, found) for network, found in zip(networks, measured, strict=True)]
     where = environment()
     result = {
         "bench": "saliency",
         "data": test.name,
-        "n": len(test.labels),
+        "n": measured[0].images,
         "fill": options.fill,
         "canvas": options.canvas,
         "target": options.target,
@@ -144,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "percent": PERCENTS,
         "networks": rows,
         "agreement": [{"pair": a.pair, "spearman": a.spearman, "top_overlap": a.top_overlap} for a in agreements],
+        "peak_memory_bytes": peak_memory_bytes(),
         "environment": where,
     }
     if options.plot:
@@ -173,7 +211,7 @@ def _parser() -> Any:
     parser.add_argument("--target", choices=TARGETS, default="predicted",
                         help="the class that is explained (default: predicted)")  # fmt: skip
     parser.add_argument("--engine", choices=tuple(ENGINES), help="of .onnx files (default: as exported)")
-    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--plot", metavar="PNG", help="draw the three curves of all networks")
     parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")

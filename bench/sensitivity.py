@@ -32,6 +32,7 @@ from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
 from runtime.files import check_writable, write_atomically
 from train import checkpoint as checkpoints
+from train import factory
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec, describe, float_weight, start_alphas
 
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print accuracy and map agreement of each layer at each number of bits, and the suggested assignment."""
     parser = command.parser("bench.sensitivity", "Measure which layer costs what at fewer bits.", EXAMPLES)
     parser.add_argument("checkpoint", help="ckpt.pt written by python -m train")
-    parser.add_argument("--data", required=True, help="digits, mnist, fashion-mnist, cifar10 or an .npz file")
+    parser.add_argument("--data", required=True, help=data.HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--samples", type=int, default=500, help="images, evenly spaced (default: 500)")
     parser.add_argument("--bits", default="8,4,3,2", help="comma-separated, 2 to 8 (default: 8,4,3,2)")
@@ -138,12 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    factory.add_option(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     bits = _check(options)
     checkpoint = checkpoints.load(options.checkpoint)
-    test = data.load(options.data, options.data_root)
+    stream = data.stream(options.data, options.data_root, size=checkpoint.input.size, classes=checkpoint.classes,
+                         trained_on=checkpoint.recipe.data_name)  # fmt: skip
+    test = data.collected(stream.evenly_spaced(min(options.samples, len(stream.labels))))
     data.check_fits(test, checkpoint.input.size, checkpoint.input.channels, len(checkpoint.classes))
-    test = data.evenly_spaced(test, min(options.samples, len(test.labels)))
     if options.threads:
         torch.set_num_threads(options.threads)
     weights = layers_of(checkpoint)

@@ -73,6 +73,14 @@ def ratio(times_ms: np.ndarray, by_ms: np.ndarray, *, resamples: int = 1000) -> 
     return Ratio(float(np.median(quotients)), float(low), float(high))
 
 
+def batch_sizes(text: str) -> list[int]:
+    """Return the numbers in an option such as "1,8,32"; raise OptionError unless all are batch sizes."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise OptionError(f"--batch {text}: expected whole numbers from 1, comma-separated, such as 1,8,32")
+    return [int(part) for part in parts]
+
+
 def check_seconds(seconds: float) -> None:
     """Raise OptionError unless `seconds` is a time that `measure` can fill."""
     if not (math.isfinite(seconds) and seconds > 0):

@@ -251,16 +251,16 @@ def _milliseconds(row: Mapping[str, float] | None, name: str) -> str:
     return f"**{text}**" if _OURS.get(name, "").startswith("**") else text
 
 
-def _setting(data: str, network: str, bits: int, method: str) -> list[str]:
-    return [data, network, _bits(bits), method]
+def _setting(data: str, network: str, bits: int | None, method: str) -> list[str]:
+    return [data, network or "not told", _bits(bits), method]
 
 
-def _bits(bits: int) -> str:
-    return "float" if bits == FLOAT_BITS else str(bits)
+def _bits(bits: int | None) -> str:
+    return "float" if bits == FLOAT_BITS else str(bits or "not told")
 
 
-def _order(data: str, bits: int, accuracy: float) -> tuple[int, str, int, float]:
-    return (_position(data), data, -bits, -accuracy)
+def _order(data: str, bits: int | None, accuracy: float) -> tuple[int, str, int, float]:
+    return (_position(data), data, -(bits or 0), -accuracy)
 
 
 def _position(data: str) -> int:

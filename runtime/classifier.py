@@ -50,6 +50,7 @@ class Classifier:
         engine: "openvino" or "ort"; None takes the one the file was exported for.
         device: another device of the engine than the first; see `runtime.session.open_session`.
         threads: CPU threads of one inference; None leaves the number to the engine.
+        parallel_runs: how many threads will call at the same time; see `runtime.session.open_session`.
         cache: folder of your own where compiled models are kept, so that the same model starts faster the next
             time; None keeps nothing. See `runtime.session.open_session`.
         stream: for a plan, the app's CUDA stream, where all work is then enqueued.
@@ -66,13 +67,15 @@ class Classifier:
         engine: str | None = None,
         device: str | None = None,
         threads: int | None = None,
+        parallel_runs: int = 1,
         cache: str | os.PathLike[str] | None = None,
         stream: Any = None,
         context: Any = None,
     ) -> None:
         self.session: Session = open_session(
-            model, engine=engine, device=device, threads=threads, cache=cache, stream=stream, context=context
-        )
+            model, engine=engine, device=device, threads=threads, parallel_runs=parallel_runs, cache=cache,
+            stream=stream, context=context,
+        )  # fmt: skip
         self._max_batch = min(MAX_BATCH, self.session.max_batch or MAX_BATCH)
 
     @property

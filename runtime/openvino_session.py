@@ -63,6 +63,7 @@ class OpenVINOSession:
         *,
         device: str,
         threads: int | None,
+        parallel_runs: int,
         cache: CompiledCache | None,
     ) -> None:
         self.version: str = openvino.__version__.split("-")[0]
@@ -76,9 +77,11 @@ class OpenVINOSession:
         # Float islands compute in float32, so that the codes are those of the checkpoint: left to itself the
         # plugin takes bfloat16 where the processor has it, and the residual sums then miss codes for no gain.
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if device.upper() == "CPU" and threads is not None:
+        if device.upper() == "CPU" and (threads is not None or parallel_runs > 1):
+            all_threads = (threads or 1) * parallel_runs
             # Unpinned: two sessions of one app would be pinned to the same cores.
-            self._config |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+            self._config |= {"INFERENCE_NUM_THREADS": all_threads, "NUM_STREAMS": parallel_runs,
+                             "ENABLE_CPU_PINNING": False}  # fmt: skip
         self._data: bytes | None = model
         self._model: Any = None
         self._cache = cache if device.upper() == "CPU" else None
@@ -223,6 +226,7 @@ def open(
     *,
     device: str,
     threads: int | None,
+    parallel_runs: int = 1,
     cache: CompiledCache | None = None,
 ) -> OpenVINOSession:
     """Load a model on OpenVINO.
@@ -233,13 +237,16 @@ def open(
         source: its name, for messages.
         device: "cpu", "gpu" or "npu".
         threads: CPU threads of one inference, or None.
+        parallel_runs: runs of several threads at the same time.
         cache: where compiled models are kept, on the CPU; the model itself is then read when one is missing there.
 
     Raises:
         EngineError: OpenVINO does not find the device.
         ModelError: OpenVINO cannot read the model.
     """
-    return OpenVINOSession(model, manifest, source, device=device, threads=threads, cache=cache)
+    return OpenVINOSession(
+        model, manifest, source, device=device, threads=threads, parallel_runs=parallel_runs, cache=cache
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -66,6 +66,7 @@ def open_session(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    parallel_runs: int = 1,
     cache: str | os.PathLike[str] | None = None,
     stream: Any = None,
     context: Any = None,
@@ -80,6 +81,8 @@ def open_session(
         device: another device of the engine than the first: "gpu", "npu" on OpenVINO; "cuda", "tensorrt" on ONNX
             Runtime; "cuda:1" for a plan. None is "cpu", and "cuda" for a plan.
         threads: CPU threads of one inference; None leaves the number to the engine.
+        parallel_runs: of several threads that call at the same time, so many are served at once by OpenVINO on the
+            CPU, each on `threads` (1 where that is None); others wait. ONNX Runtime and plans serve all of them.
         cache: folder of your own where compiled models are kept (see `runtime.compiled_cache`), so that the same
             model starts faster the next time. OpenVINO on the CPU uses it; the others do without.
         stream: for a plan, the app's CUDA stream (PyCUDA, CuPy, PyTorch, cuda.core, or its handle).
@@ -107,16 +110,18 @@ def open_session(
     source = "model bytes" if isinstance(model, bytes) else str(Path(model))
     data = model if isinstance(model, bytes) else read_bytes(model)
     manifest = read_manifest(data, source)
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads {threads}: expected a whole number from 1")
+    for name, number in (("threads", threads), ("parallel_runs", parallel_runs)):
+        if number is not None and number < 1:
+            raise OptionError(f"{name} {number}: expected a whole number from 1")
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
         raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
     opener = _opener(chosen, *ENGINES[chosen])
     kept = None if cache is None else CompiledCache(cache)
     session: Session = opener(
-        data, manifest, source, device=(device or "cpu").lower(), threads=threads, cache=kept
-    )
+        data, manifest, source,
+        device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs, cache=kept,
+    )  # fmt: skip
     return session
 
 

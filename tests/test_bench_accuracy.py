@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from bench import data as bench_data
-from bench.accuracy import classify, confusion_matrix, main, score
+from bench.accuracy import confusion_matrix, confusions, main, score
 from bench.environment import environment
 from export.onnx import main as export_main
 from runtime import Classifier
@@ -97,9 +97,20 @@ def test_a_split_travels_through_npz_to_the_bench(npz: Path, digits: ImageData) 
 
 @pytest.mark.parametrize("engine", ["openvino", "ort"])
 def test_predicted_classes_are_the_classifiers(digits_models: dict[str, Path], npz: Path, engine: str) -> None:
-    images = bench_data.load(str(npz)).images
-    classifier = Classifier(digits_models["ort"], engine=engine)
-    assert classify(classifier, images[:130]).tolist() == [p.index for p in classifier.predict(list(images[:130]))]
+    stream = bench_data.stream(str(npz))
+    loaded = bench_data.collected(stream)
+    classifier = Classifier(digits_models["ort"], engine=engine, parallel_runs=3)
+    expected = [p.index for p in classifier.predict(list(loaded.images))]
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        return classifier.logits(images).argmax(1)
+
+    for workers in (1, 3):
+        found, differing = confusions(
+            classify, stream, 10, against=lambda images: (classify(images) + 1) % 10, workers=workers
+        )
+        assert np.array_equal(found, confusion_matrix(loaded.labels, np.array(expected), 10))
+        assert differing == 360
 
 
 def test_json_has_the_scores_the_counts_and_the_environment(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import torch
 from bench.compare import main
 from bench.contenders import OURS, contenders, missing_peers
 from bench.explainers import OURS_WITH_MAP, explainers
+from bench.first_prediction import first_predictions
 from bench.record import append
 from bench.statistics import Ratio, ratio
 from runtime.agreement import spearman
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError, ModelError, OptionError
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 
@@ -31,9 +33,9 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_every_contender_classifies_the_same_pixels_alike(digits_checkpoint: Checkpoint) -> None:
+def test_every_contender_classifies_the_same_pixels_alike(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     images = digits_checkpoint.samples["images"][:32].permute(0, 2, 3, 1).contiguous().numpy()
-    found = contenders(digits_checkpoint, threads=1, peers=False)
+    found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False)
     assert list(found) == NAMES
     assert missing_peers(found) == list(PEERS)
     logits = {name: contender.classify(images) for name, contender in found.items()}
@@ -47,10 +49,12 @@ def test_every_contender_classifies_the_same_pixels_alike(digits_checkpoint: Che
 
 @pytest.mark.slow  # torch.compile alone takes half a minute
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_the_peers_are_set_up_to_classify_as_the_float_network(digits_checkpoint: Checkpoint) -> None:
+def test_the_peers_are_set_up_to_classify_as_the_float_network(
+    digits_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     pytest.importorskip("nncf", reason="a peer; pip install 'clearpact[peers]'")
     images = digits_checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()
-    found = contenders(digits_checkpoint, threads=1)
+    found = contenders(digits_checkpoint, tmp_path, threads=1)
     assert missing_peers(found) == []
     reference = found["PyTorch FP32"].classify(images)
     for name, tolerance, same in (
@@ -65,27 +69,56 @@ def test_the_peers_are_set_up_to_classify_as_the_float_network(digits_checkpoint
     # They are compared with int8 files, so theirs must be: less than half of the float file's bytes.
     for name, by in (("ONNX Runtime PTQ", "ONNX Runtime FP32"), ("NNCF PTQ", "OpenVINO FP32")):
         assert 0 < found[name].file_bytes < found[by].file_bytes / 2
+    loadings = {name: contender.loading for name, contender in found.items()}
+    starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
+    assert list(starts) == [*NAMES, *PEERS]
+    assert all(start.cold_start_ms > 0 and start.peak_memory_bytes > 30e6 for start in starts.values())
 
 
 def test_quality_of_every_contender_on_the_same_images(
     digits_checkpoint_path: Path, digits: ImageData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--data", "digits"]
-    main([*arguments, "--json"])
-    quality = json.loads(capsys.readouterr().out)["quality"]
-    assert list(quality) == NAMES
+    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--starts", "0"]
+    with_data = [*arguments, "--data", "digits", "--map-images", "60"]
+    main([*with_data, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    quality, maps = result["quality"], result["maps"]
+    assert list(quality) == list(maps) == NAMES
     assert quality["PyTorch FP32"]["agreement"] == 100
     step = 100 / len(digits.test_images)
     for row in quality.values():
         assert row["accuracy"] / step == pytest.approx(round(row["accuracy"] / step))
         assert abs(row["accuracy"] - quality["PyTorch FP32"]["accuracy"]) <= 100 - row["agreement"]
-    main(arguments)
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    assert table[0].startswith("on digits")
-    assert [line[:24].strip() for line in table[1:6]] == NAMES
-    assert all(len(line) <= 80 for line in table[:6])
+    for name, row in maps.items():
+        assert row["spearman"] == (1 if name == "PyTorch FP32" else pytest.approx(1, abs=0.08))
+        assert row["masked_auc"] == pytest.approx(maps["PyTorch FP32"]["masked_auc"], abs=4)
+        assert ("INT8" in name) == (row["spearman"] < 1 - 1e-4)
+    assert result["first_prediction"] == {}
+    main(with_data)
+    _, table, resources = capsys.readouterr().out.split("\n\n")
+    assert table.startswith("on digits")
+    for lines in (table.splitlines(), resources.splitlines()):
+        assert [line[:24].strip() for line in lines[1:6]] == NAMES
+        assert all(len(line) <= 80 for line in lines[:6])
+    row = maps[OURS]
+    assert resources.splitlines()[5].split()[2:] == [
+        "-", "-", f"{result['file_bytes'][OURS] / 1000:,.0f}", f"{row['masked_auc']:.2f}", f"{row['spearman']:.3f}"
+    ]  # fmt: skip
     with pytest.raises(OptionError, match="accuracy is compared without --explain"):
-        main([*arguments, "--explain"])
+        main([*with_data, "--explain"])
+
+
+def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False)
+    loadings = {name: found[name].loading for name in ("PyTorch FP32", OURS)}
+    starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
+    torch_start, ours = starts.values()
+    # PyTorch alone takes as much memory again as all of ours, and its import longer than our first prediction.
+    assert 30e6 < ours.peak_memory_bytes < torch_start.peak_memory_bytes
+    assert 0 < ours.cold_start_ms < torch_start.cold_start_ms
+    broken = {OURS: dataclasses.replace(loadings[OURS], path=tmp_path / "absent.onnx")}
+    with pytest.raises(ModelError, match=f"^{OURS}: cold start failed .*absent.onnx: no such file"):
+        first_predictions(broken, shape=(8, 8, 1), threads=1, starts=1)
 
 
 def test_the_interval_of_a_ratio_holds_its_median() -> None:
@@ -106,10 +139,11 @@ def test_results_are_recorded_after_those_that_are_there(
     record.parent.mkdir()
     record.write_text('{"old": 1}')  # and no newline at its end
     arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--record", str(record)]
-    main([*arguments, "--json", "--batch", "2"])
-    printed = json.loads(capsys.readouterr().out)
+    main([*arguments, "--json", "--batch", "2,3", "--starts", "0"])
+    printed, other = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert lines == [{"old": 1}, printed]
+    assert lines == [{"old": 1}, printed, other]
+    assert other["input"] == [3, 8, 8, 1]
     assert list(printed["latency"]) == list(printed["ratio_to_OpenVINO INT8"]) == NAMES
     assert printed["ratio_to_OpenVINO INT8"][OURS] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
@@ -120,7 +154,7 @@ def test_results_are_recorded_after_those_that_are_there(
 def test_a_person_reads_one_row_per_contender(
     digits_checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers"])
+    main([str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--starts", "0"])
     out = capsys.readouterr().out.splitlines()
     assert "cnn2, input [1, 8, 8, 1], threads 1" in out[0]
     assert [line[:18].strip() for line in out[2:7]] == NAMES
@@ -143,8 +177,9 @@ def test_append_adds_lines_and_keeps_the_old_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "^--batch 0 --threads 1: expected whole numbers from 1$"),
-        (["--threads", "0"], "^--batch 1 --threads 0: expected whole numbers from 1$"),
+        (["--batch", "0"], "^--batch 0: expected whole numbers from 1, comma-separated, such as 1,8,32$"),
+        (["--threads", "0"], "^--threads, --map-images: expected whole numbers from 1; --starts: from 0$"),
+        (["--starts", "-1"], "^--threads, --map-images: expected whole numbers from 1; --starts: from 0$"),
         (["--seconds", "-1"], "^--seconds -1: expected a number above 0$"),
     ],
 )

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.data import LabelledImages, evenly_spaced
 from bench.networks import Network, open_networks
+from bench.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
+from bench.streams import ImageStream, in_memory
 from export.agreement import export_agreement
 from export.onnx import export
 from runtime.agreement import spearman, top_overlap
@@ -45,13 +47,23 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def split(digits: ImageData) -> LabelledImages:
+def split(digits: ImageData) -> ImageStream:
     images = digits.test_images.permute(0, 2, 3, 1).contiguous().numpy()
-    return LabelledImages("digits", images, digits.test_labels.numpy())
+    return in_memory("digits", images, digits.test_labels.numpy())
+
+
+def curves_of(network: Network, split: ImageStream) -> Curves:
+    """Return the curves of every image."""
+    found, first = [], 0
+    for images, labels in split.batches():
+        found.append(removal_curves(network, images, labels, first=first, **SETTINGS)[0])
+        first += len(labels)
+    return Curves(*(np.concatenate([getattr(c, name) for c in found])
+                    for name in ("correct", "deletion", "insertion")))  # fmt: skip
 
 
 def test_an_exported_float_network_has_the_checkpoints_curves(
-    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: LabelledImages
+    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: ImageStream
 ) -> None:
     _, reference = open_networks(str(digits_checkpoint_path), with_float=True)
     exported = [
@@ -60,7 +72,8 @@ def test_an_exported_float_network_has_the_checkpoints_curves(
         for network in open_networks(str(digits_models["float"]), engine=engine)
     ]
     assert [n.precision for n in (reference, *exported)] == ["float", "fp32", "fp32"]
-    (expected, *curves), agreements = measure([reference, *exported], split, **SETTINGS)
+    _, agreements = measure([reference, *exported], split, **SETTINGS)
+    expected, *curves = (curves_of(network, split) for network in (reference, *exported))
     for found in curves:
         assert np.array_equal(found.correct, expected.correct)
         assert np.abs(found.deletion - expected.deletion).max() < 1e-5
@@ -69,7 +82,7 @@ def test_an_exported_float_network_has_the_checkpoints_curves(
 
 
 def test_an_exported_int8_network_has_the_checkpoints_curves(
-    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, split: LabelledImages
+    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, split: ImageStream
 ) -> None:
     # Exported as it was trained: the paper's gate and float32 gradients. The default ranks some pixels otherwise.
     trained = export(digits_checkpoint, gate="ste", saliency_precision="float32")
@@ -77,8 +90,9 @@ def test_an_exported_int8_network_has_the_checkpoints_curves(
     for file, exported in zip(files, (trained, export(digits_checkpoint)), strict=True):
         write_atomically(file, exported.model.SerializeToString())
     networks = [n for path in (digits_checkpoint_path, *files) for n in open_networks(str(path))]
-    curves, agreements = measure(networks, split, **SETTINGS)
-    expected, same, default = (summarize(n, c) for n, c in zip(networks, curves, strict=True))
+    sums, agreements = measure(networks, split, **SETTINGS)
+    expected, same, default = (summarize(n, c) for n, c in zip(networks, sums, strict=True))
+    curves = [curves_of(network, split) for network in networks[:2]]
     assert [n.precision for n in networks] == ["8 bit", "int8", "int8"]
     # Engines sum in another order, which moves a code at a tie: a probability by 0.005 at most when measured.
     assert (curves[1].correct != curves[0].correct).mean() < 0.001
@@ -92,17 +106,17 @@ def test_an_exported_int8_network_has_the_checkpoints_curves(
 
 
 def test_agreement_is_that_of_the_two_sets_of_maps(
-    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: LabelledImages
+    digits_checkpoint_path: Path, digits_models: dict[str, Path], split: ImageStream
 ) -> None:
-    test = evenly_spaced(split, 70)  # more than one batch, and a smaller last one
+    test = split.evenly_spaced(70)  # more than one batch, and a smaller last one
     networks = [
         *open_networks(str(digits_checkpoint_path), with_float=True), *open_networks(str(digits_models["ort"]))
     ]  # fmt: skip
     _, agreements = measure(networks, test, **SETTINGS)
     maps = []
     for network in networks:
-        parts = [network.explain(test.images[cut], np.full(len(test.images[cut]), -1))[1]
-                 for cut in (slice(0, 64), slice(64, 70))]  # fmt: skip
+        parts = [network.explain(images, np.full(len(images), -1))[1] for images, _ in test.batches()]
+        assert [len(part) for part in parts] == [64, 6]
         maps.append(np.concatenate(parts))
     assert [a.pair for a in agreements] == [(0, 1), (0, 2), (1, 2)]
     for a in agreements:
@@ -116,7 +130,7 @@ def test_the_float_network_is_the_one_export_compares_with(
     import onnx
 
     samples = digits_checkpoint.samples
-    test = LabelledImages(
+    test = in_memory(
         "digits", samples["images"].permute(0, 2, 3, 1).contiguous().numpy(), samples["labels"].numpy()
     )
     _, float_network = open_networks(str(digits_checkpoint_path), with_float=True)
@@ -127,7 +141,7 @@ def test_the_float_network_is_the_one_export_compares_with(
     assert found.top_overlap == pytest.approx(expected.top_overlap, abs=1e-2)
 
 
-def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], split: LabelledImages) -> None:
+def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], split: ImageStream) -> None:
     (network,) = open_networks(str(digits_models["ort"]))
     sizes: list[int] = []
 
@@ -135,18 +149,18 @@ def test_networks_never_get_more_than_a_batch(digits_models: dict[str, Path], sp
         sizes.append(len(images))
         return network.logits(images)
 
-    (curves,), _ = measure([dataclasses.replace(network, logits=counted)], split, **SETTINGS)
-    assert curves.correct.shape == (360, 10)
-    assert curves.deletion.shape == curves.insertion.shape == (360, 11)
+    (sums,), _ = measure([dataclasses.replace(network, logits=counted)], split, **SETTINGS)
+    assert sums.images == 360
+    assert [len(curve) for curve in sums.curves] == [10, 11, 11]
     assert (max(sizes), sum(sizes)) == (64, 20 * 360)
 
 
 def test_a_summary_has_means_and_standard_errors_over_the_images(
-    digits_models: dict[str, Path], split: LabelledImages
+    digits_models: dict[str, Path], split: ImageStream
 ) -> None:
     (network,) = open_networks(str(digits_models["openvino"]))
-    (curves,), _ = measure([network], split, **SETTINGS)
-    found = summarize(network, curves)
+    (sums,), _ = measure([network], split, **SETTINGS)
+    found, curves = summarize(network, sums), curves_of(network, split)
     per_image = [
         sum(5.0 * (a + b) for a, b in itertools.pairwise(row)) for row in curves.correct.astype(int).tolist()
     ]
@@ -155,15 +169,6 @@ def test_a_summary_has_means_and_standard_errors_over_the_images(
     assert found["masked_curve"] == pytest.approx(100 * curves.correct.mean(0))
     assert found["accuracy"] == found["masked_curve"][0] > 90
     assert found["insertion_curve"][-1] == pytest.approx(found["deletion_curve"][0])
-
-
-def test_evenly_spaced_images_are_spread_over_the_split() -> None:
-    test = LabelledImages("x", np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.arange(10))
-    assert evenly_spaced(test, 4).labels.tolist() == [0, 2, 5, 7]
-    assert evenly_spaced(test, 10).images.ravel().tolist() == list(range(10))
-    for count in (0, 11):
-        with pytest.raises(OptionError, match=f"^--images {count}: expected a whole number from 1 to 10$"):
-            evenly_spaced(test, count)
 
 
 def test_a_table_a_record_and_a_picture_of_one_call(
@@ -262,7 +267,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(
         main([str(tmp_path), "--data", "digits"])
 
 
-def test_the_true_classs_map_is_measured_on_request(digits_models: dict[str, Path], split: LabelledImages) -> None:
+def test_the_true_classs_map_is_measured_on_request(digits_models: dict[str, Path], split: ImageStream) -> None:
     (network,) = open_networks(str(digits_models["ort"]))
     asked: list[np.ndarray] = []
 
@@ -271,8 +276,43 @@ def test_the_true_classs_map_is_measured_on_request(digits_models: dict[str, Pat
         return network.explain(images, target)
 
     watched: Network = dataclasses.replace(network, explain=explain)
-    measure([watched], evenly_spaced(split, 100), fill="mean", canvas="random", target="true")
-    assert np.array_equal(np.concatenate(asked), evenly_spaced(split, 100).labels)
+    test = split.evenly_spaced(100)
+    measure([watched], test, fill="mean", canvas="random", target="true")
+    assert np.array_equal(np.concatenate(asked), np.concatenate([labels for _, labels in test.batches()]))
     asked.clear()
-    measure([watched], evenly_spaced(split, 100), fill="mean", canvas="random", target="predicted")
+    measure([watched], test, fill="mean", canvas="random", target="predicted")
     assert (np.concatenate(asked) == -1).all()
+
+
+def test_batches_measured_at_the_same_time_give_the_same_bits(
+    digits_models: dict[str, Path], split: ImageStream
+) -> None:
+    settings = {"fill": "random", "canvas": "blur", "target": "predicted"}
+    networks = [n for name in ("ort", "float")
+                for n in open_networks(str(digits_models[name]), engine="ort", threads=1)]  # fmt: skip
+    alone, parallel = (measure(networks, split, workers=workers, **settings) for workers in (1, 4))
+    assert alone[1] == parallel[1]
+    for a, b in zip(alone[0], parallel[0], strict=True):
+        assert np.array_equal(a.areas, b.areas)
+        assert all(np.array_equal(x, y) for x, y in zip(a.curves, b.curves, strict=True))
+
+
+def test_memory_does_not_grow_with_the_images(digits_models: dict[str, Path], split: ImageStream) -> None:
+    networks = open_networks(str(digits_models["ort"]))
+    batches = list(split.batches())[:5]  # of 64 images each
+    peaks = []
+    tracemalloc.start()
+    try:
+        for times in (1, 1, 6):  # the first one also counts what is made once
+            labels = np.zeros(times * 320, np.int64)
+            repeated = dataclasses.replace(split, labels=labels, positions=labels, read=lambda _, n=times: (
+                batch for _ in range(n) for batch in batches))  # fmt: skip
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            (sums,), _ = measure(networks, repeated, **SETTINGS)
+            assert sums.images == times * 320
+            peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    # 1,600 images more: their curves would take 300 kB if they were kept, and their maps 400.
+    assert peaks[2] - peaks[1] < 50_000

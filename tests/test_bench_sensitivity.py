@@ -59,7 +59,7 @@ def test_a_learned_step_starts_anew_where_the_bits_change_and_only_there(
 def test_own_bits_change_nothing_and_fewer_change_the_maps(
     digits_checkpoint: Checkpoint, digits: ImageData
 ) -> None:
-    test = bench_data.evenly_spaced(bench_data.load("digits"), 100)
+    test = bench_data.collected(bench_data.stream("digits").evenly_spaced(100))
     own = own_answers(digits_checkpoint, test)
     assert own.effect.accuracy == 100 * (own.predicted == test.labels).mean()
     same = effect(digits_checkpoint, {"fc1": 8}, test, own)
@@ -108,7 +108,7 @@ def test_a_float_checkpoint_is_compared_with_its_float_network(digits: ImageData
     recipe = dataclasses.replace(default_recipe("digits", "plain"), epochs=2)
     trained = loop.start("cnn2", digits, QuantSpec(32), recipe)
     assert list(layers_of(trained)) == LAYERS
-    test = bench_data.evenly_spaced(bench_data.load("digits"), 50)
+    test = bench_data.collected(bench_data.stream("digits").evenly_spaced(50))
     own = own_answers(trained, test)
     eight, two = (effect(trained, dict.fromkeys(LAYERS, bits), test, own) for bits in (8, 2))
     assert 0.85 < eight.spearman < 1

@@ -75,9 +75,9 @@ def test_rows_stand_by_data_then_bits_then_accuracy_beside_the_papers() -> None:
             run("mnist-cnn2-8bit-sgt", 99.3)]  # fmt: skip
     lines = results(runs).splitlines()[2:]
     assert len(lines) == len(PUBLISHED) + 3
-    cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10 ")]
+    cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10 | resnet20")]
     assert [(cells[2], cells[4]) for cells in cifar10] == [
-        ("float", "96.35"), ("4", "92.45"), ("4", "**92.10**"), ("4", "76.12"), ("4", "75.55"),
+        ("4", "92.45"), ("4", "**92.10**"), ("4", "76.12"), ("4", "75.55"),
         ("2", "90.96"), ("2", "**90.10**"), ("2", "88.90"),
     ]  # fmt: skip
 
@@ -103,10 +103,12 @@ def test_every_row_that_can_be_trained_is_shown_as_it_is_named() -> None:
 
 def test_the_published_figures_are_those_of_the_recipes() -> None:
     for published in PUBLISHED_RUNS:
-        (row,) = [row for row in PUBLISHED
-                  if (row.data, row.network, row.bits, row.method) == (
-                      published.recipe.data, published.arch, published.quant.bits, published.recipe.method)
-                  and published.source.startswith(row.source)]  # fmt: skip
+        (row,) = [
+            row for row in PUBLISHED
+            if (row.data, row.method) == (published.recipe.data, published.recipe.method)
+            and row.network in ("", published.arch) and row.bits in (None, published.quant.bits)
+            and published.source.startswith(row.source)
+        ]  # fmt: skip
         assert f"{row.accuracy:.2f} %" in published.figure
         assert row.masked_auc is None or f"AUC {row.masked_auc:.2f}" in published.figure
 
