@@ -25,6 +25,7 @@ _OURS = {
     "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
 }
 _ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
+_SEED = re.compile(r"-(?:s|seed)?\d+(?=/|$)")
 _CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
 
 
@@ -46,16 +47,16 @@ def results(records: Sequence[Record]) -> str:
     for runs in _seeds(records):
         last = runs[-1]
         recipe, bits = last["recipe"], last["bits"]
-        accuracy = _mean_and_spread([run["test_accuracy"] for run in runs], 2)
-        cells = _setting(recipe["data"], _arch(last), bits, recipe["method"])
-        lines.append((_order(recipe["data"], bits, last["test_accuracy"]), [
-            *cells, f"**{accuracy}**", str(len(runs)), "ours"
+        accuracies = [run["test_accuracy"] for run in runs]
+        cells = [*_setting(recipe["data"], _arch(last), bits, recipe["method"]), str(last.get("epochs", ""))]
+        lines.append((_order(recipe["data"], bits, statistics.fmean(accuracies)), [
+            *cells, f"**{_mean_and_spread(accuracies, 2)}**", str(len(runs)), "ours"
         ]))  # fmt: skip
     for row in PUBLISHED:
-        cells = _setting(row.data, row.network, row.bits, row.method)
+        cells = [*_setting(row.data, row.network, row.bits, row.method), ""]
         lines.append((_order(row.data, row.bits, row.accuracy), [*cells, f"{row.accuracy:.2f}", "", row.source]))
-    header = ["data", "network", "bits", "method", "test accuracy, %", "seeds", "from"]
-    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])], "llllrrl")
+    header = ["data", "network", "bits", "method", "epochs", "test accuracy, %", "seeds", "from"]
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])], "llllrrrl")
 
 
 def engines(records: Sequence[Record]) -> str:
@@ -81,7 +82,7 @@ def saliency(records: Sequence[Record]) -> str:
         if found["bench"] != "saliency" or (found["canvas"], found["target"]) != ("blur", "predicted"):
             continue
         for number, network in enumerate(found["networks"]):
-            key = (found["data"], found["fill"], _without_seed(network["model"]), network["precision"])
+            key = (found["data"], found["fill"], _any_seed(network["model"]), network["precision"])
             row = network | {"agreement": _agreement_with_float(found, number)}
             latest.setdefault(key, {}).pop(network["model"], None)  # so that the last one is the newest
             latest[key][network["model"]] = (row, found)
@@ -179,29 +180,35 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -
 
 
 def _seeds(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the training rows, each as its runs of different seeds with the recipe of the newest one."""
-    by_row: dict[str, list[Record]] = {}
+    """Return the training rows, each as its runs of different seeds.
+
+    A name's newest run says with which recipe it counts; names that differ in their seed and have one recipe are
+    one row.
+    """
+    by_name: dict[str, list[Record]] = {}
     for found in records:
         if found["bench"] == "training row":
-            by_row.setdefault(_without_seed(found["row"]), []).append(found)
-    groups = []
-    for runs in by_row.values():
-        newest = _but_seed(runs[-1])
-        groups.append(list({run["recipe"]["seed"]: run for run in runs if _but_seed(run) == newest}.values()))
-    return groups
+            by_name.setdefault(found["row"], []).append(found)
+    groups: dict[str, dict[int, Record]] = {}
+    for name, runs in by_name.items():
+        for run in runs:
+            if _but_seed(run) == _but_seed(runs[-1]):
+                group = groups.setdefault(f"{_any_seed(name)} {_but_seed(run)}", {})
+                group[run["recipe"]["seed"]] = run
+    return [list(group.values()) for group in groups.values()]
 
 
 def _but_seed(run: Record) -> dict[str, Any]:
     recipe = {name: value for name, value in run["recipe"].items() if name != "seed"}
     # These runs too have their seeds in their names.
-    files = {name: re.sub(r"-(?:s|seed)?\d+(?=/)", "", recipe.get(name, "")) for name in ("init", "teacher")}
+    files = {name: _SEED.sub("", recipe.get(name, "")) for name in ("init", "teacher")}
     return {**recipe, **files, "bits": run["bits"]}
 
 
-def _without_seed(name: str) -> str:
-    """Return a run's name without the seed that may end it: "mnist-sgt" of "mnist-sgt-2" or "mnist-sgt-seed2"."""
+def _any_seed(name: str) -> str:
+    """Return a run's name with a * for the seed that may end it: "sgt-*" of "sgt-2" or "sgt-seed2"."""
     folder, slash, file = name.partition("/")
-    return re.sub(r"-(?:s|seed)?\d+$", "", folder) + slash + file
+    return _SEED.sub("-*", folder) + slash + file
 
 
 def _arch(run: Record) -> str:
