@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     torch.set_num_threads(options.threads)
-    reading = Reading(default_recipe(options.data).image_size)
+    reading = Reading(default_recipe(options.data).image_size, workers=None)
     images, quant = data.load(options.data, options.data_root, reading), QuantSpec(options.bits)
     steps = {}
     for method in METHODS:

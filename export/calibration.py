@@ -165,7 +165,7 @@ def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str)
     """
     recipe = checkpoint.recipe
     reading = reading_of(recipe, path.parent if name in (None, recipe.data) else None)
-    images = data.load(name or recipe.data, root, reading)
+    images = data.load(name or recipe.data, root, replace(reading, workers=None))
     if recipe.split and (images.split is None or images.split.digest != recipe.split):
         raise OptionError(f"--data {name}: {images.name}, expected the images of training, {recipe.data_name}")
     expected = (checkpoint.input.channels, *checkpoint.input.size)

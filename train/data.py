@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from train.image_folder import Reading
 
     # Everything goes into one file: it has to fit into memory.
-    reading = Reading(options.image_size, options.split_seed, memory_bytes=sys.maxsize)
+    reading = Reading(options.image_size, options.split_seed, memory_bytes=sys.maxsize, workers=None)
     data = load(options.data, options.data_root, reading)
     images, labels = (
         (data.test_images, data.test_labels) if options.split == "test" else (data.train_images, data.train_labels)

@@ -33,7 +33,8 @@ class Reading:
         side: height and width in pixels that every image is cropped and resized to.
         seed: of the split, where the folder has none of its own.
         strict: an image that cannot be read is an error; otherwise it is skipped.
-        workers: processes that decode; None: as many as are worth it.
+        workers: processes that decode, None: as many as are worth it. A script that asks for any must do so below
+            `if __name__ == "__main__"`, since the processes import it; without, this one decodes.
         memory_bytes: the largest data set, all pixels together, that is kept in memory.
         split: from an earlier run; None finds or makes it.
     """
@@ -41,7 +42,7 @@ class Reading:
     side: int = IMAGE_SIDE
     seed: int = 0
     strict: bool = False
-    workers: int | None = None
+    workers: int | None = 0
     memory_bytes: int = MEMORY_BYTES
     split: Split | None = None
 
