@@ -39,6 +39,7 @@ _FLOAT32_ONLY = {
     "Resize",
     "Softmax",
 }
+_TO_THE_ROOT = ("Add", "ReduceMean", "ReduceSum", "Sqrt")
 _REARRANGING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _LARGEST, _SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).tiny)
 
@@ -108,7 +109,7 @@ def _half_nodes(model: onnx.ModelProto, facts: Tape) -> set[str]:
 
 def _float32_nodes(model: onnx.ModelProto, facts: Tape) -> tuple[set[str], set[str]]:
     """Return the first outputs of the nodes that stay float32, and of those that do unless float16 goes in."""
-    kept: set[str] = set()
+    kept = _of_squares(model)
     exact: set[str] = set()
     to_logits, to_codes = {"logits"}, set()
     for node in reversed(model.graph.node):
@@ -129,6 +130,16 @@ def _float32_nodes(model: onnx.ModelProto, facts: Tape) -> tuple[set[str], set[s
         if not facts.is_float(first):  # a quantizer's codes, or the result of a comparison
             to_codes.update(node.input)
     return kept, exact
+
+
+def _of_squares(model: onnx.ModelProto) -> set[str]:
+    """Return what squares, their means and the roots of these are: above 255, float16 cannot hold a square."""
+    found: set[str] = set()
+    for node in model.graph.node:
+        squares = node.op_type == "Mul" and node.input[0] == node.input[1]
+        if squares or (node.op_type in _TO_THE_ROOT and not found.isdisjoint(node.input)):
+            found.update(node.output)
+    return found
 
 
 def _constants_fit(facts: Tape, node: onnx.NodeProto) -> bool:

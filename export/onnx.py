@@ -28,7 +28,7 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
 from export.operators import OPSET, TARGETS, translations
-from export.ort_lowering import store_float_weights
+from export.ort_lowering import move_codes, store_float_weights
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -130,6 +130,9 @@ def export(
             model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
         )
         model = differentiated.model
+    if target == "ort":
+        move_codes(model)
+    if saliency:
         status("comparing maps ...")
         agreement = export_agreement(model, checkpoint)
         if agreement.maps.spearman < required_agreement:

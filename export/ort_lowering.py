@@ -1,4 +1,4 @@
-"""What ONNX Runtime wants done to an INT8 graph beyond its Q/DQ: no weight dequantized in every run.
+"""What ONNX Runtime wants done to an INT8 graph beyond its Q/DQ: no weight dequantized in every run, codes moved.
 
 ONNX Runtime multiplies codes in a Conv or Gemm between two grids. One whose result is not quantized at once, such
 as a convolution before a residual addition, runs in float; its constant DequantizeLinear is then not folded but
@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from export.gradient_tape import attributes
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
 
 def store_float_weights(model: onnx.ModelProto) -> None:
@@ -44,3 +45,38 @@ def store_float_weights(model: onnx.ModelProto) -> None:
     for tensor in codes.values():
         if tensor.name not in used:
             graph.initializer.remove(tensor)
+
+
+def move_codes(model: onnx.ModelProto) -> None:
+    """Reshape and transpose codes instead of what they stand for, in place: DequantizeLinear comes after.
+
+    ONNX Runtime does so itself where codes are unsigned; where they are signed it ends in a graph that it then
+    refuses ("output_dtype INT8 does not match y_zero_point type UINT8", 1.31).
+    """
+    graph = model.graph
+    scalars = {t.name for t in graph.initializer if not t.dims}
+    dequantizers = {
+        n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[1] in scalars
+    }
+    moved: list[onnx.NodeProto] = []
+    for node in graph.node:
+        source = dequantizers.get(node.input[0]) if node.op_type in _MOVES else None
+        if source is None:
+            moved.append(node)
+            continue
+        codes, result = f"{node.output[0]}/codes", node.output[0]
+        move, after = onnx.NodeProto(), onnx.NodeProto()
+        move.CopyFrom(node)
+        move.input[0], move.output[0] = source.input[0], codes
+        after.CopyFrom(source)
+        after.name = f"{node.name}/dequantize"
+        after.input[0], after.output[0] = codes, result
+        dequantizers[result] = after
+        moved += [move, after]
+    used = {name for node in moved for name in node.input} | {value.name for value in graph.output}
+    kept = [node for node in moved if node.op_type != "DequantizeLinear" or node.output[0] in used]
+    copies = [onnx.NodeProto() for _ in kept]
+    for copy, node in zip(copies, kept, strict=True):
+        copy.CopyFrom(node)
+    del graph.node[:]
+    graph.node.extend(copies)

@@ -120,7 +120,7 @@ class TwoBranches(nn.Module):
         left, right = self.left(x), F.pad(self.right(x), (0, 1, 0, 1))
         y = F.relu(self.squeeze(F.relu(self.norm(torch.cat([left, right], dim=1)))))
         y = torch.cat((y, y * torch.sigmoid(left.mean(1, keepdim=True))), dim=1)
-        return self.head(torch.relu(self.mix(y)).amax((2, 3)))
+        return self.head(F.max_pool2d(torch.relu(self.mix(y)), 3).flatten(1))
 
 
 class PatchMLP(nn.Module):
@@ -187,3 +187,19 @@ def takes_nothing() -> nn.Module:
 
 
 not_code = "not code"
+
+
+def mobile_net(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return MobileNet()
+
+
+def two_branches(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return TwoBranches()
+
+
+def patch_mlp(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return PatchMLP()
+
+
+def attention(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return Attention()
