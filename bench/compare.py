@@ -176,7 +176,7 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"{name:24}{row['accuracy']:8.2f}{row['sensitivity']:13.2f}{row['specificity']:13.2f}"
                          f"{row['agreement']:10.2f}")  # fmt: skip
     if last["file_bytes"]:
-        lines += ["", f"{'':24}cold start ms  peak MB  file kB  masked AUC  maps as float"]
+        lines += ["", f"{'':24}cold start ms  peak MB  file kB  masked AUC  float maps"]
         for name, file_bytes in last["file_bytes"].items():
             start, maps = last["first_prediction"].get(name), last["maps"].get(name)
             cells = [f"{start['cold_start_ms']:.0f}" if start else "-",
@@ -184,8 +184,8 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
                      f"{file_bytes / 1000:,.0f}" if file_bytes else "-",
                      f"{maps['masked_auc']:.2f}" if maps else "-",
                      f"{maps['spearman']:.3f}" if maps else "-"]  # fmt: skip
-            lines.append(f"{name:24}{cells[0]:>13}{cells[1]:>9}{cells[2]:>9}{cells[3]:>12}{cells[4]:>15}")
-        lines.append("cold start: of a fresh process, to its first prediction; maps: rank correlation")
+            lines.append(f"{name:24}{cells[0]:>13}{cells[1]:>9}{cells[2]:>9}{cells[3]:>12}{cells[4]:>12}")
+        lines.append("cold start: of a fresh process, to its first prediction; float maps: rank correlation")
     lines += [f"not compared: {name}; pip install 'clearpact[peers]'" for name in last["missing"]]
     if last["bench"] == "compare":
         lines.append("not compared: TensorRT, which needs a GPU; pip install 'clearpact[tensorrt]', "
