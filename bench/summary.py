@@ -77,15 +77,21 @@ def engines(records: Sequence[Record]) -> str:
 
 def saliency(records: Sequence[Record]) -> str:
     """Return what the maps of every measured network are worth, over the seeds of its training."""
+    measured = [
+        found for found in records
+        if found["bench"] == "saliency" and (found["canvas"], found["target"]) == ("blur", "predicted")
+    ]  # fmt: skip
+    # A run that was measured again may be another one of the same name: none of its older rows counts.
+    newest = {
+        (found["data"], found["fill"], _run(network)): found for found in measured for network in found["networks"]
+    }
     latest: dict[tuple[str, ...], dict[str, tuple[Mapping[str, Any], Record]]] = {}
-    for found in records:
-        if found["bench"] != "saliency" or (found["canvas"], found["target"]) != ("blur", "predicted"):
-            continue
+    for found in measured:
         for number, network in enumerate(found["networks"]):
-            key = (found["data"], found["fill"], _any_seed(network["model"]), network["precision"])
-            row = network | {"agreement": _agreement_with_float(found, number)}
-            latest.setdefault(key, {}).pop(network["model"], None)  # so that the last one is the newest
-            latest[key][network["model"]] = (row, found)
+            if newest[found["data"], found["fill"], _run(network)] is found:
+                key = (found["data"], found["fill"], _any_seed(network["model"]), network["precision"])
+                row = network | {"agreement": _agreement_with_float(found, number)}
+                latest.setdefault(key, {})[network["model"]] = (row, found)
     rows = []
     for (data, fill, model, precision), by_seed in latest.items():
         runs = [row for row, _ in by_seed.values()]
@@ -234,14 +240,19 @@ def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
 def _agreement_with_float(found: Record, number: int) -> str:
     """Return how much a network's maps agree with those of the float network of the same run, if that is there."""
     networks = found["networks"]
-    run = networks[number]["model"].partition("/")[0]
+    run = _run(networks[number])
     for agreement in found["agreement"]:
         if number not in agreement["pair"]:
             continue
         other = networks[next(n for n in agreement["pair"] if n != number)]
-        if other["precision"] == "float" and other["model"].partition("/")[0] == run:
+        if other["precision"] == "float" and _run(other) == run:
             return f"{agreement['spearman']:.3f}, {agreement['top_overlap']:.3f}"
     return ""
+
+
+def _run(network: Mapping[str, Any]) -> str:
+    """Return the run that a network of a saliency record belongs to, as checkpoint or as exported file."""
+    return str(network["model"].partition("/")[0])
 
 
 def _mean_and_spread(values: Sequence[float], digits: int, *, error: float | None = None) -> str:

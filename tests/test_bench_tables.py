@@ -136,6 +136,13 @@ def test_areas_of_several_seeds_have_their_spread_and_of_one_its_error() -> None
     assert "| mnist | smoot, float (Karkehabadi et al. 2024) |  |  | not told | 99.40 | 33.16 |" in table
 
 
+def test_a_run_measured_again_leaves_no_row_of_the_older_one() -> None:
+    older, newer = measured("mnist-sgt", 30), measured("mnist-sgt", 26)
+    newer["networks"], newer["agreement"] = newer["networks"][:1], []
+    rows = [line for line in saliency([older, newer]).splitlines() if "mnist-sgt" in line]
+    assert rows == ["| mnist | mnist-sgt, 8 bit | 1 | 500 | black | 99.00 | 26.00 ± 0.20 | 0.900 | 0.200 |  |"]
+
+
 def compared(bench: str, batch: int, processor: str = "one", **times_ms: float) -> dict[str, Any]:
     return {"bench": bench, "arch": "resnet20", "threads": 1, "input": [batch, 32, 32, 3],
             "latency": {name: {"p50_ms": value} for name, value in times_ms.items()},
