@@ -150,7 +150,8 @@ def _image_data(split: Split, pixels: dict[str, np.ndarray], decoder: Decoder) -
     labels: dict[str, Tensor] = {}
     for part in PARTS:
         paths, classes = split.part(part)
-        images[part] = _channels_first(pixels[part]) if part in pixels else FileImages(paths, decoder)
+        # Popped: one part at most is there twice, before and after its axes are turned.
+        images[part] = _channels_first(pixels.pop(part)) if part in pixels else FileImages(paths, decoder)
         labels[part] = torch.tensor(classes, dtype=torch.int64)
     present = labels["train"].bincount(minlength=len(split.classes))
     if not present.all():
@@ -158,7 +159,7 @@ def _image_data(split: Split, pixels: dict[str, np.ndarray], decoder: Decoder) -
         raise FileError(f"{split.root}: no readable training image of class {empty!r}, expected some; add images")
     if not len(labels["test"]):
         raise FileError(f"{split.root}: no readable test image, expected some; add images")
-    if pixels:
+    if isinstance(images["train"], Tensor):
         decoder.close()
     has_val = len(labels["val"]) > 0
     return ImageData(
