@@ -89,15 +89,21 @@ def _max_along(t: Tape, x: str, y: str, dy: str, shape: list[int], axis: int, wi
     """Give dy, along one axis, to the first element of each window of x that equals its maximum y."""
     if window.kernel == window.stride == 1:
         return _resized(t, dy, len(shape), axis, -window.before, -window.after)
-    kind = t.numpy_type(x)
-    lowest = np.asarray(-np.inf if t.is_float(x) else np.iinfo(kind).min, kind)
-    padded = _resized(t, x, len(shape), axis, window.before, _beyond(window), lowest)
     parts, left = [], t.array(1.0, dy)
     for tap in range(window.kernel):
-        start = tap * window.dilation
-        end = start + (window.steps - 1) * window.stride + 1
-        element = t.op("Slice", padded, [start], [end], [axis], [window.stride])
-        here = t.op("Mul", t.op("Cast", t.op("Equal", element, y), to=t.type(dy)), left)
+        # The windows whose element of this tap lies in the image; x is not padded, since OpenVINO 2026.4 fails on
+        # infinities around what it holds as codes.
+        offset = tap * window.dilation - window.before
+        first = max(-(offset // window.stride), 0)
+        last = min((window.size - 1 - offset) // window.stride, window.steps - 1)
+        if last < first:
+            parts.append(t.op("Mul", dy, 0.0))
+            continue
+        start, end = first * window.stride + offset, last * window.stride + offset + 1
+        element = t.op("Slice", x, [start], [end], [axis], [window.stride])
+        outside = (-first, last + 1 - window.steps)
+        here = t.op("Cast", t.op("Equal", element, _resized(t, y, len(shape), axis, *outside)), to=t.type(dy))
+        here = t.op("Mul", _resized(t, here, len(shape), axis, *(-width for width in outside)), left)
         left = t.op("Sub", left, here)
         parts.append(t.op("Mul", dy, here))
     return _placed(t, parts, shape, axis, window)
@@ -131,13 +137,11 @@ def _placed(t: Tape, parts: list[str], shape: list[int], axis: int, window: Axis
     return _resized(t, dx, rank, axis, -window.before, window.before + window.size - rows * stride)
 
 
-def _resized(
-    t: Tape, x: str, rank: int, axis: int, before: int, after: int, fill: np.ndarray | float = 0.0
-) -> str:
-    """Pad both ends of one axis with `fill`; negative widths crop."""
+def _resized(t: Tape, x: str, rank: int, axis: int, before: int, after: int) -> str:
+    """Pad both ends of one axis with zeros; negative widths crop."""
     pads = [max(before, 0) * (a == axis) for a in range(rank)] + [max(after, 0) * (a == axis) for a in range(rank)]
     if any(pads):
-        x = t.op("Pad", x, pads, fill)
+        x = t.op("Pad", x, pads, 0.0)
     if min(before, after) < 0:
         x = t.op("Slice", x, [max(-before, 0)], [after if after < 0 else np.iinfo(np.int64).max], [axis])
     return x

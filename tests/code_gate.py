@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,15 +23,24 @@ class _Gated(torch.autograd.Function):
         return grad * gate, None, None
 
 
-def with_code_gate(network: nn.Module) -> nn.Module:
-    """Let every PACT of a fake-quantized network pass the gradient where qmin < code < qmax (0 if unsigned)."""
+def with_code_gate(network: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Let every PACT of a fake-quantized network pass the gradient where qmin < code < qmax (0 if unsigned).
 
-    def gate(module: PACT, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        code = torch.round(output.detach() / module.scale.detach())
-        gated: Tensor = _Gated.apply(inputs[0], output.detach(), (module.qmin < code) & (code < module.qmax))
-        return gated
+    With `codes`, of a graph by quantizer, each gives these instead of its own: at a tie, the graph may have
+    rounded the other way.
+    """
 
-    for module in network.modules():
+    def hook(given: Tensor | None) -> Callable[..., Tensor]:
+        def gate(module: PACT, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            scale = module.scale.detach()
+            code = torch.round(output.detach() / scale) if given is None else given.float()
+            value = output.detach() if given is None else code * scale
+            gated: Tensor = _Gated.apply(inputs[0], value, (module.qmin < code) & (code < module.qmax))
+            return gated
+
+        return gate
+
+    for name, module in network.named_modules():
         if isinstance(module, PACT):
-            module.register_forward_hook(gate)
+            module.register_forward_hook(hook(None if codes is None else codes[name]))
     return network

@@ -45,13 +45,14 @@ def test_one_row_brings_those_it_needs() -> None:
         needed(TABLES["cifar10"], "nothing")
 
 
-def test_the_cifar10_rows_run_on_a_few_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", ["cifar10", pytest.param("deit", marks=pytest.mark.slow)])
+def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> None:
     """What a GPU trains for an hour must not fail in its second half: here one step of every row."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
     labels = torch.arange(64) % 10
     few = data.ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
-    for row in TABLES["cifar10"]:
+    for row in TABLES[table]:
         arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
         (tmp_path / row.name).mkdir()
         started = loop.start(arch, few, quant, dataclasses.replace(recipe, epochs=1, batch_size=64))

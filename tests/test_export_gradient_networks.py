@@ -24,6 +24,7 @@ from onnx.reference import ReferenceEvaluator
 from export.gradient import append_input_gradient
 from tests.reference_operators import EXACT
 from train.models import build
+from train.vision_transformer import VisionTransformer
 
 CLASSES = 10
 BAR = 1e-4
@@ -49,9 +50,17 @@ def vision_transformer(num_classes: int) -> torch.nn.Module:
     )
 
 
+def deit(num_classes: int) -> torch.nn.Module:
+    return VisionTransformer(3, (64, 64), num_classes, patch=16, width=48, depth=2)
+
+
+def deit_tiny(num_classes: int) -> torch.nn.Module:
+    return build("deit_tiny", channels=3, size=(64, 64), classes=num_classes)
+
+
 MODELS = torchvision.models
-FAST = [cnn2, resnet20, MODELS.squeezenet1_1, MODELS.mobilenet_v2, vision_transformer]
-SLOW = [MODELS.resnet18, MODELS.vgg11_bn, MODELS.densenet121, MODELS.efficientnet_b0]
+FAST = [cnn2, resnet20, MODELS.squeezenet1_1, MODELS.mobilenet_v2, vision_transformer, deit]
+SLOW = [deit_tiny, MODELS.resnet18, MODELS.vgg11_bn, MODELS.densenet121, MODELS.efficientnet_b0]
 EVERY = [*FAST, *(pytest.param(network, marks=pytest.mark.slow) for network in SLOW)]
 # Where a larger image would hardly ever be steady: the more activations, the more of them near a kink.
 SMALL = {cnn2, resnet20, MODELS.mobilenet_v2, MODELS.densenet121}

@@ -134,9 +134,9 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adadelta"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adadelta"])
 def test_every_optimizer_learns_and_resumes(small: data.ImageData, tmp_path: Path, optimizer: str) -> None:
-    lr = {"sgd": 0.05, "adam": 1e-3, "adadelta": 1.0}[optimizer]
+    lr = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "adadelta": 1.0}[optimizer]
     recipe = dataclasses.replace(
         default_recipe("digits", "plain"), optimizer=optimizer, lr=lr, schedule="constant", epochs=4
     )
@@ -161,7 +161,7 @@ def test_every_optimizer_learns_and_resumes(small: data.ImageData, tmp_path: Pat
             {"method": "smoot", "mask_share": 0.1},
             "mask_share 0.1: expected 0.2 to 0.8, the bounds of smoot's masks",
         ),
-        ({"optimizer": "lion"}, "optimizer 'lion': expected one of sgd, adam, adadelta"),
+        ({"optimizer": "lion"}, "optimizer 'lion': expected one of sgd, adam, adamw, adadelta"),
         ({"threshold_rate": -1.0}, "threshold_rate -1.0: expected a number >= 0"),
         ({"fill": "noise"}, "fill 'noise': expected one of random, zero, mean"),
     ],

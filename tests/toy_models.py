@@ -109,7 +109,7 @@ class TwoBranches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
+        self.left = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         self.right = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.AvgPool2d(3, 2, 1))
         self.norm = nn.BatchNorm2d(16)
         self.squeeze = nn.Conv2d(16, 12, 1)

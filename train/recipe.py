@@ -14,7 +14,7 @@ from train.guidance import FILLS
 from train.splits import PREFIX, data_name, is_folder
 
 METHODS = ("plain", "sgt", "smoot", "asg")
-OPTIMIZERS = ("sgd", "adam", "adadelta")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adadelta")
 SCHEDULES = ("cosine", "constant")
 
 
