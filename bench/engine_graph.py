@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -11,6 +12,32 @@ from runtime.errors import ModelError, OptionError
 
 # Of ONNX Runtime's operators, those that multiply codes.
 _INTEGER_OPERATORS = {"QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+
+
+def openvino_names(operation: Any) -> list[str]:
+    """Return the names in the file of all that an operation of OpenVINO's runtime model computes."""
+    names = str(operation.get_rt_info()["originalLayersNames"].astype(str)).split(",")
+    # A bias that is part of its product leaves the product this ending.
+    return list(dict.fromkeys(name.split("/WithoutBiases")[0] for name in names))
+
+
+def openvino_kernel(primitive: str) -> str:
+    """Return how OpenVINO executes an operation, "INT8" or "F32" first."""
+    precision = "INT8" if primitive.lower().endswith("i8") else primitive.rsplit("_", 1)[-1].upper()
+    return f"{precision} {primitive}"
+
+
+def ort_name(optimized: str) -> str:
+    """Return the name in the file of a node of ONNX Runtime's optimized graph.
+
+    What replaces a node keeps its name or that of its output; a change of layout puts something behind it.
+    """
+    return optimized.split("_token_")[0].removesuffix("_nchwc")
+
+
+def ort_kernel(operator: str) -> str:
+    """Return how ONNX Runtime executes an operator, "INT8" or "F32" first."""
+    return f"{'INT8' if operator in _INTEGER_OPERATORS else 'F32'} {operator}"
 
 
 def executed(model: bytes, engine: str, *, threads: int = 1) -> dict[str, str]:
@@ -50,10 +77,8 @@ def _executed_by_openvino(model: bytes, threads: int) -> dict[str, str]:
     found = {}
     for operation in core.compile_model(asked, "CPU", settings).get_runtime_model().get_ordered_ops():
         facts = operation.get_rt_info()
-        kernel = str(facts["primitiveType"].astype(str))
-        precision = "INT8" if kernel.lower().endswith("i8") else kernel.rsplit("_", 1)[-1].upper()
-        for name in str(facts["originalLayersNames"].astype(str)).split(","):
-            found[name.split("/WithoutBiases")[0]] = f"{precision} {kernel}"
+        for name in openvino_names(operation):
+            found[name] = openvino_kernel(str(facts["primitiveType"].astype(str)))
     return found
 
 
@@ -67,10 +92,4 @@ def _executed_by_ort(model: bytes, threads: int) -> dict[str, str]:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
-    # What replaces a node keeps its name or that of its output; a change of layout puts something behind it.
-    return {
-        node.name.split("_token_")[0].removesuffix("_nchwc"): (
-            f"{'INT8' if node.op_type in _INTEGER_OPERATORS else 'F32'} {node.op_type}"
-        )
-        for node in optimized.graph.node
-    }
+    return {ort_name(node.name): ort_kernel(node.op_type) for node in optimized.graph.node}

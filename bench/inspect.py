@@ -39,6 +39,7 @@ class Product:
     """A product with a weight, and how it is stored and executed.
 
     Args:
+        node: its name in the graph.
         layer: of the network.
         part: "forward" or "gradient".
         operator: in the file.
@@ -50,6 +51,7 @@ class Product:
         remark: why a product of an INT8 file is a float island, where the file tells.
     """
 
+    node: str
     layer: str
     part: str
     operator: str
@@ -141,6 +143,7 @@ def _product(
         else:
             remark = "the engine's choice"
     return Product(
+        node=node.name,
         layer=layer,
         part=part,
         operator=node.op_type,

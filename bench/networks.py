@@ -82,7 +82,7 @@ def open_networks(
     file = find(path)
     name = display_name(file)
     if file.suffix != ".pt":
-        return [_exported_network(file, name, engine, threads, parallel_runs)]
+        return [exported_network(file, name, engine=engine, threads=threads, parallel_runs=parallel_runs)]
     try:
         from bench.checkpoint_networks import checkpoint_networks
     except ImportError as error:
@@ -124,12 +124,30 @@ def stream_for(networks: Sequence[Network], name: str, root: str) -> ImageStream
     return test
 
 
-def _exported_network(
-    file: Path, name: str, engine: str | None, threads: int | None, parallel_runs: int
+def exported_network(
+    source: Path | bytes,
+    name: str,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    parallel_runs: int = 1,
 ) -> Network:
-    session = Classifier(file, engine=engine, threads=threads, parallel_runs=parallel_runs).session
+    """Return the network in an ONNX file.
+
+    Args:
+        source: the file, or its contents.
+        name: of the network, also in messages.
+        engine: None takes the one it was exported for.
+        threads: CPU threads of one inference; None leaves the number to the engine.
+        parallel_runs: see `open_networks`.
+
+    Raises:
+        ClearpactError: the file is missing or of another kind, gives classes only, or needs what is not installed.
+    """
+    session = Classifier(source, engine=engine, threads=threads, parallel_runs=parallel_runs).session
     manifest = session.manifest
     if "saliency" not in session.outputs:
+        file = source if isinstance(source, Path) else name
         raise ModelError(f"{file}: gives classes only; export it again without --no-saliency")
 
     def logits(images: np.ndarray) -> np.ndarray:

@@ -88,12 +88,16 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """What became of one layer: `bits` is None where it stays float, then `reason` says why."""
+    """What became of one layer: `bits` is None where it stays float, then `reason` says why.
+
+    `activation` is the grid of its input, as text, and `quantizer` who puts it there, as `quantizers` names it.
+    """
 
     name: str
     kind: str
     bits: int | None
     activation: str | None = None
+    quantizer: str | None = None
     reason: str = ""
 
 
@@ -209,8 +213,11 @@ def describe(model: nn.Module) -> list[LayerDescription]:
         quantizer = weight_quantizer(module)
         kind = type(module).__name__.removeprefix("Parametrized")
         if quantizer is not None:
-            grid = _grid(source(calls[name]), modules) if name in calls else None
-            rows.append(LayerDescription(name, kind, quantizer.bits, grid))
+            operand = source(calls[name]) if name in calls else None
+            grid = None if operand is None else _grid(operand, modules)
+            read = None if operand is None else grids.grid_source(operand, modules)
+            origin = None if read is None else str(read.target).removeprefix("quantizers.")
+            rows.append(LayerDescription(name, kind, quantizer.bits, grid, origin))
         elif type(module) is not nn.Module and any(True for _ in module.parameters(recurse=False)):
             rows.append(LayerDescription(name, kind, None, reason=_why_float(module, calls.get(name), modules)))
     return rows + (_describe_functions(graph, modules) if graph is not None else [])

@@ -30,13 +30,14 @@ _NAMES = {INK: "currentColor", QUIET: "var(--quiet)", GRID: "var(--grid)", ACCEN
 _HUE = "#03{:04x}"  # of a sequence of many lines
 _MARKERS = "os^Dv*"
 _FONT_SIZE = 11.5
+_WIDTH_INCHES = 5.4
 _LEAST_PERCENT = 0.5  # between the ends of an axis of accuracy
 
 _STYLE = {
     "svg.fonttype": "none",  # letters stay letters, to be found and read aloud
     "text.parse_math": False,  # a file's name may hold a dollar sign
     "font.size": _FONT_SIZE, "axes.titlesize": _FONT_SIZE, "axes.labelsize": _FONT_SIZE,
-    "xtick.labelsize": 10.5, "ytick.labelsize": 10.5, "legend.fontsize": 10.5, "legend.frameon": False,
+    "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11, "legend.frameon": False,
     "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": QUIET, "xtick.color": QUIET,
     "ytick.color": QUIET, "legend.labelcolor": INK, "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
@@ -52,7 +53,7 @@ def spectrum(number: int, of: int) -> str:
 
 
 def chart(draw: Callable[[Axes], object], *, title: str, description: str, height_inches: float = 3.6) -> Html:
-    """Return a picture six inches wide as an inline SVG; a phone shows it at four fifths of its size.
+    """Return a picture as an inline SVG, about as wide as a phone's screen.
 
     Args:
         draw: draws into the axes.
@@ -62,7 +63,7 @@ def chart(draw: Callable[[Axes], object], *, title: str, description: str, heigh
     """
     with matplotlib.rc_context(_STYLE):
         # A Figure of its own, without pyplot: no display, no state shared with the caller's plots.
-        picture = Figure(figsize=(6, height_inches), dpi=72, layout="constrained")
+        picture = Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=72, layout="constrained")
         FigureCanvasAgg(picture)  # measures texts
         draw(picture.add_subplot())
         written = io.StringIO()
@@ -94,7 +95,7 @@ def line_chart(
         whole: x are whole numbers, such as epochs.
     """  # fmt: skip
     few = len(series) <= len(SERIES)
-    columns = max(1, min(len(series), 4, 60 // (max(map(len, series)) + 5)))
+    columns = max(1, min(len(series), 4, 54 // (max(map(len, series)) + 5)))
 
     def draw(axes: Axes) -> None:
         for number, (name, (x, y)) in enumerate(series.items()):

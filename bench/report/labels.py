@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
 
-_FONT_SIZE = 10.0
+_FONT_SIZE = 10.8
 _CLEAR = 7.0  # of a point, in pixels of 1 / 72 inch
 # Where a name may stand: pixels to the right and upwards, and which of its own corners or sides is put there.
 _BESIDE = ((9, 0, "left", "center"), (-9, 0, "right", "center"), (7, 7, "left", "bottom"), (7, -7, "left", "top"),

@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 
 def environment_section(sources: Sources, here: Mapping[str, Any]) -> Section:
     """Return where each measurement was made, and this report."""
-    places: dict[str, list[str]] = {}
-    known: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {_place(here): [("this report", here)]}
     for record in sources.latest(*{record.bench for record in sources.records}):
-        where = record.values.get("environment")
-        if isinstance(where, dict):
-            key = json.dumps({name: value for name, value in where.items() if name not in ("command", "commit")})
-            known[key] = where
-            places.setdefault(key, []).append(record.bench)
-    rows = [_row(known[key], ", ".join(dict.fromkeys(benches))) for key, benches in places.items()]
-    header = ["measured", "processor", "cores", "system", "Python", "libraries", "commit"]
-    shown = table("Machines and versions", header, [_row(here, "this report"), *rows], align="llrllll",
-                  class_="environment")  # fmt: skip
+        where = _environment(record.values)
+        if where:
+            found.setdefault(_place(where), []).append((record.bench, where))
+    columns = []
+    for group in found.values():
+        benches, commits = (
+            ", ".join(dict.fromkeys(values))
+            for values in ((bench for bench, _ in group), (str(where.get("commit", "-")) for _, where in group))
+        )
+        columns.append((benches, {**group[0][1], "commit": commits}))
+    facts = dict.fromkeys(name for _, where in columns for name in where if name != "command")
+    rows = [[name, *(str(where.get(name, "-")) for _, where in columns)] for name in facts]
+    header = ["measured", *(benches for benches, _ in columns)]
+    shown = table("Machines and versions", header, rows, align="l" * len(header), class_="prose")
     return Section("Environment", shown)
 
 
@@ -37,7 +41,7 @@ def commands_section(sources: Sources, here: Mapping[str, Any]) -> Section:
     parts = [tag("h3", "This report"), code(str(here["command"]))]
     for run in sources.runs:
         parts += [tag("h3", f"Training and export of {run.name}"), *_run_commands(run)]
-    recorded = _recorded(sources)
+    recorded = [command for command in _recorded(sources) if command != here["command"]]
     if recorded:
         parts += [tag("h3", "Measurements"), *(code(command) for command in recorded)]
     silent = sum("command" not in _environment(record.values) for record in sources.records)
@@ -91,13 +95,11 @@ def _recorded(sources: Sources) -> list[str]:
     return list(found)
 
 
+def _place(where: Mapping[str, Any]) -> str:
+    """Return what two measurements share that were made on one machine with the same libraries."""
+    return json.dumps({name: value for name, value in where.items() if name not in ("command", "commit")})
+
+
 def _environment(values: Mapping[str, Any]) -> Mapping[str, Any]:
     where = values.get("environment")
     return where if isinstance(where, dict) else {}
-
-
-def _row(where: Mapping[str, Any], what: str) -> list[str]:
-    named = ("processor", "cores", "system", "python")
-    others = {key: value for key, value in where.items() if key not in (*named, "commit", "command")}
-    libraries = ", ".join(f"{name} {version}" for name, version in others.items())
-    return [what, *(str(where.get(name, "-")) for name in named), libraries, str(where.get("commit", "-"))]

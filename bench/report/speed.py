@@ -39,8 +39,7 @@ def front_section(sources: Sources) -> Section:
 def latency_section(sources: Sources) -> Section:
     """Return the distribution of the times of all contenders of every comparison, and of single files."""
     title = "Latency"
-    comparisons = sources.latest(*_COMPARISONS)
-    cells = [_comparison(record) for record in comparisons]
+    cells = [_comparison(record) for record in sorted(sources.latest(*_COMPARISONS), key=_order)]
     single = _single_files(sources.latest("latency"))
     if not cells and not single:
         remedy = "python -m bench.compare CKPT --record results.jsonl"
@@ -95,6 +94,11 @@ def _points(sources: Sources) -> dict[str, dict[str, tuple[float, float]]]:
                 name = f"{values['model']}, {values['engine'].split()[0]}"
                 groups.setdefault(group, {})[name] = float(rows["class"]["p50_ms"]), accuracy
     return {group: points for group, points in groups.items() if len(points) > 1}
+
+
+def _order(record: Record) -> tuple[str, int, int, str]:
+    with reading(record) as values:
+        return str(values["arch"]), int(values["input"][0]), int(values["threads"]), record.bench
 
 
 def _comparison(record: Record) -> Html:

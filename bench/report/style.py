@@ -25,7 +25,8 @@ CSS = f"""
 @media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_NIGHT} }} }}
 * {{ box-sizing: border-box; }}
 html {{ -webkit-text-size-adjust: 100%; scroll-padding-top: 1rem; }}
-body {{ margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body {{ margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 72rem; overflow-wrap: break-word;
+  background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif; }}
 h1 {{ margin: .5rem 0 0; font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; letter-spacing: -.01em;
   overflow-wrap: anywhere; }}
@@ -41,27 +42,35 @@ nav a {{ padding: .2rem .7rem; border: 1px solid var(--line); border-radius: 2re
   text-decoration: none; }}
 nav a:hover {{ border-color: var(--accent); }}
 
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.5rem), 1fr)); gap: .75rem; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 10rem), 1fr)); gap: .75rem; }}
 .tile {{ padding: .8rem 1rem; border-radius: .6rem; background: var(--card); border: 1px solid var(--line); }}
 .tile b {{ display: block; font-size: 1.65rem; line-height: 1.2; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; }}
 .tile span {{ display: block; color: var(--quiet); font-size: .86rem; line-height: 1.35; }}
 .tile .what {{ color: var(--ink); font-weight: 600; }}
 
-.pipeline {{ list-style: none; display: grid; margin: 1.25rem 0 0; padding: 0; gap: 1.6rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.5rem), 1fr)); }}
-.pipeline li {{ position: relative; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: .6rem;
-  border-top: 3px solid var(--accent); overflow-wrap: anywhere; font-size: .86rem; line-height: 1.4; }}
-.pipeline b {{ display: block; font-size: 1rem; }}
-.pipeline span {{ display: block; color: var(--quiet); }}
-.pipeline li + li::before {{ content: "\\2192"; position: absolute; left: -1.4rem; top: .55rem; width: 1.2rem;
-  text-align: center; color: var(--quiet); font-size: 1.1rem; }}
+.pipeline {{ list-style: none; display: grid; margin: 1.25rem 0 0; padding: 0; gap: 1.5rem; }}
+.pipeline li {{ position: relative; display: grid; grid-template-columns: 6.5rem 1fr; padding: .55rem .9rem;
+  border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: .6rem; line-height: 1.4;
+  font-size: .86rem; overflow-wrap: anywhere; }}
+.pipeline b {{ grid-row: 1 / span 9; font-size: .95rem; line-height: 1.3; }}
+.pipeline span {{ grid-column: 2; color: var(--quiet); }}
+.pipeline li + li::before {{ content: "\\2193"; position: absolute; top: -1.45rem; left: 1.2rem;
+  color: var(--quiet); }}
+@media (min-width: 60rem) {{
+  .pipeline {{ grid-template-columns: repeat(6, 1fr); }}
+  .pipeline li {{ display: block; padding: .7rem .8rem; border: 1px solid var(--line);
+    border-top: 3px solid var(--accent); }}
+  .pipeline b, .pipeline span {{ display: block; }}
+  .pipeline li + li::before {{ content: "\\2192"; top: .6rem; left: -1.35rem; width: 1.2rem; text-align: center; }}
+}}
 
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.25rem; }}
+.charts > * {{ min-width: 0; }}
 figure {{ margin: 1rem 0; min-width: 0; }}
 .charts figure {{ margin: 0; }}
 figcaption {{ color: var(--quiet); font-size: .88rem; line-height: 1.4; }}
-svg {{ display: block; width: 100%; max-width: 38rem; height: auto; color: var(--ink); }}
+svg {{ display: block; width: 100%; max-width: 31rem; height: auto; color: var(--ink); }}
 svg * {{ stroke-linejoin: round; stroke-linecap: butt; }}
 svg text {{ font-family: inherit; font-variant-numeric: tabular-nums; }}
 
@@ -72,10 +81,12 @@ th, td {{ padding: .3rem .7rem; text-align: left; vertical-align: baseline; bord
   white-space: nowrap; }}
 th {{ font-weight: 600; }}
 thead th {{ color: var(--quiet); font-weight: 500; vertical-align: bottom; border-bottom-color: var(--quiet); }}
-tbody th[scope=row] {{ position: sticky; left: 0; background: var(--paper); }}
+thead th.number {{ white-space: normal; min-width: 4.5rem; }}
+tbody th[scope=row] {{ position: sticky; left: 0; background: var(--paper); white-space: normal;
+  max-width: 40vw; }}
 .number {{ text-align: right; }}
 .ours {{ color: var(--good); font-weight: 700; }}
-td.text {{ white-space: normal; min-width: 16rem; }}
+.prose td {{ white-space: normal; min-width: 12rem; }}
 
 .confusion {{ font-size: .8rem; }}
 .confusion td {{ min-width: 2.3rem; padding: .3rem; text-align: center; border: 1px solid var(--line); }}
@@ -88,13 +99,14 @@ td.text {{ white-space: normal; min-width: 16rem; }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19.5rem), 1fr)); gap: .9rem; }}
 .card {{ padding: .7rem .8rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
   break-inside: avoid; }}
-.card h4 {{ margin: 0 0 .45rem; font-size: .9rem; }}
+.card h4 {{ margin: 0 0 .45rem; font-size: .9rem; overflow-wrap: anywhere; }}
 .row {{ display: flex; gap: .45rem; }}
 .row figure {{ flex: 1 1 0; margin: 0; }}
-.row img {{ display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #000;
-  image-rendering: pixelated; border-radius: .25rem; }}
+.row img {{ display: block; width: 100%; height: auto; background: #000; image-rendering: pixelated;
+  border-radius: .25rem; }}
 .row figcaption {{ margin-top: .25rem; font-size: .76rem; line-height: 1.3; overflow-wrap: anywhere; }}
-.row figcaption b {{ display: block; color: var(--ink); font-weight: 600; }}
+.row figcaption b, .row figcaption span {{ display: block; }}
+.row figcaption b {{ color: var(--ink); font-weight: 600; }}
 .miss {{ color: var(--series-1); font-weight: 600; }}
 
 pre {{ margin: .4rem 0; padding: .6rem .8rem; overflow-x: auto; background: var(--card); font-size: .84rem;
@@ -112,8 +124,10 @@ summary {{ cursor: pointer; color: var(--accent); }}
   figure, tr, .tile, .pipeline li, pre {{ break-inside: avoid; }}
   .wide, pre {{ overflow: visible; }}
   pre, pre code {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-  table {{ font-size: 8pt; }}
-  th, td {{ padding: .2rem .35rem; white-space: normal; }}
+  table {{ font-size: 7pt; }}
+  th, td, thead th.number, .prose td {{ min-width: 0; padding: .15rem .25rem; white-space: normal;
+    overflow-wrap: anywhere; }}
+  tbody th[scope=row] {{ position: static; max-width: none; }}
   .confusion td, .card, .tile, td {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
   details::details-content {{ content-visibility: visible; display: block; }}
 }}

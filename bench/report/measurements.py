@@ -1,0 +1,69 @@
+"""What the report measures itself where it is given images: records like those of the bench commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench import saliency
+from bench.accuracy import Classify, confusions, score
+from bench.data import LabelledImages
+from bench.networks import Network
+from bench.removal import MASKED_PERCENTS, PERCENTS
+from bench.report.sources import Record
+from bench.report.subjects import Subject, role
+from bench.streams import ImageStream, in_memory
+
+_SOURCE = "measured for this report"
+_FILL, _CANVAS, _TARGET = "black", "blur", "predicted"
+
+
+def measurements(
+    subject: Subject, test: ImageStream, samples: LabelledImages, where: dict[str, Any]
+) -> Iterator[Record]:
+    """Yield the accuracy of a subject's last network on all images, and the curves of all of them on the samples.
+
+    Args:
+        subject: with networks.
+        test: all images.
+        samples: some of them.
+        where: from `bench.environment.environment`.
+    """
+    if not subject.networks:
+        return
+    yield Record(_SOURCE, accuracy(subject.networks, test) | {"environment": where})
+    some = in_memory(samples.name, samples.images, samples.labels)
+    curves, agreements = saliency.measure(subject.networks, some, fill=_FILL, canvas=_CANVAS, target=_TARGET)
+    pairs = zip(subject.networks, curves, strict=True)
+    rows = [saliency.summarize(network, found) | {"precision": role(network)} for network, found in pairs]
+    yield Record(_SOURCE, {
+        "bench": "saliency", "data": samples.name, "n": len(samples.labels), "fill": _FILL, "canvas": _CANVAS,
+        "target": _TARGET, "masked_percent": MASKED_PERCENTS, "percent": PERCENTS, "networks": rows,
+        "agreement": [{"pair": a.pair, "spearman": a.spearman, "top_overlap": a.top_overlap} for a in agreements],
+        "environment": where,
+    })  # fmt: skip
+
+
+def accuracy(networks: Sequence[Network], test: ImageStream) -> dict[str, Any]:
+    """Return a record of the last network's scores, and how often the one before it gives another class."""
+    before, last = networks[-2:] if len(networks) > 1 else (None, networks[0])
+    confusion, differing = confusions(
+        _classifier(last), test, len(last.classes), against=_classifier(before) if before is not None else None
+    )
+    scores = score(confusion)
+    return {
+        "bench": "accuracy", "model": last.name, "precision": last.precision, "engine": last.engine,
+        "data": test.name, "n": int(confusion.sum()), "accuracy": scores.accuracy,
+        "sensitivity": scores.sensitivity, "specificity": scores.specificity, "classes": list(last.classes),
+        "confusion": scores.confusion.tolist(), "classified_differently": None if before is None else differing,
+    }  # fmt: skip
+
+
+def _classifier(network: Network) -> Classify:
+    def classify(images: np.ndarray) -> np.ndarray:
+        predicted: np.ndarray = network.logits(images).argmax(1)
+        return predicted
+
+    return classify
