@@ -247,7 +247,9 @@ def test_a_failed_check_writes_nothing(
 
 def test_int8_of_a_float_network_is_refused(digits_checkpoint: Checkpoint) -> None:
     floating = dataclasses.replace(digits_checkpoint, quant=QuantSpec(32))
-    with pytest.raises(OptionError, match="trained in float; train it with --bits 8, --calibrate it, or export --fp32"):
+    with pytest.raises(
+        OptionError, match="trained in float; train it with --bits 8, --calibrate it, or export --fp32"
+    ):
         export(floating)
 
 
