@@ -113,9 +113,9 @@ def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: C
     loadings = {name: found[name].loading for name in ("PyTorch FP32", OURS)}
     starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
     torch_start, ours = starts.values()
-    # PyTorch alone takes as much memory again as all of ours, and its import longer than our first prediction.
-    assert 30e6 < ours.peak_memory_bytes < torch_start.peak_memory_bytes
-    assert 0 < ours.cold_start_ms < torch_start.cold_start_ms
+    # Measured: 98 and 618 MB. Times are not compared: on a busy machine a single start says nothing.
+    assert 30e6 < ours.peak_memory_bytes < torch_start.peak_memory_bytes / 2
+    assert min(ours.cold_start_ms, torch_start.cold_start_ms) > 50
     broken = {OURS: dataclasses.replace(loadings[OURS], path=tmp_path / "absent.onnx")}
     with pytest.raises(ModelError, match=f"^{OURS}: cold start failed .*absent.onnx: no such file"):
         first_predictions(broken, shape=(8, 8, 1), threads=1, starts=1)
