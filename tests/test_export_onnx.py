@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from bench.engine_graph import executed
 from export import agreement
 from export.deploy_form import deploy_form, fold_weight, folded_layers
 from export.onnx import NORMALIZED, export, main
@@ -27,11 +26,9 @@ from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
-from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData, InputSpec
+from train.data import InputSpec
 from train.quant import QuantSpec, float_weight, quantize, start_alphas, weight_quantizer
-from train.recipe import default_recipe
 
 ROOT = Path(__file__).parents[1]
 SPEC = InputSpec((12, 12), 3, (128 / 255,) * 3, (0.25,) * 3)
@@ -258,44 +255,6 @@ def test_the_full_grid_does_not_go_to_tensorrt(digits_checkpoint: Checkpoint) ->
     assert export(full, target="ort").verification.flipped_codes < 10
     with pytest.raises(OptionError, match="target tensorrt: has signed activations only"):
         export(full, target="tensorrt")
-
-
-@pytest.fixture(scope="module")
-def addends_checkpoint(digits: ImageData) -> Checkpoint:
-    checkpoint = loop.start("resnet20", digits, QuantSpec(8, addends=True), default_recipe("digits"))
-    model = randomize_norms(checkpoint.network())
-    start_alphas(model, checkpoint.input.normalize(checkpoint.samples["images"]))
-    checkpoint.state_dict = model.state_dict()
-    return checkpoint
-
-
-@pytest.mark.parametrize("target", ["openvino", "ort"])
-def test_addends_on_grids_are_exported_exactly(addends_checkpoint: Checkpoint, target: str) -> None:
-    exported = export(addends_checkpoint, target=target)
-    found = exported.verification
-    assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 10) + 4 * 4 * 32 * 9 + 2 * 2 * 64 * 9 + 64)
-    assert found.flipped_codes < 1e-5 * found.activation_codes
-    assert found.max_logit_steps < 0.5
-
-
-def test_onnx_runtime_adds_codes_where_addends_have_grids(
-    addends_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint
-) -> None:
-    def counts(checkpoint: Checkpoint) -> tuple[int, int]:
-        model = export(checkpoint, target="ort", saliency=False).model
-        operators = [text.split()[-1] for text in executed(model.SerializeToString(), "ort").values()]
-        return operators.count("QLinearConv"), operators.count("QLinearAdd")
-
-    # A shortcut that subsamples hands on floats: its two sums are not of codes.
-    assert counts(addends_checkpoint) == (19, 7)
-    assert counts(resnet_checkpoint) == (10, 0)
-
-
-def test_addends_on_grids_do_not_go_to_tensorrt(addends_checkpoint: Checkpoint) -> None:
-    with pytest.raises(
-        OptionError, match="a network trained with --addends rounds what it adds; train it without"
-    ):
-        export(addends_checkpoint, target="tensorrt")
 
 
 def test_command_verifies_writes_and_prints(

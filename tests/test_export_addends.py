@@ -1,0 +1,53 @@
+"""Grids on what residual sums add: exact on CPU engines, added as codes by ONNX Runtime, refused for TensorRT."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.engine_graph import executed
+from export.onnx import export
+from runtime.errors import OptionError
+from tests.toy_models import randomize_norms
+from train import loop
+from train.checkpoint import Checkpoint
+from train.data import ImageData
+from train.quant import QuantSpec, start_alphas
+from train.recipe import default_recipe
+
+
+@pytest.fixture(scope="module")
+def addends_checkpoint(digits: ImageData) -> Checkpoint:
+    checkpoint = loop.start("resnet20", digits, QuantSpec(8, addends=True), default_recipe("digits"))
+    model = randomize_norms(checkpoint.network())
+    start_alphas(model, checkpoint.input.normalize(checkpoint.samples["images"]))
+    checkpoint.state_dict = model.state_dict()
+    return checkpoint
+
+
+@pytest.mark.parametrize("target", ["openvino", "ort"])
+def test_addends_on_grids_are_exported_exactly(addends_checkpoint: Checkpoint, target: str) -> None:
+    exported = export(addends_checkpoint, target=target)
+    found = exported.verification
+    assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 10) + 4 * 4 * 32 * 9 + 2 * 2 * 64 * 9 + 64)
+    assert found.flipped_codes < 1e-5 * found.activation_codes
+    assert found.max_logit_steps < 0.5
+
+
+def test_onnx_runtime_adds_codes_where_addends_have_grids(
+    addends_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint
+) -> None:
+    def counts(checkpoint: Checkpoint) -> tuple[int, int]:
+        model = export(checkpoint, target="ort", saliency=False).model
+        operators = [text.split()[-1] for text in executed(model.SerializeToString(), "ort").values()]
+        return operators.count("QLinearConv"), operators.count("QLinearAdd")
+
+    # A shortcut that subsamples hands on floats: its two sums are not of codes.
+    assert counts(addends_checkpoint) == (19, 7)
+    assert counts(resnet_checkpoint) == (10, 0)
+
+
+def test_addends_on_grids_do_not_go_to_tensorrt(addends_checkpoint: Checkpoint) -> None:
+    with pytest.raises(
+        OptionError, match="a network trained with --addends rounds what it adds; train it without"
+    ):
+        export(addends_checkpoint, target="tensorrt")
