@@ -66,9 +66,15 @@ def _quantize(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     if unit.x == x and unit.codes == y and _on_grid(t, x, grid):
         yield x, dy
         return
-    low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
-    gate = _code_gate(t, unit.codes, grid, low, high) if t.gate == "code" else _ste_gate(t, unit.x, low, high)
-    yield unit.x, t.op("Mul", dy, gate)
+    if t.gate == "code":
+        gate = _code_gate(t, unit)
+    else:
+        low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
+        gate = _ste_gate(t, unit.x, low, high)
+    dx = t.op("Mul", dy, gate)
+    # Of a pair with two scales, the value that is given is a multiple of the one that was rounded.
+    factor = _value_grid(t, unit)[1].scale / grid.scale
+    yield unit.x, t.op("Mul", dx, factor.astype(t.numpy_type(unit.x))) if np.any(factor != 1) else dx
 
 
 def _activation(t: Tape, node: onnx.NodeProto, grid: _Grid) -> _Activation:
@@ -98,14 +104,21 @@ def _activation(t: Tape, node: onnx.NodeProto, grid: _Grid) -> _Activation:
     return _Activation(x, codes, low, high)
 
 
-def _code_gate(t: Tape, codes: str, grid: _Grid, low: np.ndarray, high: np.ndarray) -> str:
-    """Return 1 where the code is strictly inside its range, else 0, from its value."""
-    y = next((n.output[0] for n in t.consumers[codes] if n.op_type == "DequantizeLinear"), None)
-    if y is None:
+def _value_grid(t: Tape, unit: _Activation) -> tuple[str, _Grid]:
+    """Return the value that codes stand for, and its grid: a quantizer's own, unless its pair has two scales."""
+    node = next((n for n in t.consumers[unit.codes] if n.op_type == "DequantizeLinear"), None)
+    if node is None:
         raise ModelError(
-            f"tensor {codes!r}: its codes are used without a DequantizeLinear, expected a pair; "
+            f"tensor {unit.codes!r}: its codes are used without a DequantizeLinear, expected a pair; "
             "keep QuantizeLinear and DequantizeLinear together"
         )
+    return node.output[0], _grid(t, node)
+
+
+def _code_gate(t: Tape, unit: _Activation) -> str:
+    """Return 1 where the code is strictly inside its range, else 0, from its value."""
+    y, grid = _value_grid(t, unit)
+    low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
     # A tent over the range with slopes of 4 a code: -2 at the first and the last code, 2 or more at all
     # between. Clipped to [0, 1] it is exact, however the values before were rounded. (OpenVINO 2026.4 clips
     # first and scales then, which leaves 4e-5.)
