@@ -43,7 +43,13 @@ class ORTSession:
         available = onnxruntime.get_available_providers()
         if self._provider not in available:
             found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
-            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; expected one of: {found}")
+            remedy = f"expected one of: {found}"
+            if self._provider is not None:
+                remedy += "; pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; {remedy}")
+        if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
+            # CUDA's libraries where pip puts them, which the system's loader does not search; from 1.21 on.
+            onnxruntime.preload_dlls()
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3  # errors; its warnings are for graph authors
         if threads is not None:
