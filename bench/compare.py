@@ -1,7 +1,8 @@
 """`python -m bench.compare`: one checkpoint on several engines, measured in turns in one process.
 
-The contenders (bench/contenders.py) get the same pixels and give logits: the float network on PyTorch, ONNX
-Runtime and OpenVINO, our INT8 exports, and what other makers offer.
+The contenders get the same pixels and give logits: the float network on PyTorch, ONNX Runtime and OpenVINO, our
+INT8 exports, and what other makers offer (bench/contenders.py); with an NVIDIA GPU, also on CUDA and TensorRT
+(bench/gpu_contenders.py).
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.compare")
 
+import contextlib
 import functools
 import json
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +24,19 @@ import numpy as np
 import torch
 
 from bench import data
-from bench.contenders import OURS, Contender, contenders, explaining_networks, missing_peers
+from bench.contenders import OURS, Contender, Found, contenders, explaining_networks
 from bench.environment import describe, environment
 from bench.explainers import OURS_WITH_MAP, explainers
 from bench.first_prediction import first_predictions
+from bench.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
+from bench.gpu_explainers import gpu_explainers
+from bench.networks import Network
 from bench.qualities import map_qualities, qualities
-from bench.record import append
+from bench.record import append, missing_by_reason
 from bench.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, ratio, summarize
 from bench.streams import ImageStream, cores
 from runtime import command
-from runtime.errors import OptionError
+from runtime.errors import EngineError, OptionError
 from runtime.files import check_writable
 from train import checkpoint as checkpoints
 from train import factory
@@ -61,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="per contender (default: 5)")
     parser.add_argument("--starts", type=int, default=3,
                         help="fresh processes of each, for cold start and memory (default: 3)")  # fmt: skip
-    parser.add_argument("--no-peers", action="store_true", help="leave torch.compile, bf16 and others' PTQ out")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="leave torch.compile, bf16, CUDA and others' PTQ out"
+    )
     parser.add_argument(
         "--explain", action="store_true", help="class and saliency map, against Captum and autograd"
     )
@@ -107,43 +115,54 @@ def _compared(
     """Yield the result of each batch size; what does not depend on it is in all of them."""
     size = (*checkpoint.input.size, checkpoint.input.channels)
     command.status("preparing the contenders ...")
-    found: dict[str, Contender] = {}
+    found: Found[Contender] = Found({}, {})
     if not options.explain:
         found = contenders(checkpoint, folder, threads=options.threads, peers=not options.no_peers)
+        found |= gpu_contenders(
+            checkpoint, folder, batches=batches, threads=options.threads, peers=not options.no_peers
+        )
     command.status("")
-    latencies = {batch: _latency(options, checkpoint, (batch, *size), found) for batch in batches}
-    loadings = {name: contender.loading for name, contender in found.items()} if options.starts else {}
+    latencies = {batch: _latency(options, checkpoint, (batch, *size), found, folder) for batch in batches}
+    loadings = {name: contender.loading for name, contender in found.ready.items()} if options.starts else {}
     starts = first_predictions(loadings, shape=size, threads=options.threads, starts=options.starts)
-    quality = qualities(found, test, len(checkpoint.classes)) if test is not None else {}
-    maps = {}
+    quality = qualities(found.ready, test, len(checkpoint.classes)) if test is not None else {}
+    maps, networks = {}, Found[Network]({}, {})
     if test is not None:
-        networks = explaining_networks(checkpoint, folder, workers=cores())
+        networks = Found(explaining_networks(checkpoint, folder, workers=cores()), {})
+        if OURS_ON_GPU in found.ready:
+            networks |= gpu_explaining_networks(checkpoint, folder)
         some = test.evenly_spaced(min(options.map_images, len(test.labels)))
-        maps = map_qualities(networks, some, workers=cores())
+        maps = map_qualities(networks.ready, some, workers=cores())
     where = environment()
+    with contextlib.suppress(EngineError):
+        where["gpu"] = gpu_name()
     for latency in latencies.values():
         yield latency | {
-            "file_bytes": {name: contender.file_bytes for name, contender in found.items()},
+            "file_bytes": {name: contender.file_bytes for name, contender in found.ready.items()},
             "starts": options.starts,
             "first_prediction": {name: asdict(value) for name, value in starts.items()},
             "data": test.name if test is not None else None,
             "quality": {name: asdict(value) for name, value in quality.items()},
             "map_images": options.map_images if maps else None,
             "maps": {name: asdict(value) for name, value in maps.items()},
-            "missing": missing_peers(found) if found and not options.no_peers else [],
+            "missing": latency["missing"] | networks.missing,
             "environment": where,
         }
 
 
 def _latency(
-    options: Any, checkpoint: Checkpoint, shape: tuple[int, ...], found: Mapping[str, Contender]
+    options: Any, checkpoint: Checkpoint, shape: tuple[int, ...], found: Found[Contender], folder: Path
 ) -> dict[str, Any]:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    calls: Mapping[str, Callable[[], object]] = {
-        name: functools.partial(contender.classify, images) for name, contender in found.items()
-    } or explainers(checkpoint, images, threads=options.threads)
+    calls: Found[Callable[[], object]]
+    if options.explain:
+        calls = Found(explainers(checkpoint, images, threads=options.threads), {})
+        calls |= gpu_explainers(checkpoint, images, folder, peers=not options.no_peers)
+    else:
+        ready = {name: functools.partial(contender.classify, images) for name, contender in found.ready.items()}
+        calls = Found(dict(ready), found.missing)
     ours = OURS_WITH_MAP if options.explain else OURS
-    samples = measure(calls, seconds=options.seconds, rest_ms=_REST_MS if options.threads > 1 else 0.0)
+    samples = measure(calls.ready, seconds=options.seconds, rest_ms=_REST_MS if options.threads > 1 else 0.0)
     return {
         "bench": "compare-explain" if options.explain else "compare",
         "arch": checkpoint.arch["name"],
@@ -153,6 +172,7 @@ def _latency(
         "settle_ms": SETTLE_MS,
         "latency": {name: asdict(summarize(times, shape[0])) for name, times in samples.items()},
         f"ratio_to_{ours}": {name: asdict(ratio(times, samples[ours])) for name, times in samples.items()},
+        "missing": calls.missing,
     }
 
 
@@ -186,11 +206,17 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
                      f"{maps['spearman']:.3f}" if maps else "-"]  # fmt: skip
             lines.append(f"{name:24}{cells[0]:>13}{cells[1]:>9}{cells[2]:>9}{cells[3]:>12}{cells[4]:>12}")
         lines.append("cold start: of a fresh process, to its first prediction; float maps: rank correlation")
-    lines += [f"not compared: {name}; pip install 'clearpact[peers]'" for name in last["missing"]]
-    if last["bench"] == "compare":
-        lines.append("not compared: TensorRT, which needs a GPU; pip install 'clearpact[tensorrt]', "
-                     "python -m bench.latency engine.plan")  # fmt: skip
+    for reason, names in missing_by_reason(last).items():
+        lines += _wrapped(f"not compared: {', '.join(names)}", "")
+        # What to do, behind the semicolon, gets a line of its own: it is copied.
+        for part in reason.split("; "):
+            lines += _wrapped(part, "  ")
     return "\n".join([*lines, describe(last["environment"])])
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=f"{indent}  ",
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Who is compared: the same checkpoint, made ready for the CPU by us and by others."""
+"""Who is compared on the CPU: the same checkpoint, made ready by us and by others.
+
+bench/gpu_contenders.py adds those that need a GPU.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from train.checkpoint import Checkpoint
 
 OURS = "OpenVINO INT8"
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -50,8 +54,24 @@ class Contender:
     file_bytes: int = 0
 
 
-def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: bool = True) -> dict[str, Contender]:
-    """Return the contenders by name: the float network, ours, and where they are installed the peers'.
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What is compared, and what cannot be.
+
+    Args:
+        ready: by name.
+        missing: name -> what is wrong and what to do, one line.
+    """
+
+    ready: dict[str, T]
+    missing: dict[str, str]
+
+    def __or__(self, other: Found[T]) -> Found[T]:
+        return Found(self.ready | other.ready, self.missing | other.missing)
+
+
+def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: bool = True) -> Found[Contender]:
+    """Return the contenders on the CPU: the float network, ours, and where they are installed the peers'.
 
     Args:
         checkpoint: quantized.
@@ -61,16 +81,19 @@ def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: boo
     """
     network = deploy_form(checkpoint.network(), checkpoint.input, int8=False)
     checkpoints.save(checkpoint, folder / CHECKPOINT_NAME)
-    found = {"PyTorch FP32": Contender(_in_torch(network), _loading_torch(checkpoint, folder, "torch"))}
+    found = {"PyTorch FP32": Contender(in_torch(network), loading_torch(checkpoint, folder))}
     for name, (engine, int8) in _EXPORTS.items():
         path = folder / f"{name}.onnx"
-        file_bytes = _write(path, checkpoint, engine, int8=int8)
+        file_bytes = write_export(path, checkpoint, engine, int8=int8)
         session = Classifier(path, engine=engine, threads=threads).session
-        found[name] = Contender(_in_session(session), Loading("runtime", path, engine), file_bytes)
+        found[name] = Contender(in_session(session), Loading("runtime", path, engine), file_bytes)
+    missing = {}
     for name, make in _PEERS.items() if peers else ():
-        with contextlib.suppress(ImportError):  # `missing_peers` tells
+        try:
             found[name] = make(checkpoint, network, folder, threads)
-    return found
+        except ImportError:
+            missing[name] = INSTALL_PEERS
+    return Found(found, missing)
 
 
 def explaining_networks(checkpoint: Checkpoint, folder: Path, *, workers: int) -> dict[str, Network]:
@@ -85,36 +108,36 @@ def explaining_networks(checkpoint: Checkpoint, folder: Path, *, workers: int) -
     found = {"PyTorch FP32": as_network(network, checkpoint, "PyTorch FP32", "float")}
     for name, (engine, int8) in _EXPORTS.items():
         path = folder / f"{name} with map.onnx"
-        _write(path, checkpoint, engine, int8=int8, saliency=True)
+        write_export(path, checkpoint, engine, int8=int8, saliency=True)
         (found[name],) = open_networks(str(path), engine=engine, threads=1, parallel_runs=workers)
     return found
 
 
-def missing_peers(found: dict[str, Contender]) -> list[str]:
-    """Return the names of the peers that are not among the contenders, for want of their packages."""
-    return [name for name in _PEERS if name not in found]
-
-
-def _write(path: Path, checkpoint: Checkpoint, engine: str, *, int8: bool, saliency: bool = False) -> int:
+def write_export(path: Path, checkpoint: Checkpoint, engine: str, *, int8: bool, saliency: bool = False) -> int:
     """Export a checkpoint and return the file's size in bytes."""
     data = export(checkpoint, int8=int8, target=engine, saliency=saliency).model.SerializeToString()
     write_atomically(path, data)
     return len(data)
 
 
-def _in_session(session: Session) -> Classify:
+def in_session(session: Session) -> Classify:
+    """Return a session as a function."""
     return lambda images: session.run({INPUT_NAME: images})["logits"]
 
 
-def _loading_torch(checkpoint: Checkpoint, folder: Path, program: str) -> Loading:
+def loading_torch(checkpoint: Checkpoint, folder: Path, *, program: str = "torch", device: str = "cpu") -> Loading:
+    """Return how a fresh process loads the checkpoint that `contenders` wrote."""
     arch = str(checkpoint.arch["name"])
-    return Loading(program, folder / CHECKPOINT_NAME, arch if factory.is_factory(arch) else "")
+    return Loading(program, folder / CHECKPOINT_NAME, arch if factory.is_factory(arch) else "", device)
 
 
-def _in_torch(network: nn.Module) -> Classify:
+def in_torch(network: nn.Module, device: str = "cpu") -> Classify:
+    """Return a deploy form on a device as a function between arrays in host memory."""
+
     def classify(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            logits: np.ndarray = network(torch.from_numpy(images)).numpy()
+            # The copy back waits for a GPU, which works while the host goes on.
+            logits: np.ndarray = network(torch.from_numpy(images).to(device)).cpu().numpy()
         return logits
 
     return classify
@@ -122,14 +145,14 @@ def _in_torch(network: nn.Module) -> Classify:
 
 def _torch_compile(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     compiled: Any = torch.compile(network)
-    return Contender(_in_torch(compiled), _loading_torch(checkpoint, folder, "torch.compile"))
+    return Contender(in_torch(compiled), loading_torch(checkpoint, folder, program="torch.compile"))
 
 
 def _openvino_bf16(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     import openvino
 
     path = folder / "bf16.onnx"
-    file_bytes = _write(path, checkpoint, "openvino", int8=False)
+    file_bytes = write_export(path, checkpoint, "openvino", int8=False)
     whole = openvino.Core().read_model(path)
     return Contender(
         run_on_openvino(whole, threads, precision="bf16"), Loading("openvino", path, "bf16"), file_bytes
@@ -157,6 +180,8 @@ def _nncf_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads:
 def _samples(checkpoint: Checkpoint) -> np.ndarray:
     return checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()
 
+
+INSTALL_PEERS = "pip install 'clearpact[peers]'"
 
 # Name -> engine, and whether in INT8.
 _EXPORTS = {

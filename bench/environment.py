@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "onnx")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "onnx")
 
 
 def environment() -> dict[str, str | int]:

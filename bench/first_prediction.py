@@ -20,7 +20,7 @@ _BEGIN = """
 import sys, time
 began = time.perf_counter()
 import numpy as np
-path, engine, threads, *shape = sys.argv[1:]
+path, engine, device, threads, *shape = sys.argv[1:]
 threads, image = int(threads), np.zeros(tuple(map(int, shape)), np.uint8)
 """
 
@@ -38,18 +38,18 @@ torch.set_num_threads(threads)
 if engine:
     factory.allow(engine)
 checkpoint = checkpoints.load(path)
-network = deploy_form(checkpoint.network(), checkpoint.input, int8=False)
+network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).to(device)
 """
 
 # What loads a file -> the program between the two above.
 _PROGRAMS = {
     "runtime": """
 from runtime import Classifier
-Classifier(path, engine=engine, threads=threads).logits(image)
+Classifier(path, engine=engine, device=device, threads=threads).logits(image)
 """,
     "torch": _TORCH + """
 with torch.inference_mode():
-    network(torch.from_numpy(image))
+    network(torch.from_numpy(image).to(device)).cpu()
 """,
     "torch.compile": _TORCH + """
 network = torch.compile(network)
@@ -78,11 +78,13 @@ class Loading:
         path: file that it loads.
         engine: of "runtime", its name; of "openvino", the precision of what is not quantized; of "torch", the name
             of the user's own architecture, if it is one.
+        device: "cpu" or "cuda", of "runtime" and "torch".
     """
 
     program: str
     path: Path
     engine: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def first_predictions(
     turns = [(name, loading) for _ in range(starts) for name, loading in loadings.items()]
     for name, loading in command.progress(turns, label="cold starts"):
         program = _BEGIN + _PROGRAMS[loading.program] + _END
-        arguments = map(str, (loading.path, loading.engine, threads, 1, *shape))
+        arguments = map(str, (loading.path, loading.engine, loading.device, threads, 1, *shape))
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program, *arguments],
             capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],

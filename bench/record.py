@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
+
+_BEFORE_REASONS = "pip install 'clearpact[peers]'"
 
 
 def append(path: str | Path, result: dict[str, Any]) -> None:
@@ -21,6 +24,19 @@ def append(path: str | Path, result: dict[str, Any]) -> None:
     if before and not before.endswith(b"\n"):
         before += b"\n"
     write_atomically(path, before + json.dumps(result).encode() + b"\n")
+
+
+def missing_by_reason(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what a comparison lacks: the reason, with what to do, and the contenders it holds for.
+
+    Before there were reasons, a record had the names alone; only packages of others were missing then.
+    """
+    given = comparison.get("missing") or {}
+    reasons = given if isinstance(given, dict) else dict.fromkeys(given, _BEFORE_REASONS)
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:

@@ -21,8 +21,10 @@ FLOAT_BITS = 32
 _OURS = {
     "ONNX Runtime INT8": "ours, ONNX Runtime INT8",
     "OpenVINO INT8": "**ours, OpenVINO INT8**",
+    "TensorRT INT8": "ours, TensorRT INT8",
     "ONNX Runtime INT8 + map": "ours, ONNX Runtime INT8",
     "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
+    "TensorRT INT8 + map": "ours, TensorRT INT8",
 }
 _ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
 _SEED = re.compile(r"-(?:s|seed)?\d+(?=/|$)")
@@ -35,9 +37,11 @@ def environment(records: Sequence[Record]) -> str:
     if not compared:
         return "Nothing is recorded yet."
     where = list(compared.values())[-1]["environment"]
+    runtime = where.get("onnxruntime") or where["onnxruntime-gpu"]
+    gpu = f", GPU {where['gpu']}" if "gpu" in where else ""
     return (
         f"On {where['processor']}, {where['cores']} virtual cores, {where['system']}, Python {where['python']}, "
-        f"torch {where['torch']}, ONNX Runtime {where['onnxruntime']}, OpenVINO {where['openvino']}."
+        f"torch {where['torch']}, ONNX Runtime {runtime}, OpenVINO {where['openvino']}{gpu}."
     )
 
 

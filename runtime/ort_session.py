@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +45,15 @@ class ORTSession:
         available = onnxruntime.get_available_providers()
         if self._provider not in available:
             found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
-            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; expected one of: {found}")
+            remedy = f"expected one of: {found}"
+            if self._provider is not None:
+                remedy += "; pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; {remedy}")
+        if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
+            # The CUDA libraries that pip installs, which the system's loader does not search; from 1.21 on.
+            # It prints what it does not find.
+            with contextlib.redirect_stdout(sys.stderr):
+                onnxruntime.preload_dlls()
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3  # errors; its warnings are for graph authors
         if threads is not None:

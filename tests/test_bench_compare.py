@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from bench.compare import main
-from bench.contenders import OURS, contenders, missing_peers
+from bench.contenders import OURS, contenders
 from bench.explainers import OURS_WITH_MAP, explainers
 from bench.first_prediction import first_predictions
-from bench.record import append
+from bench.record import append, missing_by_reason
 from bench.statistics import Ratio, ratio
 from runtime.agreement import spearman
 from runtime.errors import FileError, ModelError, OptionError
+from tests.fake_cuda import FakeGpu
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 
@@ -33,12 +34,18 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(gpu: FakeGpu) -> None:
+    """Whatever the machine has: tests/test_bench_gpu_contenders.py is about GPUs."""
+    gpu.devices = 0
+
+
 def test_every_contender_classifies_the_same_pixels_alike(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     images = digits_checkpoint.samples["images"][:32].permute(0, 2, 3, 1).contiguous().numpy()
     found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False)
-    assert list(found) == NAMES
-    assert missing_peers(found) == list(PEERS)
-    logits = {name: contender.classify(images) for name, contender in found.items()}
+    assert list(found.ready) == NAMES
+    assert found.missing == {}
+    logits = {name: contender.classify(images) for name, contender in found.ready.items()}
     reference = logits["PyTorch FP32"]
     for name, value in logits.items():
         assert value.shape == (32, 10)
@@ -54,8 +61,9 @@ def test_the_peers_are_set_up_to_classify_as_the_float_network(
 ) -> None:
     pytest.importorskip("nncf", reason="a peer; pip install 'clearpact[peers]'")
     images = digits_checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()
-    found = contenders(digits_checkpoint, tmp_path, threads=1)
-    assert missing_peers(found) == []
+    peers = contenders(digits_checkpoint, tmp_path, threads=1)
+    assert peers.missing == {}
+    found = peers.ready
     reference = found["PyTorch FP32"].classify(images)
     for name, tolerance, same in (
         ("torch.compile FP32", 1e-4, 1.0),
@@ -109,7 +117,7 @@ def test_quality_of_every_contender_on_the_same_images(
 
 
 def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False)
+    found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False).ready
     loadings = {name: found[name].loading for name in ("PyTorch FP32", OURS)}
     starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
     torch_start, ours = starts.values()
@@ -151,7 +159,17 @@ def test_results_are_recorded_after_those_that_are_there(
     assert printed["environment"]["commit"]
 
 
-def test_a_person_reads_one_row_per_contender(
+def test_peers_that_are_not_installed_are_named_with_what_installs_them(
+    digits_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setattr(torch, "compile", lambda network: network)  # half a minute, and not what is tested
+    found = contenders(digits_checkpoint, tmp_path, threads=1)
+    assert list(found.ready) == [*NAMES, *PEERS[:-1]]
+    assert found.missing == {"NNCF PTQ": "pip install 'clearpact[peers]'"}
+
+
+def test_a_person_reads_one_row_per_contender_and_what_others_need(
     digits_checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--starts", "0"])
@@ -159,7 +177,20 @@ def test_a_person_reads_one_row_per_contender(
     assert "cnn2, input [1, 8, 8, 1], threads 1" in out[0]
     assert [line[:18].strip() for line in out[2:7]] == NAMES
     assert out[6].split()[-4:] == ["1.00", "1.00", "..", "1.00"]
-    assert all(len(line) <= 80 for line in out[1:7])
+    assert out[-4:-1] == [
+        "not compared: TensorRT FP16, TensorRT INT8",
+        "  CUDA: cudaGetDeviceCount failed (cudaErrorNoDevice: nodevice)",
+        "  check that nvidia-smi (on Jetson: tegrastats) shows the GPU",
+    ]
+    assert all(len(line) <= 80 for line in (*out[1:7], *out[-4:-1]))
+
+
+def test_what_was_missing_is_read_from_records_with_and_without_reasons() -> None:
+    assert missing_by_reason({"missing": ["NNCF PTQ", "OpenVINO bf16"]}) == {
+        "pip install 'clearpact[peers]'": ["NNCF PTQ", "OpenVINO bf16"]
+    }
+    assert missing_by_reason({"missing": {"a": "x", "b": "y", "c": "x"}}) == {"x": ["a", "c"], "y": ["b"]}
+    assert missing_by_reason({"missing": []}) == missing_by_reason({}) == {}
 
 
 def test_append_adds_lines_and_keeps_the_old_ones(tmp_path: Path) -> None:

@@ -139,9 +139,37 @@ def test_recorded_comparisons_become_pictures_and_numbers(tmp_path: Path) -> Non
     ]
     assert rows[1] == ["NNCF PTQ", "0.250", "0.375", "4,000", "2.00 (1.90 to 2.10)", "98.50", "98.50", "1,234"]
     assert [row[0] for row in rows[2:]] == ["OpenVINO INT8", "PyTorch FP32"]
-    assert "Not compared, for want of their packages: NNCF PTQ." in times_section.text
+    assert "Not compared: NNCF PTQ; pip install 'clearpact[peers]'." in times_section.text
     assert "python -m bench.compare c.pt" in section(root, "Commands").text
     assert "python -m bench.report runs/NAME -o report.html" in section(root, "Training").text
+
+
+def test_what_is_ours_is_held_against_what_runs_on_the_same_device(tmp_path: Path) -> None:
+    times = {"PyTorch FP32": 8.0, "OpenVINO INT8": 2.0, "PyTorch CUDA FP32": 0.75, "TensorRT FP16": 0.4}
+    with_plan = times | {"TensorRT INT8": 0.25}
+    maps = {"Captum Saliency": 9.0, "OpenVINO INT8 + map": 3.0, "TensorRT INT8 + map": 0.5}
+    gpu = {"TensorRT INT8": "no GPU", "TensorRT FP16": "no GPU", "NNCF PTQ": "pip install 'clearpact[peers]'"}
+    for given, tile in (
+        (comparison(with_plan, dict.fromkeys(with_plan, 99.0)), "cnn2 on TensorRT INT8, 3.0 times as fast as "
+         "PyTorch CUDA FP32"),
+        (comparison(times, missing=gpu), "cnn2 on OpenVINO INT8, 4.0 times as fast as PyTorch FP32"),
+        # Without an opponent on the GPU, its plan is not held against one on the CPU.
+        (comparison(maps, bench="compare-explain"), "cnn2 on OpenVINO INT8, 3.0 times as fast as Captum Saliency"),
+        (comparison(maps | {"Captum CUDA": 2.0}, bench="compare-explain"),
+         "cnn2 on TensorRT INT8, 4.0 times as fast as Captum CUDA"),
+    ):  # fmt: skip
+        root = report(tmp_path, records=[given])
+        (found,) = section(root, "At a glance").find("div", class_="tile")
+        assert tile in found.text
+        if given.get("missing") == gpu:
+            said = section(root, "Latency").text
+            assert "Not compared: TensorRT INT8, TensorRT FP16; no GPU." in said
+            assert "Not compared: NNCF PTQ; pip install 'clearpact[peers]'." in said
+        elif given["quality"]:
+            names = {span.text for span in section(root, "Latency").find("span", class_="ours")}
+            assert names == {"OpenVINO INT8", "TensorRT INT8"}
+            texts = [text.text for text in section(root, "Accuracy against latency").find("text")]
+            assert set(with_plan) <= set(texts)
 
 
 def test_single_files_are_points_where_both_are_recorded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from bench import record
 from bench.published import PUBLISHED
 from bench.rows import TABLES as ROWS
-from bench.summary import TABLES, latency, results, saliency
+from bench.summary import TABLES, environment, latency, results, saliency
 from bench.tables import ROOT, STALE, main, rewritten
 from runtime.errors import FileError
 from train.recipes import PUBLISHED_RUNS
@@ -35,6 +35,17 @@ def test_the_readme_shows_what_is_recorded(capsys: pytest.CaptureFixture[str]) -
 def test_the_readme_has_every_table() -> None:
     text = (ROOT / "README.md").read_text()
     assert [name for name in TABLES if f"<!-- table: {name} -->" not in text] == []
+
+
+def test_the_gpu_is_part_of_where_it_was_measured() -> None:
+    where = {"processor": "CPU", "cores": 2, "system": "Linux", "python": "3.12", "torch": "2.14",
+             "openvino": "2026.4", "onnxruntime": "1.31"}  # fmt: skip
+    found = {"bench": "compare", "arch": "resnet20", "threads": 1, "input": [1, 32, 32, 3], "environment": where}
+    said = "On CPU, 2 virtual cores, Linux, Python 3.12, torch 2.14, ONNX Runtime 1.31, OpenVINO 2026.4"
+    assert environment([found]) == f"{said}."
+    assert environment([{**found, "environment": {**where, "gpu": "Orin"}}]) == f"{said}, GPU Orin."
+    del where["onnxruntime"]
+    assert environment([{**found, "environment": {**where, "onnxruntime-gpu": "1.31"}}]) == f"{said}."
 
 
 def test_a_stale_table_is_named_and_rewritten_and_the_rest_stays(

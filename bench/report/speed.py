@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bench.record import missing_by_reason
 from bench.report.charts import front_chart, range_chart
 from bench.report.page import Content, Html, Section, figure, folded, join, missing, paragraph, table, tag
 from bench.report.sources import Record, Sources, reading
@@ -119,9 +120,9 @@ def _comparison(record: Record) -> Html:
         ]  # fmt: skip
         runs = f"{next(iter(rows.values()))['n']:,} rounds in turns"
         numbers = table(f"{setting}, {runs}", [*header, *extra], lines, align="l" + "r" * (4 + len(extra)))
-        absent = ", ".join(values.get("missing") or ())
-    note = paragraph(f"Not compared, for want of their packages: {absent}.") if absent else None
-    return tag("div", figure(picture, [tag("b", setting), f", {runs}"]), note, folded("Numbers", numbers))
+        absent = [paragraph(f"Not compared: {', '.join(names)}; {reason}.")
+                  for reason, names in missing_by_reason(values).items()]  # fmt: skip
+    return tag("div", figure(picture, [tag("b", setting), f", {runs}"]), absent, folded("Numbers", numbers))
 
 
 def _single_files(records: list[Record]) -> Html | None:

@@ -1,0 +1,268 @@
+"""What is compared on a GPU, against the strict models of CUDA and TensorRT: no GPU has run any of this."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import compare, gpu_contenders
+from bench.checkpoint_networks import as_network
+from bench.contenders import Found, contenders, in_torch, write_export
+from bench.first_prediction import Loading
+from bench.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name, torch_on_cuda
+from bench.gpu_explainers import explain_in_torch, gpu_explainers
+from bench.plans import build_plan, in_plans
+from export.deploy_form import deploy_form
+from runtime.errors import EngineError, ModelError
+from runtime.manifest import read_manifest
+from runtime.plan import read_sidecar
+from runtime.session import open_session
+from tests import fake_tensorrt
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import network, write_plan
+from train.checkpoint import Checkpoint
+from train.data import ImageData
+
+TENSORRT = ["TensorRT FP16", "TensorRT INT8"]
+ON_GPU = ["PyTorch CUDA FP32", "ONNX Runtime CUDA FP32", *TENSORRT]
+NO_DEVICE = (
+    "CUDA: cudaGetDeviceCount failed (cudaErrorNoDevice: nodevice); check that nvidia-smi (on Jetson: tegrastats) "
+    "shows the GPU"
+)
+NO_TENSORRT = (
+    "TensorRT cannot be imported (import of tensorrt halted; None in sys.modules); "
+    "pip install 'clearpact[tensorrt]'"
+)
+
+
+@pytest.fixture
+def unclosed(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """The model of a GPU for what keeps its plans loaded until the process ends."""
+    gpu = FakeGpu()
+    fake_tensorrt.install(monkeypatch, gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return gpu
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+    """Plans of the modelled TensorRT for digits; of each one's file the precision, the batch and --precision."""
+    monkeypatch.setattr(fake_tensorrt, "SIZE", (8, 8))
+    monkeypatch.setattr(fake_tensorrt, "CHANNELS", 1)
+    monkeypatch.setattr(fake_tensorrt, "CLASSES", 10)
+    asked: list[tuple[str, int, str]] = []
+
+    def build(model: Path, plan: Path, *, batch: int, precision: str) -> Path:
+        manifest = read_manifest(model.read_bytes(), model.name)
+        assert manifest.target == "tensorrt"
+        asked.append((manifest.precision, batch, precision))
+        return write_plan(plan, batch=(1, batch, batch), saliency="map" in plan.name, manifest=manifest)
+
+    monkeypatch.setattr(gpu_contenders, "build_plan", build)
+    return asked
+
+
+def digits(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (n, 8, 8, 1), np.uint8)
+
+
+def test_without_a_gpu_all_are_missing_for_one_reason_that_was_asked_for_once(
+    gpu: FakeGpu, digits_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.devices = 0
+    found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1)
+    assert (found.ready, found.missing) == ({}, dict.fromkeys(ON_GPU, NO_DEVICE))
+    assert gpu.calls == ["cudaGetDeviceCount"]
+    ours = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1, peers=False)
+    assert ours.missing == dict.fromkeys(TENSORRT, NO_DEVICE)
+    maps = ["Captum CUDA", "PyTorch CUDA autograd", "TensorRT INT8 + map"]
+    assert gpu_explainers(digits_checkpoint, digits(1), tmp_path).missing == dict.fromkeys(maps, NO_DEVICE)
+    explained = gpu_explainers(digits_checkpoint, digits(1), tmp_path, peers=False)
+    assert explained.missing == {"TensorRT INT8 + map": NO_DEVICE}
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1)
+    assert set(found.missing.values()) == {
+        "the GPU cannot be asked: cuda.bindings.runtime cannot be imported (import of cuda.bindings.runtime "
+        "halted; None in sys.modules); pip install 'clearpact[tensorrt]'"
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(unclosed: FakeGpu, tmp_path: Path) -> None:
+    def refused() -> int:
+        raise ModelError(f"{tmp_path}/TensorRT INT8.onnx: TensorRT's parser refuses 'node'")
+
+    def defect() -> int:
+        raise ZeroDivisionError
+
+    found = found_on_gpu({"a": refused, "b": lambda: 3}, tmp_path)
+    assert found == Found({"b": 3}, {"a": "TensorRT INT8.onnx: TensorRT's parser refuses 'node'"})
+    with pytest.raises(ZeroDivisionError):
+        found_on_gpu({"a": defect}, tmp_path)
+
+
+def test_on_a_gpu_what_is_not_installed_is_missing_and_told_how_to_get(
+    unclosed: FakeGpu, digits_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    write_export(tmp_path / "ONNX Runtime FP32.onnx", digits_checkpoint, "ort", int8=False)
+    found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1)
+    assert found.ready == {}
+    assert list(found.missing) == ON_GPU
+    assert found.missing["PyTorch CUDA FP32"] == (
+        "PyTorch does not find the GPU; install its build for this GPU's CUDA, see pytorch.org"
+    )
+    assert found.missing["ONNX Runtime CUDA FP32"] == (
+        "device 'cuda': ONNX Runtime does not find it; expected one of: cpu; "
+        "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    )
+    assert [found.missing[name] for name in TENSORRT] == [NO_TENSORRT] * 2
+    assert gpu_name() == "Orin, compute capability 8.7, driver for CUDA 12.6"
+
+
+def test_images_go_to_the_smallest_plan_that_takes_them_else_in_pieces_to_the_largest(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [open_session(write_plan(tmp_path / f"{n}.plan", batch=(1, n, n))) for n in (2, 5)]
+    runs: list[tuple[int | None, int]] = []
+    for session in sessions:
+
+        def run(inputs: Mapping[str, Any], *outputs: Any, session: Any = session) -> Any:
+            runs.append((session.max_batch, len(inputs["image"])))
+            return type(session).run(session, inputs, *outputs)
+
+        monkeypatch.setattr(session, "run", run)
+    classify = in_plans(sessions)
+    for n, expected in (
+        (1, [(2, 1)]),
+        (2, [(2, 2)]),
+        (3, [(5, 3)]),
+        (5, [(5, 5)]),
+        (12, [(5, 5), (5, 5), (5, 2)]),
+    ):
+        images = np.random.default_rng(n).integers(0, 256, (n, 4, 5, 3), np.uint8)
+        runs.clear()
+        np.testing.assert_array_equal(classify(images), network(images, None)["logits"])
+        assert runs == expected
+    for session in sessions:
+        session.close()
+
+
+def test_a_plan_for_each_batch_and_the_logits_of_its_network(
+    unclosed: FakeGpu, built: list[tuple[str, int, str]], digits_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[32, 1, 32], threads=1, peers=False)
+    assert found.missing == {}
+    assert list(found.ready) == TENSORRT
+    assert built == [("fp32", 1, "fp16"), ("fp32", 32, "fp16"), ("int8", 1, "mixed"), ("int8", 32, "mixed")]
+    for name, contender in found.ready.items():
+        plan = tmp_path / f"{name}, 1.plan"
+        assert contender.loading == Loading("runtime", plan, "tensorrt", "cuda")
+        assert contender.file_bytes == plan.stat().st_size
+        for n in (1, 32, 64):
+            np.testing.assert_array_equal(contender.classify(digits(n)), network(digits(n), None)["logits"])
+    built.clear()
+    (explained,) = gpu_explaining_networks(digits_checkpoint, tmp_path).ready.items()
+    assert explained[0] == "TensorRT INT8"
+    logits, maps = explained[1].explain(digits(64), np.full(64, -1))
+    call = gpu_explainers(digits_checkpoint, digits(3), tmp_path, peers=False).ready["TensorRT INT8 + map"]
+    assert built == [("int8", 64, "mixed"), ("int8", 3, "mixed")]
+    expected = network(digits(64), None)
+    np.testing.assert_array_equal(logits, expected["logits"])
+    np.testing.assert_array_equal(maps, expected["saliency"])
+    np.testing.assert_array_equal(call()["saliency"], network(digits(3), None)["saliency"])  # type: ignore[index]
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_plans_are_those_of_export_engine(
+    digits_checkpoint: Checkpoint, tmp_path: Path, unclosed: FakeGpu, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """TensorRT-RTX's builder in the place of TensorRT's, which needs a GPU."""
+    bindings = pytest.importorskip(
+        "tensorrt_rtx_bindings", reason="no wheel of TensorRT-RTX here: pip install 'clearpact[tensorrt-aot]'"
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", bindings)
+    for int8, precision, layers in ((False, "fp16", 0), (True, "mixed", 4)):
+        model = tmp_path / f"{precision}.onnx"
+        write_export(model, digits_checkpoint, "tensorrt", int8=int8)
+        sidecar = read_sidecar(build_plan(model, tmp_path / "a.plan", batch=3, precision=precision))
+        assert (sidecar.batch, sidecar.builder, len(sidecar.int8_layers)) == ((1, 3, 3), "tensorrt", layers)
+        assert (sidecar.device, sidecar.driver, sidecar.manifest.arch) == ("Orin", "12.6", "cnn2")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "timing.cache").stat().st_size > 0
+
+
+def test_compare_measures_plans_beside_the_others(
+    unclosed: FakeGpu, built: list[tuple[str, int, str]], digits_checkpoint_path: Path, digits: ImageData,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--starts", "0"]
+    compare.main([*arguments, "--data", "digits", "--map-images", "20", "--batch", "1,3", "--json"])
+    one, three = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert three["input"] == [3, 8, 8, 1]
+    for result in (one, three):
+        assert list(result["latency"])[-2:] == TENSORRT
+        assert result["missing"] == {}
+        assert result["environment"]["gpu"] == "Orin, compute capability 8.7, driver for CUDA 12.6"
+    # The modelled network has random weights; it and nothing else gives this accuracy.
+    images = digits.test_images[:].permute(0, 2, 3, 1).numpy()
+    hits = network(images, None)["logits"].argmax(1) == digits.test_labels.numpy()
+    assert one["quality"]["TensorRT INT8"]["accuracy"] == pytest.approx(100 * hits.mean())
+    assert one["maps"]["TensorRT INT8"]["spearman"] < one["maps"]["OpenVINO INT8"]["spearman"]
+    assert "TensorRT FP16" not in one["maps"]
+
+
+def test_the_explainers_in_torch_give_the_float_network_s_maps(digits_checkpoint: Checkpoint) -> None:
+    images = digits(5)
+    float_network = deploy_form(digits_checkpoint.network(), digits_checkpoint.input, int8=False).network
+    expected = as_network(float_network, digits_checkpoint, "float", "float").explain(images, np.full(5, -1))
+    for captum in (False, True):
+        found = explain_in_torch(digits_checkpoint, images, device="cpu", captum=captum)()
+        for given, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)
+    assert expected[1].max() > 0.01
+
+
+def test_the_contender_in_torch_is_the_one_of_the_cpu_on_another_device(
+    digits_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    form = deploy_form(digits_checkpoint.network(), digits_checkpoint.input, int8=False).to("cpu")
+    ours = contenders(digits_checkpoint, tmp_path, threads=1, peers=False).ready["PyTorch FP32"]
+    np.testing.assert_array_equal(in_torch(form, "cpu")(digits(4)), ours.classify(digits(4)))
+
+
+@pytest.mark.parametrize("name", ["digits_checkpoint", "resnet_checkpoint"])
+def test_no_tensor_of_a_network_stays_behind_on_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
+    """PyTorch's device without data refuses to compute with tensors of the CPU, as a GPU does."""
+    checkpoint: Checkpoint = request.getfixturevalue(name)
+    form = deploy_form(checkpoint.network(), checkpoint.input, int8=False).to("meta")
+    x = checkpoint.input.normalize(torch.zeros(2, 1, 8, 8, dtype=torch.uint8, device="meta")).requires_grad_()
+    logits = form.network(x)
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), x)
+    assert (logits.device.type, gradient.shape) == ("meta", (2, 1, 8, 8))
+    assert form(torch.from_numpy(digits(2)).to("meta")).shape == (2, 10)
+
+
+def test_torch_s_own_errors_on_the_gpu_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def too_new() -> None:
+        with torch_on_cuda():
+            assert torch.backends.cudnn.benchmark
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile ...")
+
+    with pytest.raises(EngineError) as caught:
+        too_new()
+    assert str(caught.value) == (
+        "PyTorch fails on the GPU (CUDA error: no kernel image is available for execution on the device); "
+        "install its build for this GPU's CUDA, see pytorch.org"
+    )
