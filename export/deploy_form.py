@@ -90,7 +90,7 @@ class FoldedQuantizer(nn.Module):
             return fake_quantize(x, self.alpha, self.scale, self.qmin, self.qmax)
         if not self.clips:
             return x
-        return torch.clamp(x, torch.zeros_like(self.alpha) if self.qmin == 0 else -self.alpha, self.alpha)
+        return torch.clamp(x, self.alpha * (self.qmin / self.qmax), self.alpha)
 
 
 class DeployForm(nn.Module):

@@ -25,7 +25,7 @@ def fake_quantize(x: Tensor, alpha: Tensor, scale: Tensor, qmin: int, qmax: int)
     Args:
         x: float32, any shape.
         alpha: clipping value, float32 scalar; x is clipped to [0, alpha] (qmin = 0), [-alpha, alpha]
-            (qmin = -qmax) or, for the full int8 range of an image, by saturation alone.
+            (qmin = -qmax) or, for the full range of int8, by saturation alone.
         scale: step of the grid, float32 scalar.
         qmin: smallest code.
         qmax: largest code.

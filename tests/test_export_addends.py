@@ -15,22 +15,43 @@ from train.quant import QuantSpec, start_alphas
 from train.recipe import default_recipe
 
 
-@pytest.fixture(scope="module")
-def addends_checkpoint(digits: ImageData) -> Checkpoint:
-    checkpoint = loop.start("resnet20", digits, QuantSpec(8, addends=True), default_recipe("digits"))
+def untrained(digits: ImageData, quant: QuantSpec) -> Checkpoint:
+    checkpoint = loop.start("resnet20", digits, quant, default_recipe("digits"))
     model = randomize_norms(checkpoint.network())
     start_alphas(model, checkpoint.input.normalize(checkpoint.samples["images"]))
     checkpoint.state_dict = model.state_dict()
     return checkpoint
 
 
+@pytest.fixture(scope="module")
+def addends_checkpoint(digits: ImageData) -> Checkpoint:
+    return untrained(digits, QuantSpec(8, addends=True))
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(digits: ImageData) -> Checkpoint:
+    return untrained(digits, QuantSpec(8, addends=True, full_grid=True))
+
+
+@pytest.mark.parametrize("grid", ["addends_checkpoint", "full_checkpoint"])
 @pytest.mark.parametrize("target", ["openvino", "ort"])
-def test_addends_on_grids_are_exported_exactly(addends_checkpoint: Checkpoint, target: str) -> None:
-    exported = export(addends_checkpoint, target=target)
+def test_addends_on_grids_are_exported_exactly(request: pytest.FixtureRequest, grid: str, target: str) -> None:
+    exported = export(request.getfixturevalue(grid), target=target)
     found = exported.verification
     assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 10) + 4 * 4 * 32 * 9 + 2 * 2 * 64 * 9 + 64)
     assert found.flipped_codes < 1e-5 * found.activation_codes
     assert found.max_logit_steps < 0.5
+
+
+@pytest.mark.parametrize("target", ["openvino", "ort"])
+def test_on_the_full_grid_saturation_is_the_clip(
+    addends_checkpoint: Checkpoint, full_checkpoint: Checkpoint, target: str
+) -> None:
+    def clips(checkpoint: Checkpoint) -> int:
+        nodes = export(checkpoint, target=target, saliency=False).model.graph.node
+        return sum(node.op_type == "Clip" for node in nodes)
+
+    assert (clips(addends_checkpoint), clips(full_checkpoint)) == (29, 0)
 
 
 def test_onnx_runtime_adds_codes_where_addends_have_grids(

@@ -167,7 +167,9 @@ def test_openvino_gates_the_same_codes(target: str, n: int, gate: str) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(ACTIVATIONS.keys() - {"steps"})), st.sampled_from([3, 7, 15, 127]), st.floats(1e-3, 1e3))
+@given(
+    st.sampled_from(sorted(ACTIVATIONS.keys() - {"steps"})), st.sampled_from([3, 7, 15, 127]), st.floats(1e-3, 1e3)
+)
 def test_the_code_gate_is_exactly_zero_or_one(target: str, n: int, alpha: float) -> None:
     n = 127 if target == "relu" else n
     model = parse(

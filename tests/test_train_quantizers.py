@@ -32,8 +32,10 @@ def codes_of(quantizer: PACT | InputQuantizer, x: torch.Tensor) -> list[int]:
         (8, False, False, (0, 127)),
         (8, False, True, (0, 255)),
         (8, True, False, (-127, 127)),
+        (8, True, True, (-128, 127)),
         (4, False, False, (0, 15)),
         (4, True, False, (-7, 7)),
+        (4, True, True, (-7, 7)),
         (3, False, True, (0, 7)),
         (2, False, False, (0, 3)),
         (2, True, False, (-1, 1)),
@@ -82,6 +84,18 @@ def test_pact_gradients_in_closed_form(signed: bool) -> None:
     inside = [0, 0, 4, 8, 16, 32, 0, 0] if signed else [0, 0, 0, 8, 16, 32, 0, 0]
     assert x.grad.tolist() == inside
     assert pact.alpha.grad.item() == (64 + 128 - (3 if signed else 0))
+
+
+def test_a_full_signed_grid_reaches_one_code_below_minus_alpha() -> None:
+    pact = PACT(alpha=127.0, bits=8, signed=True, full_grid=True)
+    x = torch.tensor([-130.0, -128.0, -127.6, -127.0, 0.4, 126.0, 127.0, 200.0], requires_grad=True)
+    y = pact(x)
+    assert y.tolist() == [-128, -128, -128, -127, 0, 126, 127, 127]
+    y.backward(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]))
+    assert x.grad is not None
+    assert pact.alpha.grad is not None
+    assert x.grad.tolist() == [0, 0, 4, 8, 16, 32, 0, 0]
+    assert pact.alpha.grad.item() == pytest.approx(64 + 128 - 128 / 127 * (1 + 2), rel=1e-6)
 
 
 @given(st.floats(0.5, 8.0), st.integers(0, 10_000))

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, help="default: sgt")
     parser.add_argument("--weights", choices=WEIGHT_METHODS, help="weight quantizer (default: absmax)")
     parser.add_argument("--full-grid", action="store_true",
-                        help="8-bit activations on 0..255 instead of 0..127; not exact on TensorRT")  # fmt: skip
+                        help="8-bit codes 0..255, not 0..127: faster on CPUs, not for TensorRT")  # fmt: skip
     parser.add_argument("--addends", action="store_true",
                         help="grids on what sums add: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")

@@ -39,7 +39,8 @@ class QuantSpec:
         bits: weights and activations, 2 to 8 (32 leaves the network in float).
         weights: weight quantizer, one of WEIGHT_METHODS.
         first_last_bits: bits of the first and the last layer.
-        full_grid: 8-bit activations use 0..255 instead of the portable 0..127 (not exact on TensorRT).
+        full_grid: 8-bit activations use 0..255 (signed: -128..127) instead of the portable 0..127 (-127..127); not
+            exact on TensorRT.
         alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
         addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.

@@ -38,10 +38,11 @@ def activation_range(bits: int, *, signed: bool = False, full_grid: bool = False
     """Return (qmin, qmax) of a PACT grid.
 
     Unsigned codes are 0..2^bits - 1, except that 8 bits use 0..127, which every engine can represent, unless
-    `full_grid` asks for 0..255. Signed codes are -(2^(bits - 1) - 1)..2^(bits - 1) - 1.
+    `full_grid` asks for 0..255. Signed codes are -(2^(bits - 1) - 1)..2^(bits - 1) - 1, and with `full_grid` one
+    more at 8 bits, -128..127, so that saturation alone is the clip of both kinds.
     """
     if signed:
-        return -weight_qmax(bits), weight_qmax(bits)
+        return -weight_qmax(bits) - int(bits == 8 and full_grid), weight_qmax(bits)
     if bits == 8 and not full_grid:
         return 0, 127
     return 0, 2**bits - 1
@@ -95,7 +96,7 @@ class _PACT(torch.autograd.Function):
         scale = alpha / qmax
         ratio = x / scale
         ctx.save_for_backward(ratio)
-        ctx.signed, ctx.qmax, ctx.alpha_dtype = qmin < 0, qmax, alpha.dtype
+        ctx.qmin, ctx.qmax, ctx.alpha_dtype = qmin, qmax, alpha.dtype
         return ratio.clamp(qmin, qmax).round_().mul_(scale)
 
     @staticmethod
@@ -103,12 +104,13 @@ class _PACT(torch.autograd.Function):
         (grad,) = grad_outputs
         (ratio,) = ctx.saved_tensors
         below_clip, clip = _clip_bounds(ctx.qmax, ratio.dtype)
+        below_least, least = _clip_bounds(-ctx.qmin, ratio.dtype) if ctx.qmin else (0.0, -_BELOW_ZERO)
         # Both are differentiable in `grad`, so that losses on the saliency itself can go through them twice.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, -clip if ctx.signed else _BELOW_ZERO, clip)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, -least, clip)
         grad_alpha = torch.ops.aten.threshold_backward(grad, ratio, below_clip).sum(dtype=ctx.alpha_dtype)
-        if ctx.signed:
-            below = torch.ops.aten.threshold_backward(grad, -ratio, below_clip)
-            grad_alpha = grad_alpha - below.sum(dtype=ctx.alpha_dtype)
+        if ctx.qmin:
+            below = torch.ops.aten.threshold_backward(grad, -ratio, below_least)
+            grad_alpha = grad_alpha + ctx.qmin / ctx.qmax * below.sum(dtype=ctx.alpha_dtype)
         return grad_x, grad_alpha, None, None
 
 
@@ -126,15 +128,16 @@ def _clip_bounds(qmax: int, dtype: torch.dtype) -> tuple[float, float]:
 class PACT(nn.Module):
     """Learned clipping and quantization of an activation (Choi et al. 2018, equations 1 and 2).
 
-    Unsigned: y = clip(x, 0, alpha); signed: y = clip(x, -alpha, alpha); both rounded to the grid with
-    scale = alpha / qmax. Gradients are straight-through: dy/dx = 1 on 0 <= x < alpha (|x| < alpha if signed),
-    dy/dalpha = 1 where x >= alpha (and -1 where x <= -alpha).
+    Unsigned: y = clip(x, 0, alpha); signed: y = clip(x, alpha * qmin / qmax, alpha), which is -alpha but for codes
+    from -128; both rounded to the grid with scale = alpha / qmax. Gradients are straight-through: dy/dx = 1 on
+    0 <= x < alpha (if signed, strictly between the bounds), dy/dalpha = 1 where x >= alpha (if signed, qmin / qmax
+    at the lower bound and below).
 
     Args:
         alpha: initial clipping value, > 0, in the activation's own unit.
         bits: 2 to 8.
         signed: the activation takes negative values (tokens, GELU, an un-rectified input).
-        full_grid: 8 bits use 0..255 instead of the portable 0..127.
+        full_grid: 8 bits use 0..255 instead of the portable 0..127, signed -128..127 instead of -127..127.
 
     Attributes:
         largest_start: where `train.quant.start_alphas` starts at most: the bound of the activation it replaces.
