@@ -31,6 +31,7 @@ from bench.first_prediction import first_predictions
 from bench.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
 from bench.gpu_explainers import gpu_explainers
 from bench.networks import Network
+from bench.peers import PTQ
 from bench.qualities import map_qualities, qualities
 from bench.record import append, missing_by_reason
 from bench.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, ratio, summarize
@@ -41,6 +42,7 @@ from runtime.files import check_writable
 from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
+from train.quantizers import activation_range
 
 EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt
@@ -167,13 +169,27 @@ def _latency(
         "bench": "compare-explain" if options.explain else "compare",
         "arch": checkpoint.arch["name"],
         "bits": checkpoint.quant.bits,
+        "grid": _grid(checkpoint),
+        "trained_on": checkpoint.recipe.data_name,
         "input": list(shape),
         "threads": options.threads,
         "settle_ms": SETTLE_MS,
         "latency": {name: asdict(summarize(times, shape[0])) for name, times in samples.items()},
         f"ratio_to_{ours}": {name: asdict(ratio(times, samples[ours])) for name, times in samples.items()},
+        "ratio_to_ptq": {
+            name: asdict(ratio(samples[name], samples[ptq]))
+            for name, ptq in PTQ.items()
+            if {name, ptq} <= set(samples)
+        },
         "missing": calls.missing,
     }
+
+
+def _grid(checkpoint: Checkpoint) -> str:
+    """Return the codes of the activations, such as "0..127", and whether what is added is on grids, too."""
+    quant = checkpoint.quant
+    _, qmax = activation_range(quant.bits, full_grid=quant.full_grid)
+    return f"0..{qmax}{', addends' if quant.addends else ''}"
 
 
 def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
@@ -189,6 +205,9 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
             by = result[f"ratio_to_{ours}"][name]
             lines.append(f"{name:24}{row['p50_ms']:9.3f}{row['p99_ms']:9.3f}{row['images_per_second']:10,.0f}"
                          f"{by['median']:8.2f}{by['low']:9.2f} ..{by['high']:5.2f}")  # fmt: skip
+        for name, by in result["ratio_to_ptq"].items():
+            times = f"{by['median']:.3f} times {PTQ[name]} ({by['low']:.3f} .. {by['high']:.3f})"
+            lines.append(f"{name:24}{times}")
     lines.append(f"ratio: median over rounds of its time / {ours}'s in the same round; interval: bootstrap")
     if last["quality"]:
         lines += ["", f"{'on ' + last['data']:24}accuracy  sensitivity  specificity  as float"]

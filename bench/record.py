@@ -10,6 +10,9 @@ from typing import Any
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 
+Record = Mapping[str, Any]
+"""One result, as it was recorded."""
+
 _BEFORE_REASONS = "pip install 'clearpact[peers]'"
 
 

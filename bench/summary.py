@@ -1,4 +1,4 @@
-"""What the README shows of the recorded results: one function a table, from records to Markdown.
+"""What the README shows of recorded accuracies and maps: one function a table, from records to Markdown.
 
 Of several records of the same thing the last one counts, so that measuring again replaces a figure. Runs that
 differ in their seed alone are one line with mean and spread.
@@ -8,41 +8,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.markdown import markdown
 from bench.published import PUBLISHED
+from bench.record import Record
+from bench.speed_summary import ENGINES
 
-Record = Mapping[str, Any]
-
-NETWORK = "resnet20"  # whose latency is shown
 FLOAT_BITS = 32
 
-_OURS = {
-    "ONNX Runtime INT8": "ours, ONNX Runtime INT8",
-    "OpenVINO INT8": "**ours, OpenVINO INT8**",
-    "TensorRT INT8": "ours, TensorRT INT8",
-    "ONNX Runtime INT8 + map": "ours, ONNX Runtime INT8",
-    "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
-    "TensorRT INT8 + map": "ours, TensorRT INT8",
-}
-_ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
 _SEED = re.compile(r"-(?:s|seed)?\d+(?=/|$)")
-_CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
-
-
-def environment(records: Sequence[Record]) -> str:
-    """Return where the latest latencies were measured, as one sentence."""
-    compared = _compared(records)
-    if not compared:
-        return "Nothing is recorded yet."
-    where = list(compared.values())[-1]["environment"]
-    runtime = where.get("onnxruntime") or where["onnxruntime-gpu"]
-    gpu = f", GPU {where['gpu']}" if "gpu" in where else ""
-    return (
-        f"On {where['processor']}, {where['cores']} virtual cores, {where['system']}, Python {where['python']}, "
-        f"torch {where['torch']}, ONNX Runtime {runtime}, OpenVINO {where['openvino']}{gpu}."
-    )
 
 
 def results(records: Sequence[Record]) -> str:
@@ -71,7 +47,7 @@ def engines(records: Sequence[Record]) -> str:
             engine = found["engine"].split()[0]
             latest[found["data"], found["arch"], found["precision"], found["target"], engine] = found
     rows = [
-        [f"{arch}, {data}", f"{precision.upper()} on {_ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
+        [f"{arch}, {data}", f"{precision.upper()} on {ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
          f"{found['accuracy']:.2f}", f"{found['classified_differently']:,} of {found['n']:,}"]
         for (data, arch, precision, _, engine), found in latest.items()
     ]  # fmt: skip
@@ -116,79 +92,6 @@ def saliency(records: Sequence[Record]) -> str:
     return markdown(header, rows, "llrrlrrrrr")
 
 
-def latency(records: Sequence[Record]) -> str:
-    """Return median times of every contender on one thread, class only and class with map, slowest first."""
-    compared = _compared(records)
-    halves = []
-    for bench in ("compare", "compare-explain"):
-        times = [compared[bench, batch]["latency"] if (bench, batch) in compared else {} for batch in (1, 32)]
-        left_out = {_PLAIN_MAP, _CLASS_ONLY} if bench == "compare-explain" else set()
-        names = sorted(set(times[0]) - left_out, key=lambda name: -times[0][name]["p50_ms"])
-        halves.append([
-            [_OURS.get(name, name.removesuffix(" + map")), *(_milliseconds(t.get(name), name) for t in times)]
-            for name in names
-        ])  # fmt: skip
-    height = max(map(len, halves))
-    left, right = ([*half, *[["", "", ""]] * (height - len(half))] for half in halves)
-    header = ["class only", "batch 1", "batch 32", "", "class and map", "batch 1", "batch 32"]
-    return markdown(header, [[*a, "", *b] for a, b in zip(left, right, strict=True)], "lrrllrr")
-
-
-def startup(records: Sequence[Record]) -> str:
-    """Return time and memory of a fresh process up to its first prediction, or map."""
-    latest = {}
-    for found in records:
-        if found["bench"] == "startup":
-            latest[found["arch"], found["precision"], found["engine"].split()[0], found["explain"]] = found
-    rows = []
-    for (arch, precision, engine, explain), found in latest.items():
-        what = f"{arch}, {precision.upper()} on {_ENGINES[engine]}{', with map' if explain else ''}"
-        for name, row in found["cold_start"].items():
-            memory = [f"{row[f'{part}_bytes'] / 1e6:.0f}" for part in ("above_interpreter", "above_numpy")]
-            rows.append([what, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
-                         f"{row['first_prediction_ms']:.0f}", *memory])  # fmt: skip
-            what = ""
-    header = ["file", "start", "imports, ms", "`Classifier` to prediction, ms", "all, ms",
-              "MB above the interpreter", "MB above numpy"]  # fmt: skip
-    return markdown(header, rows, "llrrrrr")
-
-
-def training_step(records: Sequence[Record]) -> str:
-    """Return what a training step of every method takes, in milliseconds and in plain steps."""
-    latest = {}
-    for found in records:
-        if found["bench"] == "training step" and found["device"] == "cpu":
-            latest[found["precision"]] = found
-    methods = list(dict.fromkeys(name for found in latest.values() for name in found["step"]))
-    rows = []
-    for precision, found in latest.items():
-        cells = [
-            f"{found['step'][name]['p50_ms']:.1f} ({found['plain_steps'][name]:.2f})"
-            if name in found["step"]
-            else ""
-            for name in methods
-        ]
-        rows.append([precision, *cells])
-    return markdown(["", *methods], rows, "l" + "r" * len(methods))
-
-
-TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
-    "environment": environment,
-    "results": results,
-    "engines": engines,
-    "saliency": saliency,
-    "latency": latency,
-    "startup": startup,
-    "training-step": training_step,
-}
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
-    """Return a table; `align` has one letter a column, l or r."""
-    rules = ["---" if letter == "l" else "---:" for letter in align]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
-
-
 def _seeds(records: Sequence[Record]) -> list[list[Record]]:
     """Return the training rows, each as its runs of different seeds.
 
@@ -227,20 +130,6 @@ def _arch(run: Record) -> str:
     return str(run.get("arch", named))
 
 
-def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
-    """Return the latest comparison by (bench, batch) of one network and thread, all on the same processor."""
-    fitting = [
-        found for found in records
-        if found["bench"] in ("compare", "compare-explain") and found["arch"] == NETWORK and found["threads"] == 1
-    ]  # fmt: skip
-    latest: dict[tuple[str, int], Record] = {}
-    for found in fitting:
-        if found["environment"]["processor"] == fitting[-1]["environment"]["processor"]:
-            latest.pop((found["bench"], found["input"][0]), None)
-            latest[found["bench"], found["input"][0]] = found
-    return latest
-
-
 def _agreement_with_float(found: Record, number: int) -> str:
     """Return how much a network's maps agree with those of the float network of the same run, if that is there."""
     networks = found["networks"]
@@ -264,13 +153,6 @@ def _mean_and_spread(values: Sequence[float], digits: int, *, error: float | Non
     spread = statistics.stdev(values) if len(values) > 1 else error
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if spread is None else f"{mean} ± {spread:.{digits}f}"
-
-
-def _milliseconds(row: Mapping[str, float] | None, name: str) -> str:
-    if row is None:
-        return "-"
-    text = f"{row['p50_ms']:.{3 if row['p50_ms'] < 10 else 2}f}"
-    return f"**{text}**" if _OURS.get(name, "").startswith("**") else text
 
 
 def _setting(data: str, network: str, bits: int | None, method: str) -> list[str]:

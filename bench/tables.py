@@ -1,6 +1,6 @@
 """`python -m bench.tables`: write the README's tables anew from the recorded results.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; bench.summary says what each one shows.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.tables")
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import record
-from bench.summary import TABLES, Record
+from bench import record, speed_summary, summary
+from bench.record import Record
 from runtime import command
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
@@ -25,6 +25,17 @@ EXAMPLES = """
   python -m bench.tables                  # after a result was recorded
   python -m bench.tables --check          # changes nothing; status 1 where a table is stale
 """
+
+TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+    "environment": speed_summary.environment,
+    "results": summary.results,
+    "engines": summary.engines,
+    "saliency": summary.saliency,
+    "latency": speed_summary.latency,
+    "against-ptq": speed_summary.against_ptq,
+    "startup": speed_summary.startup,
+    "training-step": speed_summary.training_step,
+}
 
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:table: .*?|end) -->")

@@ -156,6 +156,7 @@ def test_results_are_recorded_after_those_that_are_there(
     assert printed["ratio_to_OpenVINO INT8"][OURS] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
     assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in printed["latency"].values())
+    assert (printed["grid"], printed["trained_on"], printed["ratio_to_ptq"]) == ("0..127", "digits", {})
     assert printed["environment"]["commit"]
 
 

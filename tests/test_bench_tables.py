@@ -10,8 +10,9 @@ import pytest
 from bench import record
 from bench.published import PUBLISHED
 from bench.rows import TABLES as ROWS
-from bench.summary import TABLES, environment, latency, results, saliency
-from bench.tables import ROOT, STALE, main, rewritten
+from bench.speed_summary import against_ptq, environment, latency
+from bench.summary import results, saliency
+from bench.tables import ROOT, STALE, TABLES, main, rewritten
 from runtime.errors import FileError
 from train.recipes import PUBLISHED_RUNS
 
@@ -171,6 +172,27 @@ def test_contenders_stand_slowest_first_from_the_latest_run_on_one_processor() -
     assert table.splitlines()[2:] == [
         "| PyTorch FP32 | 2.000 | - |  | **ours, OpenVINO INT8** | **0.400** | - |",
         "| **ours, OpenVINO INT8** | **0.200** | - |  |  |  |  |",
+    ]
+
+
+def test_ours_stand_beside_quantization_after_training_for_each_network_grid_and_batch() -> None:
+    def found(batch: int, openvino: float, ort: float | None, grid: str = "0..127") -> dict[str, Any]:
+        ratios = {"OpenVINO INT8": openvino} | ({} if ort is None else {"ONNX Runtime INT8": ort})
+        return {
+            "bench": "compare", "arch": "cnn2", "trained_on": "mnist", "grid": grid, "threads": 1,
+            "input": [batch, 28, 28, 1],
+            "ratio_to_ptq": {n: {"median": r, "low": r - 0.01, "high": r + 0.01} for n, r in ratios.items()},
+            "quality": {"OpenVINO INT8": {"accuracy": 99.5}, "NNCF PTQ": {"accuracy": 99.25}},
+        }  # fmt: skip
+
+    without_ratios = {**found(1, 3.0, 3.0), "ratio_to_ptq": {}}
+    table = against_ptq([
+        found(32, 1.02, None), found(1, 9.0, 9.0), found(1, 0.99, 1.7), without_ratios, found(1, 1, None, "0..255")
+    ])  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| cnn2, mnist | 0..127 | 1 | 1 | 0.990 (0.980 .. 1.000) | 99.50, 99.25 | 1.700 (1.690 .. 1.710) | -, - |",
+        "|  |  | 1 | 32 | 1.020 (1.010 .. 1.030) | 99.50, 99.25 | - | -, - |",
+        "| cnn2, mnist | 0..255 | 1 | 1 | 1.000 (0.990 .. 1.010) | 99.50, 99.25 | - | -, - |",
     ]
 
 

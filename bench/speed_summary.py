@@ -1,0 +1,140 @@
+"""What the README shows of recorded times: one function a table, from records to Markdown.
+
+Of several records of the same thing the last one counts, so that measuring again replaces a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench.markdown import markdown
+from bench.peers import PTQ
+from bench.record import Record
+
+NETWORK = "resnet20"  # whose latency is shown
+PORTABLE = "0..127"  # codes of every engine
+_OURS = {
+    "ONNX Runtime INT8": "ours, ONNX Runtime INT8",
+    "OpenVINO INT8": "**ours, OpenVINO INT8**",
+    "TensorRT INT8": "ours, TensorRT INT8",
+    "ONNX Runtime INT8 + map": "ours, ONNX Runtime INT8",
+    "OpenVINO INT8 + map": "**ours, OpenVINO INT8**",
+    "TensorRT INT8 + map": "ours, TensorRT INT8",
+}
+ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
+_CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
+
+
+def environment(records: Sequence[Record]) -> str:
+    """Return where the latest latencies were measured, as one sentence."""
+    compared = _compared(records)
+    if not compared:
+        return "Nothing is recorded yet."
+    where = list(compared.values())[-1]["environment"]
+    runtime = where.get("onnxruntime") or where["onnxruntime-gpu"]
+    gpu = f", GPU {where['gpu']}" if "gpu" in where else ""
+    return (
+        f"On {where['processor']}, {where['cores']} virtual cores, {where['system']}, Python {where['python']}, "
+        f"torch {where['torch']}, ONNX Runtime {runtime}, OpenVINO {where['openvino']}{gpu}."
+    )
+
+
+def latency(records: Sequence[Record]) -> str:
+    """Return median times of every contender on one thread, class only and class with map, slowest first."""
+    compared = _compared(records)
+    halves = []
+    for bench in ("compare", "compare-explain"):
+        times = [compared[bench, batch]["latency"] if (bench, batch) in compared else {} for batch in (1, 32)]
+        left_out = {_PLAIN_MAP, _CLASS_ONLY} if bench == "compare-explain" else set()
+        names = sorted(set(times[0]) - left_out, key=lambda name: -times[0][name]["p50_ms"])
+        halves.append([
+            [_OURS.get(name, name.removesuffix(" + map")), *(_milliseconds(t.get(name), name) for t in times)]
+            for name in names
+        ])  # fmt: skip
+    height = max(map(len, halves))
+    left, right = ([*half, *[["", "", ""]] * (height - len(half))] for half in halves)
+    header = ["class only", "batch 1", "batch 32", "", "class and map", "batch 1", "batch 32"]
+    return markdown(header, [[*a, "", *b] for a, b in zip(left, right, strict=True)], "lrrllrr")
+
+
+def against_ptq(records: Sequence[Record]) -> str:
+    """Return what ours take beside the same engine's own quantization after training, and both accuracies."""
+    latest: dict[tuple[str, str, int], dict[int, Record]] = {}
+    for found in records:
+        if found["bench"] == "compare" and found.get("ratio_to_ptq"):
+            where = (f"{found['arch']}, {found['trained_on']}", found["grid"], found["threads"])
+            latest.setdefault(where, {})[found["input"][0]] = found
+    rows = []
+    for (network, grid, threads), batches in latest.items():
+        for batch, found in sorted(batches.items()):
+            cells = []
+            for ours, ptq in PTQ.items():
+                by = found["ratio_to_ptq"].get(ours)
+                cells.append(f"{by['median']:.3f} ({by['low']:.3f} .. {by['high']:.3f})" if by else "-")
+                quality = [found["quality"].get(name) for name in (ours, ptq)]
+                cells.append(", ".join(f"{row['accuracy']:.2f}" if row else "-" for row in quality))
+            rows.append([network, grid, str(threads), str(batch), *cells])
+            network = grid = ""
+    header = ["network", "codes", "threads", "batch", "OpenVINO: ours / NNCF", "accuracies, %",
+              "ONNX Runtime: ours / its PTQ", "accuracies, %"]  # fmt: skip
+    return markdown(header, rows, "llrrrrrr")
+
+
+def startup(records: Sequence[Record]) -> str:
+    """Return time and memory of a fresh process up to its first prediction, or map."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "startup":
+            latest[found["arch"], found["precision"], found["engine"].split()[0], found["explain"]] = found
+    rows = []
+    for (arch, precision, engine, explain), found in latest.items():
+        what = f"{arch}, {precision.upper()} on {ENGINES[engine]}{', with map' if explain else ''}"
+        for name, row in found["cold_start"].items():
+            memory = [f"{row[f'{part}_bytes'] / 1e6:.0f}" for part in ("above_interpreter", "above_numpy")]
+            rows.append([what, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
+                         f"{row['first_prediction_ms']:.0f}", *memory])  # fmt: skip
+            what = ""
+    header = ["file", "start", "imports, ms", "`Classifier` to prediction, ms", "all, ms",
+              "MB above the interpreter", "MB above numpy"]  # fmt: skip
+    return markdown(header, rows, "llrrrrr")
+
+
+def training_step(records: Sequence[Record]) -> str:
+    """Return what a training step of every method takes, in milliseconds and in plain steps."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "training step" and found["device"] == "cpu":
+            latest[found["precision"]] = found
+    methods = list(dict.fromkeys(name for found in latest.values() for name in found["step"]))
+    rows = []
+    for precision, found in latest.items():
+        cells = [
+            f"{found['step'][name]['p50_ms']:.1f} ({found['plain_steps'][name]:.2f})"
+            if name in found["step"]
+            else ""
+            for name in methods
+        ]
+        rows.append([precision, *cells])
+    return markdown(["", *methods], rows, "l" + "r" * len(methods))
+
+
+def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """Return the latest comparison by (bench, batch) of one network and thread, all on the same processor."""
+    fitting = [
+        found for found in records
+        if found["bench"] in ("compare", "compare-explain") and found["arch"] == NETWORK and found["threads"] == 1
+        and found.get("grid", PORTABLE) == PORTABLE
+    ]  # fmt: skip
+    latest: dict[tuple[str, int], Record] = {}
+    for found in fitting:
+        if found["environment"]["processor"] == fitting[-1]["environment"]["processor"]:
+            latest.pop((found["bench"], found["input"][0]), None)
+            latest[found["bench"], found["input"][0]] = found
+    return latest
+
+
+def _milliseconds(row: Mapping[str, float] | None, name: str) -> str:
+    if row is None:
+        return "-"
+    text = f"{row['p50_ms']:.{3 if row['p50_ms'] < 10 else 2}f}"
+    return f"**{text}**" if _OURS.get(name, "").startswith("**") else text
