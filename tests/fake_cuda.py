@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 POISON = 0xDD
 
 
@@ -419,3 +421,18 @@ def all_failures(run: Callable[[FakeGpu], None], *, stays_broken: bool) -> Itera
         gpu = FakeGpu()
         gpu.fail_at, gpu.stays_broken = index, stays_broken
         yield name, gpu
+
+
+def to_device(gpu: FakeGpu, array: np.ndarray, stream: int | None = None) -> Any:
+    """Return an array in GPU memory as CuPy or PyTorch would hold it."""
+    address = gpu.cudaMalloc(array.nbytes)[1]
+    gpu.bytes_at(address, array.nbytes)[:] = array.tobytes()
+    interface = {"version": 3, "shape": array.shape, "typestr": array.dtype.str, "data": (address, False)}
+    return SimpleNamespace(__cuda_array_interface__={**interface, "stream": stream}, address=address)
+
+
+def on_host(gpu: FakeGpu, array: Any) -> np.ndarray:
+    interface = array.__cuda_array_interface__
+    shape, dtype = interface["shape"], np.dtype(interface["typestr"])
+    data = gpu.bytes_at(interface["data"][0], int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(bytes(data), dtype).reshape(shape)

@@ -101,6 +101,10 @@ def network(image: np.ndarray, target: np.ndarray | None) -> dict[str, np.ndarra
     }
 
 
+def images(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, *SIZE, CHANNELS), np.uint8)
+
+
 def write_plan(
     path: Path, *, saliency: bool = True, batch: tuple[int, int, int] = (1, 4, 8), recordable: bool = True,
     **sidecar: Any,

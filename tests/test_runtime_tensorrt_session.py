@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,36 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import Classifier
-from runtime.cuda import Cuda, stream_handle
-from runtime.device_array import DeviceArray
+from runtime.cuda import Cuda
 from runtime.errors import ClearpactError, EngineError, ImageError, ModelError, OptionError
 from runtime.plan import read_sidecar, sidecar_path
 from runtime.session import open_session
 from runtime.tensorrt_session import TensorRTSession
 from runtime.tensorrt_session import open as open_plan
-from tests.fake_cuda import FakeContext, FakeGpu, Violation, all_failures, cudaError_t
-from tests.fake_tensorrt import CHANNELS, CLASSES, SIZE, VERSION, fake_tensorrt, install, network, write_plan
+from tests.fake_cuda import FakeGpu, all_failures
+from tests.fake_tensorrt import (
+    CHANNELS,
+    CLASSES,
+    SIZE,
+    VERSION,
+    fake_tensorrt,
+    images,
+    install,
+    network,
+    write_plan,
+)
 
 ALL = ("logits", "saliency", "gradient")
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, *SIZE, CHANNELS), np.uint8)
-
-
-def to_device(gpu: FakeGpu, array: np.ndarray, stream: int | None = None) -> Any:
-    """Return an array in GPU memory as CuPy or PyTorch would hold it."""
-    address = gpu.cudaMalloc(array.nbytes)[1]
-    gpu.bytes_at(address, array.nbytes)[:] = array.tobytes()
-    interface = {"version": 3, "shape": array.shape, "typestr": array.dtype.str, "data": (address, False)}
-    return SimpleNamespace(__cuda_array_interface__={**interface, "stream": stream}, address=address)
-
-
-def on_host(gpu: FakeGpu, array: Any) -> np.ndarray:
-    interface = array.__cuda_array_interface__
-    shape, dtype = interface["shape"], np.dtype(interface["typestr"])
-    data = gpu.bytes_at(interface["data"][0], int(np.prod(shape)) * dtype.itemsize)
-    return np.frombuffer(bytes(data), dtype).reshape(shape)
 
 
 def copies_and_launches(gpu: FakeGpu, since: int) -> list[str]:
@@ -193,133 +180,6 @@ def test_threads_run_side_by_side_each_with_a_context_of_its_own(gpu: FakeGpu, p
     assert wrong == []
     assert 1 <= gpu.objects.count("context") <= 4
     session.close()
-
-
-def test_device_arrays_are_taken_and_given_without_a_copy(gpu: FakeGpu, plan: Path) -> None:
-    session = open_plan(plan)
-    batch, target = images(3), np.array([1, 2, 3])
-    image = to_device(gpu, batch)
-    for _ in range(3):
-        before = gpu.bytes_copied
-        found = session.run({"image": image, "target": target}, ALL)
-        assert gpu.bytes_copied - before == target.nbytes
-        for name, expected in network(batch, target).items():
-            assert isinstance(found[name], DeviceArray)
-            np.testing.assert_array_equal(on_host(gpu, found[name]), expected)
-            assert "stream" not in found[name].__cuda_array_interface__
-        del found
-    assert gpu.objects.count("context") == 1
-    gpu.cudaFree(image.address)
-    session.close()
-
-
-def test_a_graph_of_one_device_array_is_not_launched_for_another(gpu: FakeGpu, plan: Path) -> None:
-    session = open_plan(plan)
-    batches = [images(2, seed) for seed in range(12)]
-    arrays = [to_device(gpu, batch) for batch in batches]
-    for index in [0, 0, 0, 1, 1, 1, 0, 1, *range(12), *range(12), *range(12)]:
-        found = session.run({"image": arrays[index]})["logits"]
-        np.testing.assert_array_equal(on_host(gpu, found), network(batches[index], None)["logits"])
-        del found
-    assert gpu.calls.count("cudaGraphLaunch") > 0
-    assert len(gpu.executables) <= 8
-    for array in arrays:
-        gpu.cudaFree(array.address)
-    session.close()
-
-
-def test_device_outputs_keep_their_memory_until_they_are_dropped(gpu: FakeGpu, plan: Path) -> None:
-    session = open_plan(plan)
-    first = images(2, 1)
-    image, other = to_device(gpu, first), to_device(gpu, images(2, 2))
-    kept = session.run({"image": image})["logits"]
-    session.run({"image": other})
-    session.run({"image": images(2, 3)})
-    np.testing.assert_array_equal(on_host(gpu, kept), network(first, None)["logits"])
-    session.close()  # the kept array's memory goes with the array
-    np.testing.assert_array_equal(on_host(gpu, kept), network(first, None)["logits"])
-    del kept
-    for array in (image, other):
-        gpu.cudaFree(array.address)
-
-
-def test_inputs_of_another_stream_are_waited_for(gpu: FakeGpu, plan: Path) -> None:
-    session = open_plan(plan)
-    producer = gpu.cudaStreamCreateWithFlags(0)[1]
-    batch = images(2)
-    image = to_device(gpu, np.zeros_like(batch), producer)
-    pinned = Cuda(gpu).pinned(batch.shape, batch.dtype)
-    pinned[1][:] = batch
-    gpu.cudaMemcpyAsync(image.address, pinned[0], batch.nbytes, 1, producer)
-    found = session.run({"image": image})
-    np.testing.assert_array_equal(on_host(gpu, found["logits"]), network(batch, None)["logits"])
-    del found
-    session.close()
-    gpu.cudaStreamDestroy(producer)
-    gpu.cudaFreeHost(pinned[0])
-    gpu.cudaFree(image.address)
-
-
-def test_all_work_is_done_in_the_apps_context_and_stream(gpu: FakeGpu, plan: Path) -> None:
-    context = FakeContext(gpu)
-    context.push()
-    stream = gpu.cudaStreamCreateWithFlags(0)[1]
-    batch = images(2)
-    image = to_device(gpu, batch)
-    context.pop()
-    with Classifier(plan, context=context, stream=SimpleNamespace(handle=stream)) as classifier:
-        for _ in range(4):
-            assert classifier.predict(batch)[0].index == network(batch, None)["logits"][0].argmax()
-        found = classifier.session.run({"image": image})["logits"]
-        assert found.__cuda_array_interface__["stream"] == stream
-        assert gpu.streams[stream].queue  # returned before it was done
-        context.push()
-        gpu.cudaStreamSynchronize(stream)
-        np.testing.assert_array_equal(on_host(gpu, found), network(batch, None)["logits"])
-        context.pop()
-        del found
-        classifier.session.run({"image": image})
-    assert not gpu.contexts()
-    assert len(gpu.streams) == 1
-    context.push()
-    gpu.cudaStreamDestroy(stream)
-    gpu.cudaFree(image.address)
-    context.pop()
-
-
-def test_a_run_waits_until_its_page_locked_memory_is_free_again(gpu: FakeGpu, plan: Path) -> None:
-    gpu.cudaSetDevice(0)
-    stream, batch = gpu.cudaStreamCreateWithFlags(0)[1], images(2)
-    image = to_device(gpu, batch)
-    session = open_plan(plan, stream=stream)
-    copies = []
-    for target in (np.array([1, 2]), np.array([5, 6])):
-        found = session.run({"image": image, "target": target}, ("saliency",))["saliency"]
-        address, copy = Cuda(gpu).pinned(found.shape, found.dtype)
-        gpu.cudaMemcpyAsync(address, found.address, copy.nbytes, 2, stream)  # the app's own, on its stream
-        copies.append((address, copy, target))
-        del found
-    gpu.cudaStreamSynchronize(stream)
-    for address, copy, target in copies:
-        np.testing.assert_array_equal(copy, network(batch, target)["saliency"])
-        gpu.cudaFreeHost(address)
-    session.close()
-    gpu.cudaFree(image.address)
-    gpu.cudaStreamDestroy(stream)
-
-
-@pytest.mark.parametrize(
-    "stream",
-    [7, SimpleNamespace(handle=7), SimpleNamespace(ptr=7), SimpleNamespace(cuda_stream=7),
-     SimpleNamespace(__cuda_stream__=lambda: (0, 7))],
-)  # fmt: skip
-def test_streams_of_every_library_are_known(stream: Any) -> None:
-    assert stream_handle(stream) == 7
-
-
-def test_what_is_no_stream_is_refused() -> None:
-    with pytest.raises(EngineError, match=r"^stream of type str: expected a handle, or one of PyCUDA"):
-        stream_handle("zero")
 
 
 @pytest.mark.parametrize(
@@ -520,56 +380,3 @@ def test_a_failed_run_does_not_spoil_the_next(gpu: FakeGpu, plan: Path) -> None:
     gpu.fail_at = None
     np.testing.assert_array_equal(session.run({"image": images(2)})["logits"], network(images(2), None)["logits"])
     session.close()
-
-
-@pytest.mark.parametrize(
-    ("broken", "rule"),
-    [
-        (lambda gpu: gpu.cudaFree(4096), "released, but is not allocated"),
-        (
-            lambda gpu: (a := gpu.cudaMalloc(8)[1], gpu.cudaFree(a), gpu.cudaFree(a)),
-            "released, but is not allocated",
-        ),
-        (lambda gpu: gpu.cudaStreamSynchronize(5), "there is none"),
-        (lambda gpu: gpu.cudaMemcpyAsync(gpu.cudaMalloc(8)[1], gpu.cudaHostAlloc(16, 0)[1], 16, 1, 0), "run over"),
-    ],
-)
-def test_the_model_of_cuda_is_strict(broken: Callable[[FakeGpu], object], rule: str) -> None:
-    gpu = FakeGpu()
-    gpu.cudaSetDevice(0)
-    with pytest.raises(Violation, match=rule):
-        broken(gpu)
-    with pytest.raises(AssertionError):
-        gpu.assert_clean()
-
-
-def test_the_model_of_cuda_does_work_only_when_somebody_waits() -> None:
-    gpu = FakeGpu()
-    gpu.cudaSetDevice(0)
-    stream, device = gpu.cudaStreamCreateWithFlags(0)[1], gpu.cudaMalloc(4)[1]
-    address, host = Cuda(gpu).pinned((4,), np.dtype(np.uint8))
-    host[:] = 9
-    gpu.cudaMemcpyAsync(device, address, 4, 1, stream)
-    host[:] = 1  # overwritten before it was copied
-    assert bytes(gpu.bytes_at(device, 4)) == b"\xcd" * 4
-    with pytest.raises(Violation, match="before the work that needs it is done"):
-        gpu.cudaFree(device)
-    assert gpu.cudaStreamSynchronize(stream) == (cudaError_t.cudaSuccess,)
-    assert bytes(gpu.bytes_at(device, 4)) == b"\x01" * 4
-
-
-def test_the_model_has_the_functions_of_cuda_bindings_with_their_arguments() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings here: pip install cuda-bindings")
-    modelled = [name for name in vars(FakeGpu) if name.startswith("cuda")]
-    assert len(modelled) > 25
-    for name in modelled:
-        assert hasattr(real, name), name
-        if inspect.isfunction(vars(FakeGpu)[name]):
-            documented = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
-            assert documented is not None, name
-            arguments = [argument for argument in documented[1].split(",") if argument.strip()]
-            assert len(arguments) == len(inspect.signature(vars(FakeGpu)[name]).parameters) - 1, name
-    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode"):
-        for member in vars(getattr(FakeGpu, name)):
-            assert hasattr(getattr(real, name), member)
-    assert {error.name for error in cudaError_t} <= set(real.cudaError_t.__members__)
