@@ -28,7 +28,7 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
 from export.operators import OPSET, TARGETS, translations
-from export.ort_lowering import move_codes, store_float_weights
+from export.ort_lowering import move_codes, store_float_weights, take_pixels_as_codes
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -131,6 +131,8 @@ def export(
         )
         model = differentiated.model
     if target == "ort":
+        if int8:
+            take_pixels_as_codes(model, NORMALIZED)
         move_codes(model)
     if saliency:
         status("comparing maps ...")

@@ -19,7 +19,7 @@ _NAME_OF = {1: 3, 5: 8, 11: 1, 12: 1, 13: 1}  # node, initializer, input, output
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 # What `export.gradient` adds to a graph is named so.
-_GRADIENT_PREFIX = "grad/"
+GRADIENT_PREFIX = "grad/"
 _GRADIENT_NAMES = ("target", "saliency", "gradient")
 
 
@@ -59,7 +59,7 @@ def _of_gradient(field: int, content: bytes) -> bool:
     if field not in _NAME_OF:
         return False
     name = _lengths(content).get(_NAME_OF[field], b"").decode("utf-8", "replace")
-    return name in _GRADIENT_NAMES or name.startswith(_GRADIENT_PREFIX)
+    return name in _GRADIENT_NAMES or name.startswith(GRADIENT_PREFIX)
 
 
 def _lengths(message: bytes) -> dict[int, bytes]:
