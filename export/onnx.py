@@ -28,7 +28,7 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
 from export.operators import OPSET, TARGETS, translations
-from export.ort_lowering import move_codes, store_float_weights, take_pixels_as_codes
+from export.ort_lowering import clip_after_pooling, move_codes, store_float_weights, take_pixels_as_codes
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -133,6 +133,7 @@ def export(
     if target == "ort":
         if int8:
             take_pixels_as_codes(model, NORMALIZED)
+            clip_after_pooling(model)
         move_codes(model)
     if saliency:
         status("comparing maps ...")

@@ -8,9 +8,11 @@ executed in every run (1.31, which keeps it for fusions). Its weight is the floa
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from export.gradient_tape import attributes
 from runtime.onnx_bytes import GRADIENT_PREFIX
@@ -112,13 +114,72 @@ def move_codes(model: onnx.ModelProto) -> None:
         after.input[0], after.output[0] = codes, result
         dequantizers[result] = after
         moved += [move, after]
-    used = {name for node in moved for name in node.input} | {value.name for value in graph.output}
-    kept = [node for node in moved if node.op_type != "DequantizeLinear" or node.output[0] in used]
-    copies = [onnx.NodeProto() for _ in kept]
-    for copy, node in zip(copies, kept, strict=True):
-        copy.CopyFrom(node)
+    _replace(graph, moved)
+
+
+def clip_after_pooling(model: onnx.ModelProto) -> None:
+    """Clip codes after a max pooling that thins them out, in place; only the gradient clips them before it, too.
+
+    The largest code of a window, clipped, is the largest of its clipped codes. ONNX Runtime pools in the layout of
+    its convolutions only what comes straight from one; a Clip between costs a transposition of all that, too.
+    """
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    nodes: list[onnx.NodeProto] = []
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        nodes.append(node)
+        if not _thins_out(node):
+            continue
+        dequantize = producer.get(node.input[0])
+        clip = producer.get(dequantize.input[0]) if dequantize is not None else None
+        if (
+            dequantize is None
+            or clip is None
+            or (dequantize.op_type, clip.op_type) != ("DequantizeLinear", "Clip")
+        ):
+            continue
+        values = [n.output[0] for n in readers[clip.output[0]]]
+        of_class = [n for v in values for n in readers[v] if not n.output[0].startswith(GRADIENT_PREFIX)]
+        if not all(map(_thins_out, of_class)):
+            continue
+        renamed |= {name: f"{GRADIENT_PREFIX}{name}" for name in (clip.output[0], *values)}
+        result, codes = node.output[0], f"{node.output[0]}/codes"
+        node.input[0], node.output[0] = clip.input[0], f"{codes}/unclipped"
+        nodes += [
+            helper.make_node("Clip", [*node.output, *clip.input[1:]], [codes], name=codes),
+            helper.make_node("DequantizeLinear", [codes, *dequantize.input[1:]], [result], name=result),
+        ]
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        if node.output[0] in renamed:  # a gradient's node now, which goes with it
+            node.output[0] = node.name = renamed[node.output[0]]
+    _replace(graph, nodes)
+
+
+def _thins_out(node: onnx.NodeProto) -> bool:
+    """Return whether a node is a max pooling of fewer values than it takes, none of them padding."""
+    found = attributes(node)
+    padded = (
+        any(found.get("pads", ())) or found.get("auto_pad", b"NOTSET") != b"NOTSET" or found.get("ceil_mode", 0)
+    )
+    return node.op_type == "MaxPool" and max(found.get("strides", (1,))) > 1 and not padded
+
+
+def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Give a graph other nodes, without those that read codes for nobody."""
+    used = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if node.op_type not in ("Clip", "DequantizeLinear") or node.output[0] in used:
+            used.update(node.input)
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
     del graph.node[:]
-    graph.node.extend(copies)
+    graph.node.extend(kept[::-1])
 
 
 def _moves(node: onnx.NodeProto, zeros: set[str]) -> bool:

@@ -20,8 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.gradient import append_input_gradient
-from export.onnx import NORMALIZED, export
+from export.onnx import export
 from export.operators import TARGETS
 from export.verify import CODES_SUFFIX, reference_run, zero_points_of
 from tests.code_gate import with_code_gate
@@ -88,12 +87,8 @@ def checkpoint(name: str) -> Checkpoint:
 
 
 @cache
-def forward(name: str, target: str) -> onnx.ModelProto:
-    return export(checkpoint(name), target=target, saliency=False).model
-
-
 def explained(name: str, target: str, gate: str) -> onnx.ModelProto:
-    return append_input_gradient(forward(name, target), input=NORMALIZED, outputs=["gradient"], gate=gate)
+    return export(checkpoint(name), target=target, gate=gate, saliency_precision="float32").model
 
 
 def network(name: str, gate: str) -> nn.Module:
@@ -138,7 +133,9 @@ def by_the_graph(name: str, target: str, gate: str) -> Found:
     model = explained(name, target, gate)
     producer = {value: node for node in model.graph.node for value in node.output}
     pacts = {k: m for k, m in checkpoint(name).network().named_modules() if isinstance(m, PACT)}
-    codes = {key: f"{key}{CODES_SUFFIX}" for key in pacts}
+    # Where the class clips codes after a pooling, those before it are the gradient's.
+    names = [(key, f"{prefix}{key}{CODES_SUFFIX}") for key in pacts for prefix in ("", "grad/")]
+    codes = {key: name for key, name in names if name in producer}
     before = {}
     for key, value in codes.items():
         # From the codes back over a Clip of codes, the quantizer, and a Clip or Relu of floats: to the float x.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.ort_lowering import move_codes, take_pixels_as_codes
+from export.ort_lowering import clip_after_pooling, move_codes, take_pixels_as_codes
 
 MIDDLE = np.uint8(128)
 IMAGES = np.arange(256, dtype=np.uint8).reshape(2, 16, 8, 1)
@@ -34,7 +34,7 @@ def parse(body: str, *, mean: float = 128.0, by: float | np.ndarray = 0.0130719,
         "mean": np.float32(mean), "by": np.asarray(by, np.float32), "scale": np.float32(scale), "zero": zero,
         "none": np.float32(0), "one": np.float32(1), "pads": np.array(pads, np.int64),
         "starts": np.array([1, 0]), "ends": np.array([9999, 9999]), "axes": np.array([2, 3]),
-        "steps": np.array([2, 2]),
+        "steps": np.array([2, 2]), "low": np.uint8(100), "high": np.uint8(150),
     }  # fmt: skip
     used = {name for node in model.graph.node for name in node.input}
     model.graph.initializer.extend(
@@ -127,4 +127,50 @@ def test_what_only_the_gradient_slices_stays() -> None:
         node.output[:] = [name.replace("thin", "grad/thin") for name in node.output]
     before = list(model.graph.node)
     move_codes(model)
+    assert list(model.graph.node) == before
+
+
+CLIPPED = """
+    turned = Transpose<perm=[0, 3, 1, 2]>(image)
+    codes = Clip(turned, low, high)
+    x = DequantizeLinear(codes, scale, zero)
+    pooled = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(x)
+"""
+
+
+def test_codes_are_clipped_after_they_are_pooled() -> None:
+    model = parse(CLIPPED + "y = Identity(pooled)")
+    expected = run(model)
+    clip_after_pooling(model)
+    assert operators(model) == ["Transpose", "MaxPool", "Clip", "DequantizeLinear", "Identity"]
+    np.testing.assert_array_equal(run(model), expected)
+
+
+def test_the_gradient_gets_the_clipped_codes_from_before_the_pooling() -> None:
+    model = parse(CLIPPED + "z = Identity(x) y = Identity(z)")
+    *_, reads, gives = model.graph.node
+    reads.output[0] = gives.input[0] = "grad/z"
+    model.graph.output.add(name="pooled").CopyFrom(model.graph.output[0])
+    model.graph.output[1].name = "pooled"
+    expected = ReferenceEvaluator(model).run(None, {"image": IMAGES})
+    clip_after_pooling(model)
+    assert [n.name for n in model.graph.node if n.op_type == "Clip"] == ["grad/codes", "pooled/codes"]
+    for found, wanted in zip(ReferenceEvaluator(model).run(None, {"image": IMAGES}), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        "pooled = MaxPool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2]>(x) y = Identity(pooled)",
+        "pooled = MaxPool<kernel_shape=[2, 2]>(x) y = Identity(pooled)",
+        "pooled = AveragePool<kernel_shape=[2, 2], strides=[2, 2]>(x) y = Identity(pooled)",
+        "pooled = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(x) a = Identity(x) y = Identity(pooled)",
+    ],
+)
+def test_codes_that_others_read_or_that_stay_as_many_are_clipped_first(pooled: str) -> None:
+    model = parse(CLIPPED[: CLIPPED.index("pooled")] + pooled)
+    before = list(model.graph.node)
+    clip_after_pooling(model)
     assert list(model.graph.node) == before
