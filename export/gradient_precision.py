@@ -53,7 +53,9 @@ def factors(
     if scale.size > 1:
         layout = [1] * codes.ndim
         layout[channel_axis] = -1
-        dy, scale = t.op("Mul", dy, scale.reshape(layout)), np.ones((), scale.dtype)
+        # A channel without weights has a scale all the same, and must not take the grid from the others.
+        alive = codes.any(axis=tuple(a for a in range(codes.ndim) if a != axis))
+        dy, scale = t.op("Mul", dy, (scale * alive).reshape(layout)), np.ones((), scale.dtype)
     zero = np.zeros((), np.int8)
     step = t.parameter("step", np.ones((), t.numpy_type(dy)))
     quantized = t.op("DequantizeLinear", t.op("QuantizeLinear", dy, step, zero), step, zero)

@@ -114,6 +114,20 @@ def test_a_step_holds_the_share_of_all_the_samples_together(count: int) -> None:
     assert found[0] * 127 <= float(dy.abs().max()) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("layer", ["a", "b", "c", "d"])
+def test_a_channel_without_weights_leaves_the_grid_to_the_others(layer: str) -> None:
+    model, _ = network()
+    given = {t.name: t for t in model.graph.initializer}
+    for part, value in (("codes", 0), ("scale", 100)):  # as a dead channel's scale may be anything
+        changed = numpy_helper.to_array(given[f"{layer}_{part}"]).copy()
+        changed[1] = value
+        given[f"{layer}_{part}"].CopyFrom(numpy_helper.from_array(changed, f"{layer}_{part}"))
+    samples = feeds(64)
+    _, exact = ReferenceEvaluator(append_input_gradient(model)).run(None, samples)
+    _, rounded = ReferenceEvaluator(append_input_gradient(model, int8_samples=samples)).run(None, samples)
+    assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
+
+
 def test_a_layer_without_gradient_gets_a_grid_all_the_same() -> None:
     model, _ = network()
     for tensor in model.graph.initializer:
