@@ -59,14 +59,14 @@ def latency(records: Sequence[Record]) -> str:
 
 def against_ptq(records: Sequence[Record]) -> str:
     """Return what ours take beside the same engine's own quantization after training, and both accuracies."""
-    latest: dict[tuple[str, str, int], dict[int, Record]] = {}
+    latest: dict[tuple[str, str], dict[tuple[int, int], Record]] = {}
     for found in records:
         if found["bench"] == "compare" and found.get("ratio_to_ptq"):
-            where = (f"{found['arch']}, {found['trained_on']}", found["grid"], found["threads"])
-            latest.setdefault(where, {})[found["input"][0]] = found
+            network = f"{found['arch']}, {found['trained_on']}"
+            latest.setdefault((network, found["grid"]), {})[found["threads"], found["input"][0]] = found
     rows = []
-    for (network, grid, threads), batches in latest.items():
-        for batch, found in sorted(batches.items()):
+    for (network, grid), runs in latest.items():
+        for (threads, batch), found in sorted(runs.items()):
             cells = []
             for ours, ptq in PTQ.items():
                 by = found["ratio_to_ptq"].get(ours)
