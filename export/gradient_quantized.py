@@ -110,7 +110,7 @@ def _value_grid(t: Tape, unit: _Activation) -> tuple[str, _Grid]:
     if node is None:
         raise ModelError(
             f"tensor {unit.codes!r}: its codes are used without a DequantizeLinear, expected a pair; "
-            "keep QuantizeLinear and DequantizeLinear together"
+            "keep QuantizeLinear and DequantizeLinear together, or export a checkpoint with its saliency at once"
         )
     return node.output[0], _grid(t, node)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from export import agreement
 from export.deploy_form import deploy_form, fold_weight, folded_layers
+from export.gradient import append_input_gradient
 from export.onnx import NORMALIZED, export, main
 from export.verify import verify
 from runtime import Classifier
@@ -360,6 +361,14 @@ def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
     asked = export(digits_checkpoint, saliency_precision="int8").differentiated
     assert asked is not None
     assert asked.int8
+
+
+def test_a_class_for_onnx_runtime_that_pools_codes_is_not_differentiated_later(
+    digits_checkpoint: Checkpoint,
+) -> None:
+    model = export(digits_checkpoint, target="ort", saliency=False).model
+    with pytest.raises(ModelError, match=r"or export a checkpoint with its saliency at once$"):
+        append_input_gradient(model, input=NORMALIZED)
 
 
 def test_gradients_are_float32_elsewhere(digits_checkpoint: Checkpoint) -> None:
