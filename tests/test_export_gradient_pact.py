@@ -24,7 +24,7 @@ from export.onnx import export
 from export.operators import TARGETS
 from export.verify import CODES_SUFFIX, reference_run, zero_points_of
 from tests.code_gate import with_code_gate
-from tests.toy_models import randomize_norms
+from tests.toy_models import move_alphas, randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data import ImageData
@@ -75,13 +75,7 @@ def checkpoint(name: str) -> Checkpoint:
     made = loop.start(arch, data, spec, default_recipe("digits"))
     network = randomize_norms(made.network())
     start_alphas(network, made.input.normalize(pixels))
-    # As it starts, an alpha is one of the activations: at the kink of its own gate, and a simple fraction of the
-    # grid before it, so that means over the image lie half-way between codes.
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, PACT):
-                module.alpha.mul_(0.85 + 0.1 * torch.rand((), generator=generator))
+    move_alphas(network, torch.Generator().manual_seed(2))
     made.state_dict = network.state_dict()
     return made
 

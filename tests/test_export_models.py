@@ -25,7 +25,7 @@ from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from tests.code_gate import with_code_gate
-from tests.toy_models import randomize_norms
+from tests.toy_models import move_alphas, randomize_norms
 from train import factory, loop
 from train.checkpoint import Checkpoint
 from train.data import ImageData
@@ -67,11 +67,7 @@ def checkpoint(arch: str) -> Checkpoint:
         if name.startswith("head"):
             nn.init.normal_(parameter, generator=generator)
     start_alphas(network, made.input.normalize(pixels))
-    # As it starts, an alpha is one of the activations, at the kink of its own gate.
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, PACT):
-                module.alpha.mul_(0.85 + 0.1 * torch.rand((), generator=generator))
+    move_alphas(network, generator)
     made.state_dict = network.state_dict()
     return made
 

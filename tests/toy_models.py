@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.quantizers import PACT
+
 
 class FunctionalNet(nn.Module):
     """Every way to call a ReLU, one ReLU module used twice, and a shared convolution under two BatchNorms."""
@@ -58,6 +60,17 @@ def randomize_norms(model: nn.Module, *, seed: int = 0) -> nn.Module:
                 module.running_mean.copy_(torch.randn(n, generator=generator) * 0.2)
                 module.running_var.copy_(torch.rand(n, generator=generator) + 0.5)
     return model
+
+
+def move_alphas(network: nn.Module, generator: torch.Generator) -> None:
+    """Take every alpha away from the activation that it starts as: the kink of its own gate.
+
+    It is a simple fraction of the grid before it, too: means over the image would lie half-way between codes.
+    """
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, PACT):
+                module.alpha.mul_(0.85 + 0.1 * torch.rand((), generator=generator))
 
 
 class _SqueezeExcite(nn.Module):
