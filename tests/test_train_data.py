@@ -155,3 +155,23 @@ def test_command_writes_the_test_split_of_a_folder(tmp_path: Path) -> None:
         assert archive["images"].shape == (3, 12, 12, 3)
         assert archive["labels"].tolist() == [0, 1, 1]
         assert archive["classes"].tolist() == ["one", "zero"]
+
+
+def test_training_images_that_are_held_out_are_the_validation_split(digits: data.ImageData) -> None:
+    held = data.hold_out(digits, 200)
+    assert (len(held.train_images), len(held.val_images)) == (1237, 200)  # type: ignore[arg-type]
+    again = data.hold_out(digits, 200)
+    assert torch.equal(held.val_images[:], again.val_images[:])  # type: ignore[index]
+    # Every training image is in one of both, with its label.
+    both = torch.cat([held.train_images[:], held.val_images[:]]).flatten(1).double()  # type: ignore[index]
+    labels = torch.cat([held.train_labels, held.val_labels])  # type: ignore[list-item]
+    weights = torch.arange(1, both.shape[1] + 1).double().sqrt()
+    ours = torch.stack([both @ weights, labels.double()], 1)
+    theirs = torch.stack([digits.train_images.flatten(1).double() @ weights, digits.train_labels.double()], 1)
+    assert torch.equal(ours[ours[:, 0].argsort()], theirs[theirs[:, 0].argsort()])
+    assert torch.equal(held.test_images[:], digits.test_images[:])
+    assert data.hold_out(digits, 0) is digits
+    with pytest.raises(
+        OptionError, match="validation 1437: expected fewer than the 1437 training images of digits"
+    ):
+        data.hold_out(digits, 1437)

@@ -107,6 +107,21 @@ def test_a_run_starts_from_the_parameters_of_another_at_other_bits(
     )
 
 
+def test_a_run_that_starts_from_one_with_the_same_grids_takes_over_alphas_and_scales(
+    digits: data.ImageData, tmp_path: Path
+) -> None:
+    spec, path = QuantSpec(2, "lsq"), tmp_path / "first.pt"
+    recipe = dataclasses.replace(default_recipe("digits", "plain"), epochs=1)
+    first = loop.fit(loop.start("cnn2", digits, spec, recipe), digits, path)
+    started = loop.start("cnn2", digits, spec, dataclasses.replace(recipe, init=str(path)))
+    assert state_equal(started, first)
+    # On another grid they would mean something else: they start from the images again.
+    other = loop.start("cnn2", digits, QuantSpec(3, "lsq"), dataclasses.replace(recipe, init=str(path)))
+    scales = [key for key in first.state_dict if key.endswith("learned_scale")]
+    assert scales
+    assert not any(torch.equal(other.state_dict[key], first.state_dict[key]) for key in scales)
+
+
 def test_a_start_from_another_architecture_is_refused(
     digits: data.ImageData, digits_checkpoint_path: Path
 ) -> None:

@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     hyper.add_argument("--teacher", metavar="CKPT", help="learn its probabilities too (distillation)")
     hyper.add_argument("--teacher-weight", type=float, help="share of the teacher in the loss, 0 to 1")
     hyper.add_argument("--temperature", type=float, help="of the teacher's probabilities")
+    hyper.add_argument("--validation", type=int, metavar="N",
+                       help="training images held out, to choose among runs (folders have their own)")  # fmt: skip
     hyper.add_argument("--seed", type=int, help="of everything random (default: 0)")
     return parser
 
@@ -256,7 +258,8 @@ def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) 
         memory_bytes=int(options.memory_gib * 2**30),
     )
     with processes.first_alone():
-        return data.load(recipe.data, options.data_root, reading)
+        images = data.load(recipe.data, options.data_root, reading)
+    return data.hold_out(images, recipe.validation)
 
 
 def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:

@@ -14,7 +14,7 @@ import sys
 import urllib.error
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -141,6 +141,29 @@ def load(name: str, root: str | Path = "data", reading: Reading | None = None) -
     # torchvision names MNIST's classes "0 - zero".
     classes = tuple(str(c).split(" - ")[0] for c in part.classes)
     return ImageData(name, classes, parts[0], parts[1], parts[2], parts[3])
+
+
+def hold_out(data: ImageData, count: int) -> ImageData:
+    """Return the data set with `count` of its training images as its validation split; 0: as it is.
+
+    The choice is random, the same at every call, and does not depend on the seed of a run.
+
+    Raises:
+        OptionError: there are no more training images than that.
+    """
+    if not count:
+        return data
+    images, labels = data.train_images, data.train_labels
+    if count >= len(labels):
+        raise OptionError(
+            f"validation {count}: expected fewer than the {len(labels)} training images of {data.name}"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held, kept = order[:count].sort().values, order[count:].sort().values
+    return replace(
+        data,
+        train_images=images[kept], train_labels=labels[kept], val_images=images[held], val_labels=labels[held],
+    )  # fmt: skip
 
 
 def check_name(name: str) -> str:

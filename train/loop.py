@@ -51,12 +51,16 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     input_spec = data.input_spec()
     arguments = {"channels": input_spec.channels, "size": input_spec.size, "classes": len(data.classes)}
     description = {"name": arch, **arguments}
-    model = checkpoints.new_network(
-        description, quant, input_spec, _initial_state(recipe, description, input_spec)
-    )
+    initial = _initial(recipe, description)
+    parameters = initial.float_state() if initial is not None else _pretrained(recipe, description, input_spec)
+    model = checkpoints.new_network(description, quant, input_spec, parameters)
     first = torch.randperm(len(data.train_images))[: min(_START_IMAGES, _pass_size(data.train_images))]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
-    start_alphas(model, images)
+    if initial is not None and initial.quant == quant:
+        # The same grids: what alphas and scales have learned there is worth as much as the weights.
+        model.load_state_dict(initial.state_dict)
+    else:
+        start_alphas(model, images)
     guidance = start_guidance(recipe, len(data.train_images), model, images, labels)
     count = min(_MAX_SAMPLES, max(2, _MAX_SAMPLE_BYTES // data.test_images[:1].numel()), len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
@@ -225,9 +229,11 @@ def _pass_size(images: Images) -> int:
     return min(_MOST_IMAGES, max(_FEWEST_IMAGES, _MOST_VALUES // (channels * height * width)))
 
 
-def _initial_state(recipe: Recipe, arch: dict[str, Any], input_spec: InputSpec) -> dict[str, Tensor] | None:
-    if recipe.pretrained:
-        return pretrained_state(arch["name"], input_spec)
+def _pretrained(recipe: Recipe, arch: dict[str, Any], input_spec: InputSpec) -> dict[str, Tensor] | None:
+    return pretrained_state(arch["name"], input_spec) if recipe.pretrained else None
+
+
+def _initial(recipe: Recipe, arch: dict[str, Any]) -> Checkpoint | None:
     if not recipe.init:
         return None
     initial = checkpoints.load(recipe.init)
@@ -235,7 +241,7 @@ def _initial_state(recipe: Recipe, arch: dict[str, Any], input_spec: InputSpec) 
         raise OptionError(
             f"init {recipe.init}: holds {initial.arch}, expected {arch}; name a run of the same architecture"
         )
-    return initial.float_state()
+    return initial
 
 
 def _divergence(what: str, epoch: int, step: int, model: nn.Module, images: Tensor) -> TrainingError:

@@ -27,6 +27,8 @@ class Recipe:
         image_size: side in pixels to which an image folder's images are cropped and resized; 0 for other data.
         split_seed: of the split of an image folder that has none of its own.
         split: digest of an image folder's split, see train.splits; "" before the run has begun.
+        validation: training images held out to choose among runs, where the data set has no such split; the same
+            ones whatever the seed, so that what starts from a run or learns from it has not seen them either.
         method: one of METHODS.
         epochs: passes over the training images.
         batch_size: images a step.
@@ -51,7 +53,8 @@ class Recipe:
         alpha_weight: eta of asg, weight of |alpha|.
         threshold_rate: gamma of asg, learning rate of the threshold in units of its start.
         precision: of the steps' convolutions, one of train.device.PRECISIONS; accuracy is measured in float32.
-        init: checkpoint of the same architecture, of any bits, whose parameters the run starts from; "": random.
+        init: checkpoint of the same architecture, of any bits, whose parameters the run starts from, and
+            where it was quantized in the same way, whose alphas and scales; "": random.
         pretrained: start from the parameters that torchvision trained on ImageNet.
         teacher: checkpoint whose probabilities the network also learns; "": none.
         teacher_weight: share of the cross entropy that the teacher's probabilities replace, 0 to 1.
@@ -98,6 +101,7 @@ class Recipe:
     image_size: int = 0
     split_seed: int = 0
     split: str = ""
+    validation: int = 0
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -114,6 +118,10 @@ class Recipe:
         if is_folder(self.data) != (self.image_size > 0):
             expected = "a side in pixels, as in 64" if is_folder(self.data) else "none, its images have one size"
             raise OptionError(f"image_size {self.image_size} of {self.data}: expected {expected}")
+        if self.validation and is_folder(self.data):
+            raise OptionError(
+                f"validation {self.validation} of {self.data}: expected none, it has a split of its own"
+            )
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
