@@ -14,11 +14,12 @@ from bench.record import append
 from export.calibration import SAMPLES, accuracy, calibrate, load_images, spec_of, training_sample
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
 from train.calibration import MSE
 from train.quant import QUANTIZED_BITS
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.calibration runs/float/ckpt.pt --data-root data
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
     widths = _widths(options.bits)
-    if options.record:
-        check_writable(options.record)
     checkpoint = checkpoints.load(options.checkpoint)
+    sources = sources_of(options.data or checkpoint.recipe.data, options.data_root)
+    check_outputs([options.record], inputs=[options.checkpoint, *options.qat, *sources])
     trained = [checkpoints.load(path) for path in options.qat]
     images = load_images(checkpoint, Path(options.checkpoint), options.data, options.data_root)
     sample = training_sample(images, options.samples)

@@ -38,11 +38,12 @@ from bench.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, rat
 from bench.streams import ImageStream, cores
 from runtime import command
 from runtime.errors import EngineError, OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
 from train.quantizers import activation_range
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt
@@ -86,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.explain and options.data:
         raise OptionError("--explain with --data: accuracy is compared without --explain; drop one of them")
     check_seconds(options.seconds)
-    if options.record:
-        check_writable(options.record)
+    check_outputs([options.record], inputs=[options.checkpoint, *sources_of(options.data, options.data_root)])
     checkpoint = checkpoints.load(options.checkpoint)
     test = _test(options, checkpoint) if options.data else None
     torch.set_num_threads(options.threads)

@@ -23,7 +23,7 @@ from bench.removal import MASKED_PERCENTS, PERCENTS, TARGETS
 from runtime import command
 from runtime.classifier import MAX_BATCH, softmax
 from runtime.errors import OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train import factory
 from train.figures import (
@@ -36,6 +36,7 @@ from train.figures import (
     save_figure,
     tidy,
 )
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.figures alpha runs/mnist-cnn2-8bit-sgt runs/cifar10-resnet20-4bit-sgt -o alpha.png
@@ -157,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw one figure into a PNG file."""
     options = _parser().parse_args(argv)
     factory.allow(*options.arch)
-    check_writable(options.output)
+    check_outputs(
+        [options.output], inputs=[*map(find, options.runs), *sources_of(options.data, options.data_root)]
+    )
     if options.figure == "maps":
         _draw_maps(options)
     elif options.figure == "alpha":

@@ -23,11 +23,12 @@ from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.classifier import MAX_BATCH, Classifier
 from runtime.errors import OptionError
-from runtime.files import check_writable
 from runtime.manifest import INPUT_NAME, TARGET_NAME
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.gradient_price ckpt.pt --data mnist --data-root data
@@ -90,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.allow(*options.arch)
     if options.images < 1 or options.threads < 1:
         raise OptionError(f"--images {options.images} --threads {options.threads}: expected whole numbers from 1")
-    if options.record:
-        check_writable(options.record)
+    check_outputs([options.record], inputs=[options.checkpoint, *sources_of(options.data, options.data_root)])
     checkpoint = checkpoints.load(options.checkpoint)
     test = data.load(
         options.data, options.data_root,

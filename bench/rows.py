@@ -16,11 +16,13 @@ from bench.environment import describe, environment
 from bench.model_card import card
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.files import read_bytes, write_atomically
+from runtime.outputs import check_outputs
 from train import __main__ as train
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 
+_SHIPPED = (".pt", ".md")  # what is written of a row into the folder of --ship
 RESULTS = Path(__file__).parent / "results"
 
 EXAMPLES = """
@@ -159,11 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--record", metavar="FILE", help="append each row, with its environment, to a .jsonl")
     options = parser.parse_args(argv)
-    for path in (options.record, options.ship and Path(options.ship) / "any.pt"):
-        if path:
-            check_writable(path)
     rows = needed(TABLES[options.table], options.only) if options.only else list(TABLES[options.table])
     runs = Path(options.runs)
+    shipped_files = [Path(options.ship, f"{row.name}{end}") for row in rows for end in _SHIPPED if options.ship]
+    trained = [runs / row.name / train.CHECKPOINT_NAME for row in rows]
+    check_outputs([options.record, *shipped_files], inputs=trained)
     shared = ["--data-root", options.data_root, "--device", options.device]
     shared += ["--epochs", str(options.epochs)] if options.epochs else []
     where = environment()

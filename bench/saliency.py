@@ -21,16 +21,17 @@ import numpy as np
 
 from bench.data import HELP
 from bench.environment import describe, environment, peak_memory_bytes
-from bench.networks import Network, open_networks, stream_for
+from bench.networks import Network, find, open_networks, stream_for
 from bench.record import append
 from bench.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from bench.streams import Batch, ImageStream, cores, in_parallel
 from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.errors import OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train import factory
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.saliency ckpt.onnx --data mnist_test.npz          # without torch
@@ -152,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.allow(*options.arch)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
-    for path in filter(None, (options.record, options.plot)):
-        check_writable(path)
+    check_outputs(
+        [options.record, options.plot],
+        inputs=[*map(find, options.models), *sources_of(options.data, options.data_root)],
+    )
     workers = options.threads or cores()
     networks = [
         network

@@ -30,11 +30,13 @@ from runtime import command
 from runtime.agreement import spearman
 from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
-from runtime.files import check_writable, write_atomically
+from runtime.files import write_atomically
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec, describe, float_weight, start_alphas
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.sensitivity ckpt.pt --data mnist
@@ -203,8 +205,9 @@ def _check(options: Any) -> list[int]:
         raise OptionError("--mean-bits and --size-bytes: expected one budget; drop one of them")
     if options.output and options.mean_bits is None and options.size_bytes is None:
         raise OptionError("-o: expected a budget to assign bits in; add --mean-bits 4, or --size-bytes")
-    for path in filter(None, (options.output, options.record)):
-        check_writable(path)
+    check_outputs(
+        [options.output, options.record], inputs=[options.checkpoint, *sources_of(options.data, options.data_root)]
+    )
     return sorted({int(part) for part in parts}, reverse=True)
 
 

@@ -23,7 +23,7 @@ from bench.environment import describe, environment
 from bench.record import append
 from runtime import command
 from runtime.errors import ModelError, OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from runtime.session import ENGINES, open_session
 
 EXAMPLES = """
@@ -155,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.starts < 1:
         raise OptionError(f"--starts {options.starts}: expected a whole number from 1")
-    if options.record:
-        check_writable(options.record)
+    check_outputs([options.record], inputs=[options.model])
     model = Path(options.model).resolve()
     session = open_session(model, engine=options.engine, device=options.device, threads=options.threads)
     session.close()

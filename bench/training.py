@@ -15,7 +15,7 @@ from bench.environment import describe, environment, peak_memory_bytes
 from bench.statistics import check_seconds, measure, summarize
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import check_writable
+from runtime.outputs import check_outputs
 from train import data, loop
 from train.device import PRECISIONS, in_precision, place
 from train.image_folder import Reading
@@ -24,6 +24,7 @@ from train.models import ARCHITECTURES
 from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
 from train.recipe import METHODS, Recipe, default_recipe
 from train.saliency import LossTerms, filling
+from train.splits import sources_of
 from train.step import compute_gradients, new_optimizer, update
 
 EXAMPLES = """
@@ -72,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
     options = parser.parse_args(argv)
     check_seconds(options.seconds)
-    if options.record:
-        check_writable(options.record)
+    check_outputs([options.record], inputs=sources_of(options.data, options.data_root))
     if options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     torch.set_num_threads(options.threads)

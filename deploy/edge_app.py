@@ -11,13 +11,17 @@ if __name__ == "__main__" and not __package__:
 import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from runtime import Classifier, ClearpactError, command
-from runtime.errors import EngineError, OptionError
-from runtime.images import list_images, load_image
+from runtime.errors import EngineError, FileError, ImageError, OptionError
+from runtime.images import folders_in, list_images, load_image
+
+_REMEMBERED = 1000  # frames whose times the median is of: a camera may run for years
+_MOST_LOST = 100  # frames without pixels, one after the other
 
 EXAMPLES = """
   python -m deploy.edge_app model.onnx photos/
@@ -25,21 +29,42 @@ EXAMPLES = """
 """
 
 
-def folder_frames(path: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and pixels of every image in a folder; an unreadable one is reported and passed over."""
-    for file in list_images([path]):
+class FrameTimes:
+    """Times of frames in ms: how many there were, the first, the last, and a median of the latest ones."""
+
+    def __init__(self) -> None:
+        self.count, self.first_ms, self.last_ms = 0, 0.0, 0.0
+        self.latest_ms: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def add(self, time_ms: float) -> None:
+        """Take the time of one more frame."""
+        self.first_ms = self.first_ms if self.count else time_ms
+        self.count, self.last_ms = self.count + 1, time_ms
+        self.latest_ms.append(time_ms)
+
+    def __str__(self) -> str:
+        of = f" of the last {_REMEMBERED}" if self.count > _REMEMBERED else ""
+        return f"{self.count} frames, median{of} {np.median(self.latest_ms):.2f} ms, first {self.first_ms:.2f} ms"
+
+
+def folder_frames(path: str) -> Iterator[tuple[str, np.ndarray | ClearpactError]]:
+    """Yield name and pixels of every image in a folder, or why it cannot be read."""
+    files = list_images([path])
+    for folder in folders_in([path]):
+        print(f"note: {folder}: a folder in a folder is not looked into", file=sys.stderr)
+    for file in files:
         try:
             yield file.name, load_image(file)
         except ClearpactError as error:
-            print(f"error: {error}", file=sys.stderr)
+            yield file.name, error
 
 
-def camera_frames(number: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield RGB frames of a camera until it stops.
+def camera_frames(number: int) -> Iterator[tuple[str, np.ndarray | ClearpactError]]:
+    """Yield frames of a camera, RGB or grey, for ever; an error in place of one that was lost.
 
     Raises:
         OptionError: OpenCV is not installed.
-        EngineError: there is no such camera.
+        EngineError: there is no such camera, or it gives no more frames.
     """
     try:
         import cv2
@@ -48,18 +73,30 @@ def camera_frames(number: int) -> Iterator[tuple[str, np.ndarray]]:
     camera = cv2.VideoCapture(number)
     if not camera.isOpened():
         raise EngineError(f"camera {number}: not found; check its number and your permission to use it")
+    lost = 0
     try:
         for index in itertools.count():
-            there, frame = camera.read()
-            if not there:
-                return
-            yield f"frame {index}", np.ascontiguousarray(frame[:, :, ::-1])  # OpenCV gives BGR
+            try:
+                there, frame = camera.read()
+            except cv2.error as error:
+                raise EngineError(f"camera {number}: {' '.join(str(error).split())}; check its driver") from None
+            lost = lost + 1 if frame is None else 0
+            if not there or lost > _MOST_LOST:
+                raise EngineError(f"camera {number}: ended after {index} frames; check its cable")
+            yield f"frame {index}", ImageError("the camera gave no pixels") if frame is None else _rgb(frame)
     finally:
         camera.release()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Classify frame after frame until they end or Ctrl-C."""
+def _rgb(frame: np.ndarray) -> np.ndarray:
+    """Return a frame of OpenCV, [H, W], [H, W, 1], BGR or BGRA, as grey or RGB; another one as it is."""
+    if frame.ndim == 3 and frame.shape[2] in (3, 4):
+        frame = frame[:, :, 2::-1]
+    return np.ascontiguousarray(frame)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Classify frame after frame until they end or Ctrl-C; one that cannot be is reported and passed over."""
     parser = command.parser("deploy.edge_app", "Classify the images of a folder or a camera.", EXAMPLES)
     parser.add_argument("model", help="ONNX file written by python -m export.onnx")
     parser.add_argument("folder", nargs="?", help="folder of images")
@@ -74,17 +111,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--frames {options.frames}: expected a whole number from 1")
     with Classifier(options.model, threads=options.threads, cache=options.cache) as classifier:
         frames = folder_frames(options.folder) if options.camera is None else camera_frames(options.camera)
-        times_ms = []
-        for name, frame in itertools.islice(frames, options.frames):
-            began = time.perf_counter()
-            (prediction,) = classifier.predict([frame], top_k=1)
-            times_ms.append(1000 * (time.perf_counter() - began))
-            print(
-                f"{name:24}  {prediction.label:16} {prediction.probability:6.1%}  {times_ms[-1]:8.2f} ms",
-                flush=True,
-            )
-    if times_ms:
-        print(f"{len(times_ms)} frames, median {np.median(times_ms):.2f} ms, first {times_ms[0]:.2f} ms")
+        times = FrameTimes()
+        failed = 0
+        try:
+            for name, frame in itertools.islice(frames, options.frames):
+                began = time.perf_counter()
+                try:
+                    if isinstance(frame, ClearpactError):
+                        raise frame
+                    (prediction,) = classifier.predict([frame], top_k=1)
+                except (FileError, ImageError) as error:
+                    print(f"error: {error}" if name in str(error) else f"error: {name}: {error}", file=sys.stderr)
+                    failed += 1
+                    continue
+                times.add(1000 * (time.perf_counter() - began))
+                print(
+                    f"{name:24}  {prediction.label:16} {prediction.probability:6.1%}  {times.last_ms:8.2f} ms",
+                    flush=True,
+                )
+        finally:  # also when the camera is gone
+            if times.count:
+                print(times)
+    return command.USER_ERROR if failed else 0
 
 
 if __name__ == "__main__":

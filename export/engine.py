@@ -28,9 +28,10 @@ from export.gpu import GPU, find_gpu
 from export.plan_builder import BuildOptions, Built, build, check_options, load_bindings, parse
 from runtime import command
 from runtime.errors import EngineError, OptionError
-from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.files import read_bytes, write_atomically
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
+from runtime.outputs import check_outputs
 from runtime.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
 from train import factory
 
@@ -86,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.dry_run:
         trt, builder = load_bindings(options.builder)
         check_options(builder, build_options)
-        check_writable(output)
+        graph = output.with_name(f"{output.name}.onnx") if contents.startswith(_CHECKPOINT) else None
+        check_outputs([output, sidecar_path(output), cache, graph], inputs=[options.model])
         gpu = find_gpu() if builder == "tensorrt" or options.autotune else _NO_GPU
     source = _source(options, contents, output)
     manifest = read_manifest(source.onnx, source.name)

@@ -43,7 +43,8 @@ from export.gradient_precision import calibrate
 from export.gradient_tape import TARGET_SCOPE, Tape, describe
 from runtime.command import parser, run
 from runtime.errors import FileError, ModelError, OptionError
-from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.files import read_bytes, write_atomically
+from runtime.outputs import check_outputs
 
 RULES: dict[str, Rule] = {
     **gradient_layout.RULES,
@@ -208,6 +209,12 @@ def _one_hot(tape: Tape, logits: str) -> str:
     return tape.op("Cast", tape.op("Equal", target, np.arange(classes)[None]), to=tape.type(logits))
 
 
+def _external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Return the files beside a model in which its weights lie."""
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    return [path.parent / entry.value for entry in entries if entry.key == "location"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read an ONNX classifier, append its input gradient, write the result."""
     arguments = parser(
@@ -237,9 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = Path(options.model)
     output = Path(options.output or path.with_name(f"{path.stem}_saliency.onnx"))
     data = read_bytes(path)
-    check_writable(output)
+    check_outputs([output], inputs=[path])
     try:
         model = onnx.load_from_string(data)
+        check_outputs([output], inputs=_external_files(model, path))
         onnx.load_external_data_for_model(model, str(path.parent))
     except (DecodeError, OSError, onnx.checker.ValidationError) as error:
         raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None

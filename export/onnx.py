@@ -32,13 +32,14 @@ from export.ort_lowering import clip_after_pooling, move_codes, store_float_weig
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
-from runtime.files import check_writable, read_bytes, write_atomically
+from runtime.files import read_bytes, write_atomically
 from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Manifest
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, describe
-from train.splits import is_folder
+from train.splits import is_folder, sources_of
 
 NORMALIZED = "normalized"
 
@@ -289,16 +290,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError("--calibrate makes integer grids, which --fp32 leaves out; give --int8")
     source = Path(options.checkpoint)
     checkpoint = checkpoints.load(source)
+    inputs = [source]
     if options.calibrate:
         output = Path(options.output or source.with_name(f"{source.stem}_ptq.onnx"))
-        check_writable(output)
+        inputs += [Path(path) for path in (options.qat,) if path]
+        inputs += sources_of(options.data or checkpoint.recipe.data, options.data_root)
+        check_outputs([output, output.with_suffix(".pt")], inputs=inputs)
         checkpoint = calibration.run(options, checkpoint, command.status)
         source = output.with_suffix(".pt")
         checkpoints.save(checkpoint, source)
         print(f"{source}: the calibrated checkpoint")
     else:
         output = Path(options.output or source.with_suffix(".onnx"))
-        check_writable(output)
+        check_outputs([output], inputs=inputs)
     sha256 = hashlib.sha256(read_bytes(source)).hexdigest()
     exported = export(
         checkpoint,

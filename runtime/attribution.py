@@ -12,6 +12,7 @@ Work is cut into runs of at most `max_batch` images, whatever the number of samp
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -67,12 +68,14 @@ def attribute(
     if method not in METHODS:
         raise OptionError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     for name, value in (("samples", samples), ("steps", steps)):
-        if value < 1:
-            raise OptionError(f"{name} {value}: expected a whole number from 1")
-    if not 0 <= noise < np.inf:
-        raise OptionError(f"noise {noise}: expected a share of the image's range, from 0")
-    if not 0 <= baseline <= 255:
-        raise OptionError(f"baseline {baseline}: expected a pixel level, 0 to 255")
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise OptionError(f"{name} {value!r}: expected a whole number from 1")
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise OptionError(f"seed {seed!r}: expected a whole number from 0")
+    if not isinstance(noise, numbers.Real) or not 0 <= noise < np.inf:
+        raise OptionError(f"noise {noise!r}: expected a share of the image's range, from 0")
+    if not isinstance(baseline, numbers.Real) or not 0 <= baseline <= 255:
+        raise OptionError(f"baseline {baseline!r}: expected a pixel level, 0 to 255")
     bar = progress or _no_progress
     if method == "smoothgrad":
         return smoothgrad(

@@ -14,7 +14,7 @@ from runtime import command
 from runtime.attribution import attribute
 from runtime.errors import ImageError, ModelError, OptionError
 from runtime.explanation import Explanation, explanation
-from runtime.images import to_batch
+from runtime.images import to_array, to_batch
 from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
 from runtime.session import Session, open_session
 
@@ -91,8 +91,9 @@ class Classifier:
         """Classify one image or several.
 
         Args:
-            images: uint8, one image [H, W] or [H, W, C], a batch [N, H, W, C], or a list of images of any sizes;
-                grey or RGB, converted and resized to what the model takes.
+            images: uint8, one image [H, W] or [H, W, C], a batch [N, H, W, C], or a list of single images of any
+                sizes; grey or RGB (OpenCV gives BGR: turn its frames with frame[:, :, ::-1]), or PIL images.
+                They are converted and resized to what the model takes.
             top_k: how many classes `Prediction.top` lists.
 
         Returns:
@@ -100,9 +101,12 @@ class Classifier:
 
         Raises:
             ImageError: an image has a dtype, shape or size the model cannot take.
+            ModelError: the model gives logits that are not finite.
         """
-        if top_k < 1:
-            raise OptionError(f"top_k {top_k}: expected a whole number from 1")
+        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise OptionError(f"top_k {top_k!r}: expected a whole number from 1")
+        if not isinstance(images, (list, tuple)):
+            images = to_array(images)
         predictions = [_prediction(row, self.manifest.classes, top_k) for row in self.logits(images)]
         return predictions[0] if _is_single(images) else predictions
 
@@ -122,7 +126,7 @@ class Classifier:
         """Explain why images are, or would be, put into a class.
 
         Args:
-            images: uint8, one image [H, W] or [H, W, C], or a batch [N, H, W, C], as for `predict`.
+            images: one image, a batch, or a list of images of one size, as for `predict`.
             target: the class to explain, one for all images or one each; None explains the predicted class.
             method: one of runtime.attribution.METHODS.
             samples: noisy copies of each image (smoothgrad).
@@ -133,7 +137,7 @@ class Classifier:
             progress: show a bar on standard error over the images of the methods that run many.
 
         Raises:
-            ModelError: the file was exported without the input gradient.
+            ModelError: the file was exported without the input gradient, or gives logits that are not finite.
             ImageError: an image has a dtype, shape or size the model cannot take.
             OptionError: no such method or class, or a number out of range.
         """
@@ -141,7 +145,7 @@ class Classifier:
             raise ModelError(
                 "this model gives classes only; export it again without --no-saliency to have them explained"
             )
-        images = np.asarray(images)
+        images = _stacked(images) if isinstance(images, (list, tuple)) else to_array(images)
         batch = to_batch(images, self.manifest.input)
         found = attribute(
             self._gradient,
@@ -164,25 +168,26 @@ class Classifier:
 
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""
-        if isinstance(images, list):
-            if not images:
-                raise ImageError("an empty list of images, expected at least one")
-            batch = np.concatenate([to_batch(image, self.manifest.input) for image in images])
+        if isinstance(images, (list, tuple)):
+            batch = np.concatenate([to_batch(image, self.manifest.input) for image in _singles(images)])
         else:
             batch = to_batch(images, self.manifest.input)
         size = self._max_batch
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return np.concatenate([self.session.run({INPUT_NAME: part})["logits"] for part in parts])
+        return finite(np.concatenate([self.session.run({INPUT_NAME: part})["logits"] for part in parts]))
 
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
-        return found["logits"], found["gradient"]
+        return finite(found["logits"]), found["gradient"]
 
     def _targets(self, target: int | Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
         """Return the classes to explain, int64 [n], -1 for the predicted ones."""
         if target is None:
             return np.full(n, -1, np.int64)
-        classes = np.asarray(target)
+        try:
+            classes = np.asarray(target)
+        except ValueError:  # a ragged list
+            raise OptionError(f"target {target!r}: expected one class index, or one for each image") from None
         known = len(self.manifest.classes)
         fits = classes.dtype.kind in "iu" and classes.shape in ((), (n,))
         if not fits or classes.min() < 0 or classes.max() >= known:
@@ -209,6 +214,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
+def finite(logits: np.ndarray) -> np.ndarray:
+    """Return logits [N, K] as they are; raise ModelError where one is not finite, which no class could tell."""
+    if not np.isfinite(logits).all():
+        rows = np.flatnonzero(~np.isfinite(logits).all(-1))
+        raise ModelError(
+            f"image {rows[0]} of {len(logits)}: the model gives logits that are not finite ({len(rows)} such "
+            "images); its weights are damaged or it overflows: train or export it again"
+        )
+    return logits
+
+
 def _prediction(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> Prediction:
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -216,8 +232,39 @@ def _prediction(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> Pre
     return Prediction(top[0][0], int(best[0]), top[0][1], top, logits)
 
 
-def _is_single(images: np.ndarray | list[np.ndarray]) -> bool:
-    if isinstance(images, list):
+def _singles(images: Sequence[Any]) -> list[np.ndarray]:
+    """Return the images of a list as arrays, having checked that each is one image."""
+    if not images:
+        raise ImageError("an empty list of images, expected at least one")
+    arrays = [to_array(image) for image in images]
+    for position, array in enumerate(arrays):
+        if array.ndim == 4 and len(array) != 1:
+            raise ImageError(
+                f"element {position} of the list: a batch of shape {list(array.shape)}, expected one image; "
+                "give the batch alone, or join batches with np.concatenate"
+            )
+        if array.ndim == 3 and not _is_single(array) and len(array) != 1:
+            raise ImageError(
+                f"element {position} of the list: shape {list(array.shape)}, expected one image [H, W], [H, W, 1] "
+                "or [H, W, 3]; put the channels last"
+            )
+    return arrays
+
+
+def _stacked(images: Sequence[Any]) -> np.ndarray:
+    """Return a list of images of one size as a batch [N, H, W, C]."""
+    arrays = [array if _is_single(array) else array[0] for array in _singles(images)]  # of batches of one
+    arrays = [array[..., None] if array.ndim == 2 else array for array in arrays]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise ImageError(
+            f"images of shapes {sorted(map(list, shapes))}, expected one shape; explain them one by one"
+        )
+    return np.stack(arrays)
+
+
+def _is_single(images: np.ndarray | Sequence[Any]) -> bool:
+    if isinstance(images, (list, tuple)):
         return False
     images = np.asarray(images)
     return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3))

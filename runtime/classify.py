@@ -5,8 +5,10 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m runtime.classify")
 
+import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from runtime import command
 from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import FileError, ImageError, OptionError
-from runtime.files import check_writable
-from runtime.images import list_images, load_image
+from runtime.images import folders_in, list_images, load_image
+from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 
 EXAMPLES = """
@@ -44,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.top < 1:
         raise OptionError(f"--top {options.top}: expected a whole number from 1")
     paths = list_images(options.images)
-    pictures = _pictures(options.explain, paths)
+    for folder in folders_in(options.images):
+        print(
+            f"note: {folder}: a folder in a folder is not looked into; name it to have it classified",
+            file=sys.stderr,
+        )
+    pictures = _pictures(options, paths)
     failed = 0
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache
@@ -68,18 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.USER_ERROR if failed else 0
 
 
-def _pictures(where: Path | None, paths: list[Path]) -> dict[Path, Path]:
-    """Return the picture to write for each image, having checked that it can be written."""
+def _pictures(options: argparse.Namespace, paths: list[Path]) -> dict[Path, Path]:
+    """Return the picture to write for each image, having checked that it can be written and replaces nothing."""
+    where: Path | None = options.explain
     if where is None:
         return {}
     if len(paths) == 1 and not where.is_dir():
         pictures = {paths[0]: where}
-    elif where.suffix:
+    elif where.suffix and not where.is_dir():
         raise OptionError(f"--explain {where}: one file for {len(paths)} images, expected a folder")
     else:
-        pictures = {path: where / f"{path.stem}.png" for path in paths}
-    for picture in pictures.values():
-        check_writable(picture)
+        # 1.jpg and 1.png of one folder get pictures of their own.
+        stems = Counter(path.stem.casefold() for path in dict.fromkeys(paths))
+        names = {path: path.name if stems[path.stem.casefold()] > 1 else path.stem for path in paths}
+        pictures = {path: where / f"{name}.png" for path, name in names.items()}
+    check_outputs(pictures.values(), inputs=[options.model, *paths])
+    for folder in map(Path, options.images):
+        if folder.is_dir() and any(picture.resolve().parent == folder.resolve() for picture in pictures.values()):
+            raise OptionError(f"--explain {where}: lies among the images of {folder}; name another folder")
     return pictures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -37,8 +38,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a command's `main` and leave the process with its exit status.
 
     User errors become one line on standard error and status 2; Ctrl-C becomes status 130.
-    Anything else is a defect and keeps its traceback.
+    Anything else is a defect and keeps its traceback. What the terminal cannot encode, as names of files and
+    classes may be, is written as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(None) or 0
         sys.stdout.flush()

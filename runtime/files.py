@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     if isinstance(data, str):
-        data = data.encode()
+        data = data.encode(errors="surrogateescape")  # names of files that are no text come out as they were
     # Not tempfile: its files are private, and what is shipped gets the permissions any new file would have.
     temporary = path.with_name(f".clearpact-{os.urandom(8).hex()}.tmp")
     try:

@@ -5,13 +5,33 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from runtime.errors import FileError, ImageError, OptionError
 from runtime.manifest import ImageInput
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".dib", ".webp", ".gif", ".tif",
+    ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+# Images whose reading depends on how Pillow was built, or needs a plugin: never passed over without a word.
+_RARE_SUFFIXES = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo")
+# How files of these kinds begin, whatever they are called.
+_BEGINNINGS = (
+    b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL ",
+)  # fmt: skip
+_HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+# Folders that systems make beside images, for their own copies of them.
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+# Pillow's names of what shows an image upright that has this EXIF orientation.
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+_ORIENTATION = 0x0112
 
 # ITU-R BT.601 luma in 16-bit fixed point, as in Pillow's convert("L").
 _LUMA = np.array([19595, 38470, 7471], dtype=np.int64)
@@ -21,34 +41,60 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image file as uint8, [H, W] if grey, otherwise [H, W, 3] RGB.
 
     Raises:
-        FileError: missing, or not an image that Pillow can read.
+        FileError: missing, or not an image that Pillow can read; nothing else, whatever the file holds.
         OptionError: Pillow is not installed.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise OptionError("reading image files needs Pillow; pip install 'clearpact[tools]'") from None
     path = Path(path)
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting these to 8 bits would clip them, not scale them
-                raise FileError(
-                    f"{path}: has {image.mode} pixels, expected 8 bits a channel; convert it to 8 bits"
-                )
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright if upright.mode == "L" else upright.convert("RGB"))
-    except FileError:
-        raise
+            return _pixels(image)
+    except ImageError as error:
+        raise FileError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins let anything through that a damaged file makes them do
         unidentified = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image file" if unidentified else getattr(error, "strerror", None) or str(error)
+        reason = "not an image file" if unidentified else getattr(error, "strerror", None) or _said(error)
         raise FileError(f"{path}: cannot be read as an image ({reason}); expected PNG, JPEG or the like") from None
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a file is meant as an image: by its suffix or, failing that, by how it begins.
+
+    A link to nothing is meant as one too, if its name does not say otherwise: what it stood for must be missed.
+    """
+    if path.exists() and not path.is_file():  # a pipe would wait for its writer
+        return False
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in _RARE_SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except FileNotFoundError:
+        return not suffix
+    except OSError:
+        return False
+    riff = start.startswith(b"RIFF") and start[8:12] == b"WEBP"
+    bitmap = start.startswith(b"BM") and start[6:10] == b"\0\0\0\0"
+    return (
+        start.startswith(_BEGINNINGS) or riff or bitmap or (start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS)
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is a system's or an editor's, not a person's."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def list_images(paths: list[str]) -> list[Path]:
     """Return the files among `paths`, with every folder replaced by the images in it, sorted by name.
+
+    Folders in folders are not looked into; `folders_in` names them.
 
     Raises:
         FileError: a folder holds no image or cannot be read.
@@ -58,27 +104,59 @@ def list_images(paths: list[str]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        try:
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-        except OSError as error:
-            raise FileError(f"{path}: cannot be listed ({error.strerror}); check its permissions") from None
+        inside = [p for p in _entries(path) if not p.is_dir() and is_image_file(p)]
         if not inside:
             raise FileError(f"{path}: a folder without images, expected files such as *.png or *.jpg")
         found += inside
     return found
 
 
+def folders_in(paths: list[str]) -> list[Path]:
+    """Return the folders, not hidden, in the folders among `paths`, which `list_images` does not look into."""
+    return [inside for path in map(Path, paths) if path.is_dir() for inside in _entries(path) if inside.is_dir()]
+
+
+def to_array(image: Any) -> np.ndarray:
+    """Return as an array what an app holds as its image or images.
+
+    Args:
+        image: an array or what numpy makes one of, or a PIL image, which comes upright, as grey or RGB.
+
+    Raises:
+        ImageError: nothing, a text, or what numpy cannot make an array of.
+    """
+    if hasattr(image, "getbands"):  # a PIL image, known without Pillow
+        try:
+            return _pixels(image)
+        except ImageError as error:
+            raise ImageError(f"PIL image: {error}") from None
+        except Exception as error:
+            raise ImageError(f"PIL image: cannot be read ({_said(error)}); convert it to RGB") from None
+    if image is None:
+        raise ImageError("None instead of an image: there is no frame; check the camera or what read the file")
+    if isinstance(image, (str, bytes, os.PathLike)):
+        raise ImageError(f"{image!r} instead of pixels; read a file with runtime.images.load_image")
+    try:
+        return np.asarray(image)
+    except Exception as error:
+        raise ImageError(
+            f"{type(image).__name__} that is no array ({_said(error)}), expected np.uint8; "
+            "give images of several sizes as a list of arrays"
+        ) from None
+
+
 def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
     """Return uint8 [N, H, W, C] as a model wants it.
 
     Args:
-        images: uint8, one image [H, W] or [H, W, 1 or 3], or a batch [N, H, W, 1 or 3] or [N, H, W], W > 4.
+        images: uint8, one image [H, W] or [H, W, 1 or 3], or a batch [N, H, W, 1 or 3] or [N, H, W], W > 4 and
+            N not 3, which could be the channels of one; or a PIL image. Three channels are RGB.
         expected: from the manifest; other sizes are resized to it or refused, as it says.
 
     Raises:
         ImageError: wrong dtype, shape, or a size that the manifest does not allow to be resized.
     """
-    images = np.asarray(images)
+    images = to_array(images)
     wanted = f"uint8 [H, W], [H, W, 3] or a batch [N, H, W, {expected.channels}]"
     if images.dtype != np.uint8:
         raise ImageError(f"image of dtype {images.dtype}, expected {wanted}; pass pixels 0..255 as np.uint8")
@@ -86,6 +164,11 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
         raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; it holds no pixel")
     if images.ndim in (3, 4) and images.shape[-1] in (2, 4):
         raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; drop its alpha channel")
+    if images.ndim == 3 and images.shape[0] == 3 and images.shape[2] not in (1, 3):
+        raise ImageError(
+            f"image of shape {list(images.shape)}, expected {wanted}; put the channels last, or give three grey "
+            f"images as {[*images.shape, 1]}"
+        )
     if images.ndim == 2:
         batch = images[None, :, :, None]
     elif images.ndim == 3:
@@ -149,6 +232,37 @@ def resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows, columns = (_bilinear_weights(maps.shape[axis + 1], size[axis]) for axis in (0, 1))
     resized: np.ndarray = (rows @ maps.astype(np.float64) @ columns.T).astype(np.float32)
     return resized
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """Return a PIL image, upright, as uint8 [H, W] if grey, otherwise as RGB [H, W, 3]."""
+    if image.mode[0] in "IF":  # converting these to 8 bits would clip them, not scale them
+        raise ImageError(f"has {image.mode} pixels, expected 8 bits a channel; convert it to 8 bits")
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # the pixels are whole though what is said about them is not
+        turn = None
+    if turn is not None:
+        from PIL import Image
+
+        image = image.transpose(Image.Transpose[turn])
+    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    if 0 in pixels.shape:
+        raise ImageError(f"is of {image.height}x{image.width} pixels, expected some; save it again")
+    return pixels
+
+
+def _said(error: Exception) -> str:
+    """Return an error's text as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @functools.lru_cache(maxsize=16)

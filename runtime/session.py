@@ -111,8 +111,8 @@ def open_session(
     data = model if isinstance(model, bytes) else read_bytes(model)
     manifest = read_manifest(data, source)
     for name, number in (("threads", threads), ("parallel_runs", parallel_runs)):
-        if number is not None and number < 1:
-            raise OptionError(f"{name} {number}: expected a whole number from 1")
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise OptionError(f"{name} {number!r}: expected a whole number from 1")
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
         raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")

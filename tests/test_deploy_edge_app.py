@@ -4,14 +4,17 @@ import importlib.util
 import re
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.edge_app import main
+from deploy.edge_app import FrameTimes, main
 from runtime import Classifier
-from runtime.errors import FileError, OptionError
+from runtime.errors import EngineError, FileError, OptionError
 from train.data import ImageData
 
 
@@ -86,6 +89,114 @@ def test_exactly_one_source_is_expected(digits_models: dict[str, Path], source: 
 def test_without_opencv_a_camera_is_one_line_that_names_the_extra(digits_models: dict[str, Path]) -> None:
     with pytest.raises(OptionError, match=r"^--camera needs OpenCV; pip install 'clearpact\[camera\]'$"):
         main([str(digits_models["ort"]), "--camera", "0"])
+
+
+class Camera:
+    """What OpenCV's VideoCapture does for the numbers of the frames below; no test machine has a camera."""
+
+    def __init__(self, frames: list[tuple[bool, object]], opens: bool = True) -> None:
+        self.frames, self.opens, self.released = iter(frames), opens, False
+
+    def isOpened(self) -> bool:  # noqa: N802
+        return self.opens
+
+    def read(self) -> tuple[bool, object]:
+        there, frame = next(self.frames, (False, None))
+        if isinstance(frame, Exception):
+            raise frame
+        return there, frame
+
+    def release(self) -> None:
+        self.released = True
+
+
+@pytest.fixture
+def plug_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Camera]:
+    def plug_in(*frames: object, opens: bool = True) -> Camera:
+        camera = Camera([frame if isinstance(frame, tuple) else (True, frame) for frame in frames], opens)
+        cv2 = types.ModuleType("cv2")
+        cv2.error, cv2.VideoCapture = OSError, lambda number: camera  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "cv2", cv2)
+        return camera
+
+    return plug_in
+
+
+def test_frames_of_every_form_are_rgb_or_grey(
+    digits_models: dict[str, Path], digits: ImageData, plug_in: Callable[..., Camera],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(0)
+    bgr = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    grey = digits.test_images[1, 0].numpy()
+    classifier = Classifier(digits_models["ort"])
+    expected = [classifier.predict([image])[0] for image in (bgr[..., ::-1], bgr[..., ::-1], grey, grey)]
+    camera = plug_in(bgr, np.dstack([bgr, bgr[..., 0]]), grey, grey[..., None])
+    assert main([str(digits_models["ort"]), "--camera", "0", "--frames", "4"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert [row[2:4] for row in rows] == [[p.label, f"{p.probability:.1%}"] for p in expected]
+    assert camera.released
+
+
+def test_a_lost_frame_is_reported_and_passed_over(
+    digits_models: dict[str, Path], plug_in: Callable[..., Camera], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.zeros((8, 8), np.uint8)
+    plug_in(grey, None, np.zeros((8, 8)), np.zeros((0, 8), np.uint8), grey)
+    assert main([str(digits_models["ort"]), "--camera", "0", "--frames", "5"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()] == ["0", "4", "frames,"]
+    assert [line.split(":")[1].strip() for line in err.splitlines()] == ["frame 1", "frame 2", "frame 3"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "^camera 3: ended after 0 frames; check its cable$"),
+        ([(False, None)], "^camera 3: ended after 0 frames"),
+        ([np.zeros((8, 8), np.uint8), (False, None)], "^camera 3: ended after 1 frames"),
+        ([None] * 200, "^camera 3: ended after 100 frames"),
+        ([OSError("no\nsignal")], "^camera 3: no signal; check its driver$"),
+    ],
+)
+def test_a_camera_that_ends_is_an_error_after_the_times(
+    digits_models: dict[str, Path], plug_in: Callable[..., Camera], frames: list[object], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    camera = plug_in(*frames)
+    with pytest.raises(EngineError, match=message):
+        main([str(digits_models["ort"]), "--camera", "3"])
+    assert camera.released
+    assert ("1 frames, median" in capsys.readouterr().out) == ("after 1 frames" in message)
+
+
+def test_a_camera_that_does_not_open_is_an_error(
+    digits_models: dict[str, Path], plug_in: Callable[..., Camera]
+) -> None:
+    plug_in(opens=False)
+    with pytest.raises(EngineError, match=r"^camera 0: not found"):
+        main([str(digits_models["ort"]), "--camera", "0"])
+
+
+def test_a_folder_with_nothing_readable_ends_with_status_2(
+    digits_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "gone")
+    (tmp_path / "more").mkdir()
+    assert main([str(digits_models["ort"]), str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(":")[0] for line in err.splitlines()] == ["note", "error", "error"]
+
+
+def test_the_times_of_years_need_no_more_memory_than_those_of_a_minute() -> None:
+    times = FrameTimes()
+    times.add(5.0)
+    for n in range(5000):
+        times.add(float(n))
+    assert len(times.latest_ms) == 1000
+    assert str(times) == "5001 frames, median of the last 1000 4499.50 ms, first 5.00 ms"
 
 
 def test_a_missing_model_is_an_error(frames: Path) -> None:

@@ -4,11 +4,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from PIL import Image
 
 from runtime import Classifier, ClearpactError, Prediction
-from runtime.classifier import MAX_BATCH, softmax
-from runtime.errors import EngineError, ImageError, OptionError
+from runtime.classifier import MAX_BATCH, finite, softmax
+from runtime.errors import EngineError, ImageError, ModelError, OptionError
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 
@@ -166,6 +168,128 @@ def test_leaving_the_with_block_closes_the_model_even_after_an_error(
 def test_errors_of_bytes_name_them_so() -> None:
     with pytest.raises(ClearpactError, match=r"^model bytes: an empty file, expected an ONNX file"):
         Classifier(b"")
+
+
+@pytest.mark.parametrize("call", ["predict", "explain"])
+def test_three_planes_are_not_three_grey_images(classifier: Classifier, images: np.ndarray, call: str) -> None:
+    planes = np.ascontiguousarray(np.repeat(images[0], 3, 2).transpose(2, 0, 1))
+    message = (
+        r"^image of shape \[3, 8, 8\], .*; put the channels last, or give three grey images as \[3, 8, 8, 1\]"
+    )
+    with pytest.raises(ImageError, match=message):
+        getattr(classifier, call)(planes)
+    with pytest.raises(ImageError, match=r"^element 0 of the list: shape \[3, 8, 8\], expected one image"):
+        getattr(classifier, call)([planes])
+    assert len(classifier.predict(images[:3])) == 3  # type: ignore[arg-type]
+    assert len(classifier.predict(list(images[:3, ..., 0]))) == 3
+    assert len(classifier.explain(list(images[:3, ..., 0])).label) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["predict", "explain", "logits"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "^None instead of an image: there is no frame"),
+        ("photo.png", "^'photo.png' instead of pixels; read a file with runtime.images.load_image$"),
+        (b"\x89PNG", "instead of pixels; read a file"),
+        (Path("photo.png"), "instead of pixels; read a file"),
+        ([], "^an empty list of images, expected at least one$"),
+        ((), "^an empty list of images, expected at least one$"),
+        ([None], "^None instead of an image"),
+        (["photo.png"], "^'photo.png' instead of pixels"),
+        ([[[1, 2], [3]]], "^list that is no array .*; give images of several sizes as a list of arrays$"),
+        ([[1, 2], [3]], "dtype int64"),
+        (np.array([["a", "b"]]), "^image of dtype <U1, expected uint8"),
+        (np.zeros((8, 8)), "^image of dtype float64, expected uint8 .*; pass pixels 0..255 as np.uint8$"),
+        (np.zeros((8, 8), np.int16), "^image of dtype int16"),
+        (np.zeros((8, 8), object), "^image of dtype object"),
+        (object(), "^image of dtype object"),
+        (7, "^image of dtype int64"),
+    ],
+)
+def test_what_is_no_image_is_our_error(classifier: Classifier, call: str, given: object, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        getattr(classifier, call)(given)
+
+
+@pytest.mark.parametrize("call", ["predict", "explain"])
+def test_a_list_holds_one_image_an_element(classifier: Classifier, images: np.ndarray, call: str) -> None:
+    with pytest.raises(ImageError, match=r"^element 1 of the list: a batch of shape \[4, 8, 8, 1\], expected one"):
+        getattr(classifier, call)([images[0], images[:4]])
+    with pytest.raises(ImageError, match=r"^element 0 of the list: shape \[4, 8, 8\], expected one image"):
+        getattr(classifier, call)([images[:4, ..., 0]])
+    of_one = [images[:1], images[0], images[0, ..., 0], images[:1, ..., 0]]
+    found = [p.logits for p in classifier.predict(tuple(of_one))]  # type: ignore[union-attr, arg-type]
+    assert all(np.array_equal(logits, found[0]) for logits in found)
+    assert np.array_equal(classifier.explain(of_one).logits, np.stack(found))
+
+
+def test_images_of_two_sizes_are_explained_one_by_one(classifier: Classifier, images: np.ndarray) -> None:
+    with pytest.raises(ImageError, match=r"^images of shapes \[\[8, 8, 1\], \[9, 9, 1\]\], expected one shape"):
+        classifier.explain([images[0], np.zeros((9, 9), np.uint8)])
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA", "1", "L"])
+def test_a_pil_image_is_classified_as_its_file_is(classifier: Classifier, digits: ImageData, mode: str) -> None:
+    shown = Image.fromarray(digits.test_images[1, 0].numpy()).convert(mode)
+    expected = classifier.predict(np.asarray(shown.convert("RGB")))
+    for found in (classifier.predict(shown), classifier.predict([shown])[0]):
+        assert np.array_equal(found.logits, expected.logits)  # type: ignore[union-attr]
+    assert np.array_equal(classifier.explain(shown).logits, expected.logits)  # type: ignore[union-attr]
+    assert classifier.explain(shown).overlay().shape == (8, 8, 3)
+    with pytest.raises(ImageError, match=r"^PIL image: has I;16 pixels, expected 8 bits"):
+        classifier.predict(Image.new("I;16", (8, 8)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_raise_instead_of_being_class_0(value: float) -> None:
+    logits = np.zeros((3, 4), np.float32)
+    assert finite(logits) is logits
+    logits[1, 2] = value
+    with pytest.raises(
+        ModelError, match=r"^image 1 of 3: the model gives logits that are not finite \(1 such image"
+    ):
+        finite(logits)
+
+
+def test_a_damaged_model_says_so_for_its_class_and_its_map(
+    digits_models: dict[str, Path], images: np.ndarray, tmp_path: Path
+) -> None:
+    model = onnx.load(digits_models["float"])
+    bias = next(t for t in model.graph.initializer if t.name.endswith("fc2.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    damaged = Classifier(tmp_path / "nan.onnx", engine="ort")
+    for call in (damaged.predict, damaged.explain, damaged.logits):
+        with pytest.raises(ModelError, match=r"^image 0 of 2: the model gives logits that are not finite"):
+            call(images[:2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "smoothgrad", "samples": "3"}, "^samples '3': expected a whole number from 1$"),
+        ({"method": "smoothgrad", "samples": 2.5}, r"^samples 2.5: expected a whole number from 1$"),
+        ({"method": "smoothgrad", "noise": "a"}, "^noise 'a': expected a share"),
+        ({"method": "smoothgrad", "seed": "x"}, "^seed 'x': expected a whole number from 0$"),
+        ({"method": "integrated_gradients", "steps": None}, "^steps None: expected a whole number"),
+        ({"method": "integrated_gradients", "baseline": "black"}, "^baseline 'black': expected a pixel level"),
+        ({"target": "cat"}, "^target 'cat': expected one class index"),
+        ({"target": [[1], [2, 3]]}, r"^target \[\[1\], \[2, 3\]\]: expected one class index"),
+    ],
+)
+def test_a_text_for_a_number_is_our_error(
+    classifier: Classifier, images: np.ndarray, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        classifier.explain(images[0], **arguments)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^top_k '3': expected a whole number from 1$"):
+        classifier.predict(images[0], top_k="3")  # type: ignore[call-overload]
+
+
+def test_threads_are_a_number(digits_models: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match=r"^threads '2': expected a whole number from 1$"):
+        Classifier(digits_models["ort"], threads="2")  # type: ignore[arg-type]
 
 
 def test_softmax_is_exact_for_logits_that_overflow_an_exponential() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,34 @@ def test_a_reader_that_goes_away_is_no_error(digits_models: dict[str, Path], pho
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "utf-8"])
+def test_names_that_the_terminal_cannot_encode_are_written_as_escapes(
+    digits_models: dict[str, Path], photos: Path, tmp_path: Path, encoding: str
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    names = ["日本.png", "é.png", os.fsdecode(b"caf\xe9.png"), "broken é日.png"]
+    for name in names[:3]:
+        (folder / name).write_bytes((photos / "0.png").read_bytes())
+    (folder / names[3]).write_bytes(b"no pixels")
+    for arguments in ([], ["--json"], ["--explain", tmp_path / "heats"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "runtime.classify", str(digits_models["ort"]), folder, *arguments],
+            cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == USER_ERROR
+        assert b"Traceback" not in done.stderr
+        assert done.stderr.count(b"\n") == 1
+        assert len(done.stdout.splitlines()) == 3
+
+
+def test_folders_in_a_folder_are_named_since_they_are_not_looked_into(
+    digits_models: dict[str, Path], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "more").mkdir()
+    assert main([str(digits_models["ort"]), str(photos)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    assert err == f"note: {photos}/more: a folder in a folder is not looked into; name it to have it classified\n"

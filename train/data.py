@@ -25,7 +25,8 @@ from torch import Tensor
 from runtime import command
 from runtime.errors import FileError, OptionError
 from runtime.files import write_atomically
-from train.splits import NAMED, PREFIX, Split, is_folder
+from runtime.outputs import check_outputs
+from train.splits import NAMED, PREFIX, Split, is_folder, sources_of
 
 if TYPE_CHECKING:
     from train.image_folder import FileImages, Reading
@@ -244,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=64, help="of folders: side in pixels (default: 64)")
     parser.add_argument("--split-seed", type=int, default=0, help="of folders without own split (default: 0)")
     options = parser.parse_args(argv)
+    check_outputs([options.output], inputs=sources_of(options.data, options.data_root))
     from train.image_folder import Reading
 
     # Everything goes into one file: it has to fit into memory.

@@ -6,6 +6,7 @@ their own, `PATH/train/cat/1.jpg` and `PATH/test/cat/7.jpg`, with or without `va
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -61,6 +62,13 @@ NAMED = {
         dropped=("BACKGROUND_Google",),
     ),
 }
+
+
+# Where torchvision keeps the others, below the data root.
+_ORIGINALS = {
+    "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,28 @@ def data_name(data: str, digest: str) -> str:
     """Return the name of a data set and, where it has one, its split, without the path of its folder."""
     prefix = PREFIX if data.startswith(PREFIX) else ""
     return f"{prefix}{short_name(data)}" + (f"@{digest}" if digest else "")
+
+
+def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
+    """Return the files and folders that are read for a data set's name, whether or not they are there.
+
+    Args:
+        data: as `python -m train` and `bench` take it: also an .npz file, a run's split.json, or None.
+        root: folder of the data sets' original files.
+    """
+    if data is None:
+        return []
+    if data.startswith(PREFIX):
+        return [Path(data.removeprefix(PREFIX))]
+    if data in NAMED:
+        return [Path(root, place) for place in NAMED[data].places]
+    if data in _ORIGINALS:
+        return [Path(root, _ORIGINALS[data])]
+    found = [Path(data)] if data.endswith((".npz", ".json")) else []
+    if data.endswith(".json"):
+        with contextlib.suppress(FileError):  # which is said when the images are read
+            found.append(Path(read(data).root))
+    return found
 
 
 def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:

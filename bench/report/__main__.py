@@ -21,14 +21,16 @@ from bench.report.maps import explain, maps_section
 from bench.report.measurements import measurements
 from bench.report.page import document
 from bench.report.provenance import commands_section, environment_section
-from bench.report.sources import Sources, read
+from bench.report.sources import Sources, files_of, read
 from bench.report.speed import front_section, latency_section
 from bench.report.subjects import Subject, open_subjects, own_samples
 from bench.report.training import training_section
 from bench.streams import ImageStream
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import check_writable, write_atomically
+from runtime.files import write_atomically
+from runtime.outputs import check_outputs
+from train.splits import sources_of
 
 EXAMPLES = """
   python -m bench.report runs/mnist-cnn2-8bit-sgt -o report.html
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("samples", "images"):
         if getattr(options, name) < 1:
             raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from 1")
-    check_writable(options.output)
+    check_outputs(
+        [options.output], inputs=[*files_of(options.sources), *sources_of(options.data, options.data_root)]
+    )
     here = environment()
     sources = read(options.sources)
     subjects = open_subjects(sources, engine=options.engine)

@@ -93,13 +93,10 @@ def read(paths: Sequence[str]) -> Sources:
         FileError: a file is missing, damaged, or of another kind.
         OptionError: a path is neither of the kinds that there are, or a run needs what is not installed.
     """
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        files |= dict.fromkeys(_inside(path) if path.is_dir() else [path])
     runs: list[Run] = []
     models: list[Model] = []
     records: list[Record] = []
-    for file in files:
+    for file in files_of(paths):
         if file.suffix == ".pt":
             runs.append(_read_run(file))
         elif file.suffix == ".onnx":
@@ -110,6 +107,14 @@ def read(paths: Sequence[str]) -> Sources:
         else:
             raise OptionError(f"{file}: {EXPECTED}")
     return Sources(tuple(runs), tuple(models), tuple(records))
+
+
+def files_of(paths: Sequence[str]) -> list[Path]:
+    """Return the files that `read` reads, each once."""
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        files |= dict.fromkeys(_inside(path) if path.is_dir() else [path])
+    return list(files)
 
 
 @contextlib.contextmanager
