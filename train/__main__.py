@@ -6,7 +6,9 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m train")
 
 import argparse
+import contextlib
 import csv
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -18,20 +20,23 @@ import torch
 
 from runtime import command
 from runtime.errors import EngineError, FileError, OptionError
-from runtime.files import check_writable, read_bytes, remove_leftovers, write_atomically
+from runtime.files import read_bytes, remove_leftovers, write_atomically
+from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import data, factory, loop, processes, recipes, splits
+from train import data, factory, loop, processes, recipes, resuming, splits
 from train.checkpoint import Checkpoint
 from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.guidance import FILLS
 from train.image_folder import MEMORY_BYTES, reading_of
 from train.models import ARCHITECTURES
+from train.ownership import owned
 from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
 from train.splits import SPLIT_NAME
 
 CHECKPOINT_NAME = "ckpt.pt"
+FILES = (CHECKPOINT_NAME, "metrics.csv", "curves.png", "alpha.png", SPLIT_NAME)
 _SHOWN = 5  # unreadable images that are named on the terminal
 
 EXAMPLES = """
@@ -49,7 +54,8 @@ EXAMPLES = """
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train or resume one run: checkpoint, metrics.csv, TensorBoard events and plots in its folder."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     if options.list_recipes:
         print(recipes.table())
         return
@@ -58,34 +64,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = processes.join(_device(options.device))
     if options.resume:
         folder = Path(options.resume)
-        checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
-        images = _load(checkpoint.recipe, options, folder)
+        start = functools.partial(_resumed, options, _chosen(parser, options), folder)
+        exists = (folder / CHECKPOINT_NAME).exists()  # else nothing is to be made there
     else:
         arch, quant, recipe = _settings(options)
         data_name = splits.short_name(recipe.data)
         name = f"{data_name}-{arch.rpartition(':')[2]}-{_bits_name(quant)}-{recipe.method}"
-        name = options.name or options.recipe or name
-        folder = Path(options.runs) / name
-        if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
-            raise OptionError(
-                f"{folder}: holds a run already; continue it with --resume {folder}, "
-                "replace it with --overwrite, or choose another --name"
-            )
-        check_writable(folder / CHECKPOINT_NAME)
-        images = _load(recipe, options)
-        if images.split is not None:
-            recipe = replace(recipe, split=images.split.digest)
-        checkpoint = loop.start(arch, images, quant, recipe)
+        folder = Path(options.runs) / (options.name or options.recipe or name)
+        start = functools.partial(_started, options, folder, arch, quant, recipe)
+        exists = True
+    with owned(folder) if exists and processes.rank() == 0 else contextlib.nullcontext():
+        checkpoint, images, notes = start()
+        if processes.rank() == 0:
+            remove_leftovers(folder)
+            if images.split is not None:
+                splits.write(images.split, folder / SPLIT_NAME)
+            _print_run(checkpoint, images, folder, device, notes)
+        _train(checkpoint, images, folder, device)
+        if processes.rank() == 0:
+            print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
+        processes.leave()
 
-    if processes.rank() == 0:
-        remove_leftovers(folder)
-        if images.split is not None:
-            splits.write(images.split, folder / SPLIT_NAME)
-        _print_run(checkpoint, images, folder, device)
-    _train(checkpoint, images, folder, device)
-    if processes.rank() == 0:
-        print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
-    processes.leave()
+
+def _started(
+    options: argparse.Namespace, folder: Path, arch: str, quant: QuantSpec, recipe: Recipe
+) -> tuple[Checkpoint, data.ImageData, list[str]]:
+    """Return a run before its first epoch, its images, and no remarks."""
+    if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
+        raise OptionError(
+            f"{folder}: holds a run already; continue it with --resume {folder}, "
+            "replace it with --overwrite, or choose another --name"
+        )
+    inputs = [recipe.init, recipe.teacher, options.bits_file, *splits.sources_of(recipe.data, options.data_root)]
+    check_outputs([folder / name for name in FILES], inputs=inputs)
+    images = _load(recipe, options)
+    if images.split is not None:
+        recipe = replace(recipe, split=images.split.digest)
+    return loop.start(arch, images, quant, recipe), images, []
+
+
+def _resumed(
+    options: argparse.Namespace, chosen: dict[str, Any], folder: Path
+) -> tuple[Checkpoint, data.ImageData, list[str]]:
+    """Return a run where it stopped, its images, and what is to be said about the options given with --resume."""
+    checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
+    checkpoint, notes = resuming.with_options(checkpoint, chosen, folder)
+    images = _load(checkpoint.recipe, options, folder)
+    if images.classes != checkpoint.classes:
+        raise OptionError(
+            f"{images.name}: classes {', '.join(images.classes[:3])} ..., expected the run's, "
+            f"{', '.join(checkpoint.classes[:3])} ...; name the data it began with"
+        )
+    return checkpoint, images, notes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,17 +216,25 @@ def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
     else:
         arch, quant = "cnn2", QuantSpec()
         recipe = default_recipe(options.data, options.method or "sgt")
-    chosen = {
-        "bits": options.bits,
-        "weights": options.weights,
-        "full_grid": options.full_grid or None,
-        "addends": options.addends or None,
-    }
-    if options.bits_file:
-        chosen["layer_bits"] = _layer_bits(options.bits_file)
-    quant = replace(quant, **_given(chosen))
+    quant = replace(quant, **_quantization(options))
     recipe = replace(recipe, **_given({f.name: getattr(options, f.name, None) for f in fields(Recipe)}))
     return options.arch or arch, quant, recipe
+
+
+def _quantization(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of QuantSpec that the options give."""
+    bits = _layer_bits(options.bits_file) if options.bits_file else None
+    return _given({
+        "bits": options.bits, "weights": options.weights, "full_grid": options.full_grid or None,
+        "addends": options.addends or None, "layer_bits": bits,
+    })  # fmt: skip
+
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are given and are not the default, with those of the quantization as its fields."""
+    changed = {name: v for name, v in vars(options).items() if v != parser.get_default(name)}
+    changed.pop("bits_file", None)
+    return changed | _quantization(options)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +260,9 @@ def _device(name: str) -> str:
     return name
 
 
-def _print_run(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
+def _print_run(
+    checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str, notes: Sequence[str]
+) -> None:
     recipe, network = checkpoint.recipe, checkpoint.network()
     parameters = sum(p.numel() for p in network.parameters())
     print(f"run      {folder}  ({device}, {torch.get_num_threads()} threads)")
@@ -243,8 +283,13 @@ def _print_run(checkpoint: Checkpoint, images: data.ImageData, folder: Path, dev
     for layer in describe(network):
         if layer.bits is None and "folded" not in layer.reason and checkpoint.quant.bits != FLOAT_BITS:
             print(f"float    {layer.name} ({layer.kind}): {layer.reason}")
-    if checkpoint.history:
-        print(f"resumed  after epoch {len(checkpoint.history)}")
+    for note in notes:
+        print(f"note     {note}")
+    done = len(checkpoint.history)
+    if done >= recipe.epochs:
+        print(f"finished all {done} epochs are done; train on with --resume {folder} --epochs {2 * done}")
+    elif done:
+        print(f"resumed  after epoch {done}")
 
 
 def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> data.ImageData:
@@ -257,6 +302,10 @@ def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) 
         workers=options.workers,
         memory_bytes=int(options.memory_gib * 2**30),
     )
+    if reading.split is not None:
+        reading = replace(
+            reading, split=resuming.located(reading.split, recipe.data, options.data, options.data_root)
+        )
     with processes.first_alone():
         images = data.load(recipe.data, options.data_root, reading)
     return data.hold_out(images, recipe.validation)

@@ -117,6 +117,8 @@ def load(data: str, root: str | Path, reading: Reading) -> ImageData:
             `strict` or the split of an earlier run, one image that cannot be read.
     """
     split = reading.split or splits.find(data, root, seed=reading.seed)
+    if not Path(split.root).is_dir():
+        raise FileError(f"{split.root}: no such folder; where the images have moved, name it: --data folder:PATH")
     paths = {part: split.part(part)[0] for part in PARTS}
     count = sum(map(len, paths.values()))
     workers = worker_count(count) if reading.workers is None else reading.workers

@@ -68,7 +68,7 @@ def part(n: int) -> slice:
     if n % size():
         raise OptionError(
             f"batch of {n} images: {size()} processes cannot share it equally; "
-            f"give --batch-size a multiple of {size()}"
+            f"give --batch-size a multiple of {size()}, not above the number of training images"
         )
     share = n // size()
     return slice(rank() * share, (rank() + 1) * share)

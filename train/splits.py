@@ -151,6 +151,11 @@ def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
     return found
 
 
+def place_of(data: str, root: str | Path = "data") -> Path:
+    """Return the folder of "folder:PATH" or, below `root`, of one of NAMED; FileError if that is not there."""
+    return Path(data.removeprefix(PREFIX)) if data.startswith(PREFIX) else _named_path(data, Path(root))
+
+
 def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
     """Return the split of a folder: its own, or 80/10/10 of every class.
 
@@ -165,7 +170,7 @@ def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
     Raises:
         FileError: the folder is missing or laid out otherwise.
     """
-    path = Path(data.removeprefix(PREFIX)) if data.startswith(PREFIX) else _named_path(data, Path(root))
+    path = place_of(data, root)
     folders = _class_folders(path)
     parts = {_OTHER_NAMES.get(name.lower(), name.lower()): name for name in folders}
     others = sorted(parts.keys() - {*PARTS})
