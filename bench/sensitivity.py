@@ -99,8 +99,13 @@ def network_with_bits(checkpoint: Checkpoint, bits: Mapping[str, int]) -> nn.Mod
 
 
 def own_answers(checkpoint: Checkpoint, test: LabelledImages) -> Own:
-    """Return what the checkpoint's network, float or quantized, makes of the samples."""
-    logits, maps = _explained(checkpoint.network(), checkpoint, test.images, np.full(len(test.labels), -1))
+    """Return what the checkpoint's network, float or quantized, makes of the samples.
+
+    Biases stay where training left them, as in the networks of other bits: the grids of their sums are others.
+    """
+    logits, maps = _explained(
+        checkpoint.training_network().eval(), checkpoint, test.images, np.full(len(test.labels), -1)
+    )
     predicted = logits.argmax(1)
     return Own(Effect(_accuracy(predicted, test.labels), 1.0), predicted, maps)
 

@@ -41,7 +41,7 @@ def step_of(images: data.ImageData, arch: str, quant: QuantSpec, recipe: Recipe)
     """
     recipe = replace(recipe, lr=0.0)
     checkpoint = loop.start(arch, images, quant, recipe)
-    model = in_precision(place(checkpoint.network(), "cpu"), recipe.precision).train()
+    model = in_precision(place(checkpoint.training_network(), "cpu"), recipe.precision).train()
     count = min(recipe.batch_size, len(images.train_images))
     batch = checkpoint.input.normalize(images.train_images[:count])
     labels, index = images.train_labels[:count], torch.arange(count)

@@ -17,10 +17,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from export.operators import dequantize_weight, fake_quantize
 from train.data import InputSpec
-from train.grids import is_layer, norm_after
+from train.grids import grid_source, is_layer, norm_after
 from train.quant import float_weight, weight_quantizer
 from train.quantizers import PACT, InputQuantizer
-from train.traced import trace
+from train.traced import source, trace
 
 
 class FoldedLayer(nn.Module):
@@ -137,7 +137,9 @@ def deploy_form(network: nn.Module, input_spec: InputSpec, *, int8: bool = True)
             norm = modules[str(norm_node.target)] if norm_node is not None else None
             # A layer called twice may be followed by different norms: every call gets a module of its own.
             name = _unique(module, f"{node.target}", node)
-            module.add_submodule(name, _fold(layer, norm, int8=int8, axis=int(rows)))
+            grid = grid_source(source(node), modules)
+            inputs = modules[str(grid.target)].scale.detach() if grid is not None else None
+            module.add_submodule(name, _fold(layer, norm, inputs if int8 else None, int8=int8, axis=int(rows)))
             node.target = name
             if norm_node is not None:
                 norm_node.replace_all_uses_with(node)
@@ -169,7 +171,9 @@ def fold_weight(layer: nn.Module, norm: nn.Module | None) -> FoldedWeight:
     return FoldedWeight(codes, scale)
 
 
-def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool, axis: int) -> FoldedLayer:
+def _fold(
+    layer: nn.Module, norm: nn.Module | None, input_scale: Tensor | None, *, int8: bool, axis: int
+) -> FoldedLayer:
     bias = layer.bias if layer.bias is not None else torch.zeros(float_weight(layer).shape[0])
     bias = bias.detach().clone()  # type: ignore[operator]
     if norm is not None:
@@ -179,7 +183,14 @@ def _fold(layer: nn.Module, norm: nn.Module | None, *, int8: bool, axis: int) ->
         bias = (bias - mean) * _norm_factor(norm) + shift
     if int8 and weight_quantizer(layer) is not None:
         folded = fold_weight(layer, norm)
-        return FoldedLayer(layer, folded.codes, folded.scale, None, bias, axis=axis)
+        codes, scale = folded.codes, folded.scale
+        if input_scale is not None:
+            # Any scale will do for codes that are all zero. With this one the bias, all that such a channel has,
+            # is a whole number of accumulator steps that fits into an engine's int32.
+            dead = (codes.flatten(1) == 0).all(1)
+            fitting = (bias.abs() / input_scale / 2**20).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = torch.where(dead, torch.where(bias == 0, torch.ones_like(scale), fitting), scale)
+        return FoldedLayer(layer, codes, scale, None, bias, axis=axis)
     weight = float_weight(layer).detach()
     if norm is not None:
         weight = weight * _norm_factor(norm).reshape(-1, *[1] * (weight.ndim - 1))

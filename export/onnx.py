@@ -22,13 +22,21 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
 from export import calibration
 from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differentiate, export_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.gradient import GATES
+from export.openvino_lowering import average_exactly, keep_rounding
 from export.operators import OPSET, TARGETS, translations
-from export.ort_lowering import clip_after_pooling, move_codes, store_float_weights, take_pixels_as_codes
+from export.ort_lowering import (
+    clip_after_pooling,
+    keep_float,
+    move_codes,
+    store_float_weights,
+    take_pixels_as_codes,
+)
 from export.verify import CODES_SUFFIX, Verification, verify
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -37,6 +45,7 @@ from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Mani
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
+from train.accumulators import LARGEST_SUM, accumulators
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, describe
 from train.splits import is_folder, sources_of
@@ -113,11 +122,12 @@ def export(
         _refuse_for_tensorrt(checkpoint)
     status("exporting ...")
     network = checkpoint.network()
+    overflowing = _overflowing(network, checkpoint, target) if int8 else set()
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
     _name_values(model, form)
     if target == "ort":
-        store_float_weights(model)
+        store_float_weights(model, overflowing)
     status("verifying on real images ...")
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
@@ -131,10 +141,14 @@ def export(
             model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
         )
         model = differentiated.model
+    if target == "openvino" and int8:
+        average_exactly(model)
+        keep_rounding(model)
     if target == "ort":
         if int8:
             take_pixels_as_codes(model, NORMALIZED)
             clip_after_pooling(model)
+            keep_float(model)
         move_codes(model)
     if saliency:
         status("comparing maps ...")
@@ -162,6 +176,25 @@ def _refuse_for_tensorrt(checkpoint: Checkpoint) -> None:
             "target tensorrt: adds in the convolution's kernel, before rounding; a network trained with --addends "
             "rounds what it adds; train it without"
         )
+
+
+def _overflowing(network: nn.Module, checkpoint: Checkpoint, target: str) -> set[str]:
+    """Return the layers that ONNX Runtime must compute in float, since their bias does not fit into its int32.
+
+    Raises:
+        ModelError: the products of a layer alone can leave int32, which is where every engine adds them up.
+    """
+    found = set()
+    for call in accumulators(network, checkpoint.image_shape):
+        if (call.largest > LARGEST_SUM).any():
+            raise ModelError(
+                f"layer {call.name}: its products of codes can add up to {call.largest.max():.3g}, and engines "
+                f"count to {LARGEST_SUM:,}; train it with fewer bits (--bits-file), or pool before it"
+            )
+        # Where all codes are zero, the deploy form chooses a scale that the bias fits.
+        if target == "ort" and (call.overflows & (call.largest > 0)).any():
+            found.add(call.name)
+    return found
 
 
 def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:

@@ -9,6 +9,7 @@ executed in every run (1.31, which keeps it for fusions). Its weight is the floa
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -18,13 +19,19 @@ from export.gradient_tape import attributes
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_LOWEST = "ort/lowest"
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 # What a shortcut is subsampled and widened with; on codes, so that the sum after it is one of codes.
 _SHORTCUTS = ("Slice", "Pad")
 
 
-def store_float_weights(model: onnx.ModelProto) -> None:
-    """Replace, in place, the codes of `network.X.codes` by the float `network.X.weight` where X runs in float."""
+def store_float_weights(model: onnx.ModelProto, layers: Collection[str] = ()) -> None:
+    """Replace, in place, the codes of `network.X.codes` by the float `network.X.weight` where X runs in float.
+
+    Args:
+        model: an exported graph.
+        layers: names X that are to run in float, besides those whose result is not quantized at once.
+    """
     graph = model.graph
     codes = {t.name: t for t in graph.initializer}
     weights = {
@@ -33,7 +40,10 @@ def store_float_weights(model: onnx.ModelProto) -> None:
     quantized = {n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
     for product in [n for n in graph.node if n.op_type in _PRODUCTS]:
         node = weights.get(product.input[1])
-        if node is None or node.input[0] not in codes or product.output[0] in quantized:
+        if node is None or node.input[0] not in codes:
+            continue
+        named = node.input[0].removeprefix("network.").removesuffix(".codes")
+        if product.output[0] in quantized and named not in layers:
             continue
         stored = codes[node.input[0]]
         values = numpy_helper.to_array(stored)
@@ -51,6 +61,38 @@ def store_float_weights(model: onnx.ModelProto) -> None:
     for tensor in codes.values():
         if tensor.name not in used:
             graph.initializer.remove(tensor)
+
+
+def keep_float(model: onnx.ModelProto) -> None:
+    """Part, in place, every product with a float weight from the quantizer that reads it.
+
+    Between two grids, ONNX Runtime (1.31, WeightBiasQuantization) quantizes a weight that the file has in float.
+    It does not where a maximum with the lowest float, which changes no number, follows the product.
+    """
+    graph = model.graph
+    dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    readers: dict[str, set[str]] = defaultdict(set)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].add(node.op_type)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if (
+            node.op_type in _PRODUCTS
+            and node.input[1] not in dequantized
+            and not node.output[0].startswith(GRADIENT_PREFIX)
+            and readers[node.output[0]] & {"QuantizeLinear", "Relu", "Clip"}
+        ):
+            result = node.output[0]
+            node.output[0] = f"{result}/float"
+            nodes.append(helper.make_node("Max", [node.output[0], _LOWEST], [result], name=result))
+    if len(nodes) > len(graph.node):
+        lowest = np.array(np.finfo(np.float32).min, np.float32)
+        graph.initializer.append(numpy_helper.from_array(lowest, _LOWEST))
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def take_pixels_as_codes(model: onnx.ModelProto, normalized: str) -> None:

@@ -27,7 +27,7 @@ def bits_of(network: torch.nn.Module) -> dict[str, int]:
 
 
 def test_one_layer_and_what_it_reads_changes_and_all_else_stays(digits_checkpoint: Checkpoint) -> None:
-    own, changed = digits_checkpoint.network(), network_with_bits(digits_checkpoint, {"conv2": 3})
+    own, changed = digits_checkpoint.training_network().eval(), network_with_bits(digits_checkpoint, {"conv2": 3})
     assert bits_of(changed) == {"conv1": 8, "conv2": 3, "fc1": 8, "fc2": 8}
     before, after = quantizers(own), quantizers(changed)
     assert [before[name].qmax == after[name].qmax for name in before].count(False) == 1

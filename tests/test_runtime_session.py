@@ -16,7 +16,7 @@ import torch
 from export.deploy_form import FoldedQuantizer, deploy_form, folded_layers
 from runtime import ClearpactError
 from runtime.errors import EngineError, FileError, ModelError, OptionError
-from runtime.openvino_session import _MAX_STATIC_SHAPES
+from runtime.openvino_session import _MAX_SHAPES
 from runtime.session import ENGINES, Session, open_session
 from train.checkpoint import Checkpoint
 from train.data import ImageData
@@ -112,13 +112,19 @@ def test_the_input_is_left_as_it_was_and_may_be_read_only(
     assert np.array_equal(frozen, images[:4])
 
 
-def test_openvino_compiles_few_static_shapes_and_one_for_all_other_batches(
+def test_openvino_keeps_a_static_shape_for_each_of_the_batch_sizes_used_last(
     digits_models: dict[str, Path], images: np.ndarray
 ) -> None:
     session = open_session(digits_models["openvino"], engine="openvino")
-    for batch in range(1, _MAX_STATIC_SHAPES + 4):
-        assert run(session, images[:batch]).shape == (batch, 10)
-    assert sorted(batch for batch, _ in session._variants) == list(range(_MAX_STATIC_SHAPES + 1))  # type: ignore[attr-defined]
+    expected = run(session, images[:1])
+    for batch in [*range(1, _MAX_SHAPES + 4), 1, 2, 20, 3]:
+        logits = run(session, images[:batch])
+        assert logits.shape == (batch, 10)
+        assert np.allclose(logits[:1], expected, atol=1e-4)
+    kept = [batch for batch, _ in session._variants]  # type: ignore[attr-defined]
+    assert len(kept) == _MAX_SHAPES
+    assert {1, 2, 20, 3, _MAX_SHAPES + 3} <= set(kept)
+    assert 0 not in kept
 
 
 @BOTH

@@ -144,7 +144,7 @@ def test_every_option_that_a_resumed_run_does_not_take_is_named(
         "--name": "b", "--runs": "elsewhere", "--image-size": "99", "--split-seed": "4", "--init": "x.pt",
         "--recipe": "maleki2024-cifar10", "--temperature": "2",
     }  # fmt: skip
-    flags = ["--overwrite", "--full-grid", "--addends", "--flip", "--pretrained", "--class-weights"]
+    flags = ["--overwrite", "--full-grid", "--addends", "--bias-grid", "--flip", "--pretrained", "--class-weights"]
     main(["--resume", str(copy), *(part for pair in given.items() for part in pair), *flags])
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note     ")]
     assert {line.split()[1].rstrip(":") for line in notes} == {*given, *flags}
@@ -178,7 +178,7 @@ def test_another_data_set_is_refused(copy: Path, digits_checkpoint: checkpoints.
         OptionError, match=r"^--data digits: the run trains on folder:.*mine; leave it out, or start"
     ):
         main(["--resume", str(copy), "--data", "digits"])
-    with pytest.raises(OptionError, match="^--data folder:x: the run trains on digits"):
+    with pytest.raises(OptionError, match=r"^--data folder:x: the run trains on digits"):
         with_options(digits_checkpoint, {"data": "folder:x"}, Path("runs/a"))
 
 
@@ -222,7 +222,7 @@ def test_a_run_replaces_nothing_that_it_reads(copy: Path, tmp_path: Path) -> Non
     before = (copy / "ckpt.pt").read_bytes()
     shared = ["--data", "digits", "--runs", str(copy.parent), "--name", "a", "--overwrite"]
     for option in ("--init", "--teacher"):
-        with pytest.raises(FileError, match="ckpt.pt: is an input, which is read; name another file to write"):
+        with pytest.raises(FileError, match=r"ckpt\.pt: is an input, which is read; name another file to write"):
             main([*shared, option, str(copy / "ckpt.pt")])
     photos = write_digits(tmp_path / "photos", {"zero": 5, "one": 5})
     with pytest.raises(FileError, match=rf"lies in {photos}, whose files are read"):

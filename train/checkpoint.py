@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
+from train.accumulators import put_biases_on_grid
 from train.data import InputSpec
 from train.models import build
 from train.quant import QuantSpec, quantize
@@ -61,12 +62,26 @@ class Checkpoint:
     def network(self) -> nn.Module:
         """Return the network in evaluation mode, quantized as trained, holding the saved parameters.
 
+        Its biases are on their accumulators' grids, if the quantization says so.
+
         Raises:
             OptionError: a factory made it, which runs for those alone who name it (train/factory.py).
         """
+        model = self.training_network().eval()
+        if self.quant.bias_grid:
+            put_biases_on_grid(model, self.image_shape)
+        return model
+
+    def training_network(self) -> nn.Module:
+        """Return the network with the saved parameters as they are, which training goes on from."""
         model = new_network(self.arch, self.quant, self.input)
         model.load_state_dict(self.state_dict)
-        return model.eval()
+        return model
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return (self.input.channels, *self.input.size)
 
     def float_state(self) -> dict[str, Tensor]:
         """Return the parameters and buffers of the network before quantization, as the architecture names them."""

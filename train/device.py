@@ -47,6 +47,6 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
 
 def arrange(images: Tensor) -> Tensor:
     """Return normalized images [N, C, H, W] in the memory format in which their device convolves fastest."""
-    # Crops come in channels_last. Every layer would keep it, and BatchNorm and the quantizers are slow in it on a CPU.
+    # Crops come in channels_last. Every layer would keep it, and BatchNorm and quantizers are slow in it on CPUs.
     layout = torch.contiguous_format if images.device.type == "cpu" else torch.channels_last
     return images.contiguous(memory_format=layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from runtime import command
 from runtime.errors import OptionError, TrainingError
 from train import checkpoint as checkpoints
 from train import processes
+from train.accumulators import biases_on_grid
 from train.balance import balanced_batches, class_weights
 from train.checkpoint import Checkpoint
 from train.data import ImageData, InputSpec, batches, stream
@@ -103,7 +105,7 @@ def fit(
         FileError: an image file is gone.
     """
     recipe = checkpoint.recipe
-    model = place(checkpoint.network(), device)
+    model = place(checkpoint.training_network().eval(), device)
     trained = in_precision(processes.parallel(model), recipe.precision)
     teacher = None
     if recipe.teacher:
@@ -133,9 +135,10 @@ def fit(
         except TrainingError as error:
             kept = f"{path} keeps epoch {epoch}" if epoch else "no epoch was finished"
             raise TrainingError(f"{error}; lower --lr ({recipe.lr:g}) or try another --seed; {kept}") from None
-        if val_images is not None and val_labels is not None:
-            row["val_accuracy"] = evaluate(checkpoint, model, val_images, val_labels)
-        row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
+        with biases_on_grid(model, checkpoint.image_shape) if checkpoint.quant.bias_grid else nullcontext():
+            if val_images is not None and val_labels is not None:
+                row["val_accuracy"] = evaluate(checkpoint, model, val_images, val_labels)
+            row["test_accuracy"] = evaluate(checkpoint, model, test_images, test_labels)
         row["seconds"] = time.perf_counter() - began
         row |= guidance.metrics() if guidance is not None else {}
         row |= {f"alpha/{n}": q.alpha.item() for n, q in quantizers(model).items() if isinstance(q, PACT)}

@@ -44,6 +44,9 @@ class QuantSpec:
         alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
         addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.
+        bias_grid: evaluated and shipped, biases are whole steps of their accumulators (train/accumulators.py), so
+            that ONNX Runtime's integer kernels add them exactly. Sums are then often exactly 0, where the gate
+            "ste" of the gradient (x >= 0) is at the mercy of float rounding; the gate "code" is not.
     """
 
     bits: int = 8
@@ -53,6 +56,7 @@ class QuantSpec:
     alpha: float = 6.0
     layer_bits: dict[str, int] = field(default_factory=dict)
     addends: bool = False
+    bias_grid: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.

@@ -1,0 +1,174 @@
+"""What OpenVINO must not be given: patterns of a Q/DQ graph that its plugin computes wrongly, written otherwise.
+
+Both were seen in OpenVINO 2026.4, and are looked for by the tests of this module with the plain engine:
+
+An AveragePool behind a grid averages the integer codes, and rounds. The same mean as a convolution with equal
+weights, or as a ReduceMean where the window is the whole image, is computed in float.
+
+A quantizer that reads another one's values, directly or through what its plugin moves a scale through (Relu,
+MaxPool, Pad, sums, Concat), is merged into it, or into the convolution before both: the first rounding is lost,
+and where a Concat has unequal scales and an open batch, each channel's scale too. A maximum with the lowest float
+changes no number, and nothing is moved through it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+from export.gradient_tape import attributes, describe
+from runtime.errors import ModelError
+from runtime.onnx_bytes import GRADIENT_PREFIX
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LOWEST = "openvino/lowest"
+
+
+def average_exactly(model: onnx.ModelProto) -> None:
+    """Replace every average pooling of the class's graph, in place, by a mean or a depthwise convolution.
+
+    Raises:
+        ModelError: the image's size at a pooling is not fixed.
+    """
+    graph = model.graph
+    if not any(node.op_type == "AveragePool" for node in graph.node):
+        return
+    shapes = _shapes(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "AveragePool" or node.name.startswith(GRADIENT_PREFIX):
+            nodes.append(node)
+            continue
+        _, channels, *sizes = shapes.get(node.input[0], (0, 0, 0))
+        if not channels or not all(sizes):
+            raise ModelError(f"{describe(node)}: its image has no fixed size; export with fixed image sizes")
+        nodes += _averaged(node, graph, channels, sizes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _averaged(
+    node: onnx.NodeProto, graph: onnx.GraphProto, channels: int, sizes: list[int]
+) -> list[onnx.NodeProto]:
+    found, axes = attributes(node), len(sizes)
+    kernel = list(found["kernel_shape"])
+    strides = list(found.get("strides") or [1] * axes)
+    dilations = list(found.get("dilations") or [1] * axes)
+    windows = [
+        _windows(*one, found) for one in zip(sizes, kernel, strides, dilations, _pads(found, axes), strict=True)
+    ]
+    result, name = node.output[0], node.name or node.output[0]
+
+    def constant(part: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, f"{name}/{part}"))
+        return graph.initializer[-1].name
+
+    if kernel == sizes and all(len(counts) == 1 and not any(pads) for counts, pads in windows):
+        axis = constant("axes", np.arange(2, 2 + axes))
+        return [helper.make_node("ReduceMean", [node.input[0], axis], [result], name=name, keepdims=1)]
+    weight = constant("weight", np.full((channels, 1, *kernel), 1 / math.prod(kernel), np.float32))
+    pads = [pads for _, pads in windows]
+    convolution = helper.make_node(
+        "Conv", [node.input[0], weight], [result], name=name, kernel_shape=kernel, strides=strides,
+        dilations=dilations, group=channels, pads=[p[0] for p in pads] + [p[1] for p in pads],
+    )  # fmt: skip
+    counts = windows[0][0]
+    for other, _ in windows[1:]:
+        counts = np.multiply.outer(counts, other)
+    if np.all(counts == math.prod(kernel)):
+        return [convolution]
+    # Windows that reach over the edge average fewer pixels.
+    convolution.output[0] = f"{result}/sums"
+    factor = constant("factor", (math.prod(kernel) / counts)[None, None].astype(np.float32))
+    return [convolution, helper.make_node("Mul", [convolution.output[0], factor], [result], name=f"{name}/mean")]
+
+
+def _pads(found: dict[str, object], axes: int) -> list[tuple[int, int] | str]:
+    auto = found.get("auto_pad", b"NOTSET")
+    assert isinstance(auto, bytes)
+    if auto not in (b"NOTSET", b""):
+        return [auto.decode()] * axes
+    pads = list(found.get("pads") or [0] * (2 * axes))  # type: ignore[call-overload]
+    return list(zip(pads[:axes], pads[axes:], strict=True))
+
+
+def _windows(
+    size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int] | str, found: dict[str, object]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return, along one axis, how many pixels each window averages, and the padding of such a convolution."""
+    reach = dilation * (kernel - 1) + 1
+    if isinstance(pads, str):
+        total = max(0, (math.ceil(size / stride) - 1) * stride + reach - size) if pads != "VALID" else 0
+        pads = (total // 2, total - total // 2) if pads != "SAME_LOWER" else (total - total // 2, total // 2)
+    before, after = pads
+    steps = (size + before + after - reach) / stride
+    count = (math.ceil(steps) if found.get("ceil_mode", 0) else math.floor(steps)) + 1
+    if found.get("ceil_mode", 0) and (count - 1) * stride >= size + before:
+        count -= 1  # a window that begins in the padding behind the image is none
+    starts = np.arange(count) * stride - before
+    taps = starts[:, None] + np.arange(kernel) * dilation
+    padded = bool(found.get("count_include_pad", 0))
+    first, end = (-before, size + after) if padded else (0, size)
+    counts = ((taps >= first) & (taps < end)).sum(1)
+    return counts, (before, max(after, (count - 1) * stride + reach - size - before))
+
+
+def keep_rounding(model: onnx.ModelProto) -> None:
+    """Part, in place, every quantizer of the class's graph from a grid that it reads without a product between."""
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    constants = {t.name for t in graph.initializer}
+    on_grid: dict[str, bool] = {}
+
+    def from_grid(name: str) -> bool:
+        """Return whether a value is one of a grid, or made of such values alone (of a Concat: of one)."""
+        if name not in on_grid:
+            on_grid[name] = False
+            node = producer.get(name)
+            if node is not None and node.op_type not in _PRODUCTS:
+                given = [i for i in node.input if i and i not in constants]
+                if node.op_type == "DequantizeLinear":
+                    on_grid[name] = True
+                elif node.op_type == "Concat":
+                    on_grid[name] = any(map(from_grid, given))
+                else:
+                    on_grid[name] = bool(given) and all(map(from_grid, given))
+        return on_grid[name]
+
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        # The clip of a quantizer stands before it, or is its saturation.
+        clip = producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        reader = clip if clip is not None and clip.op_type in ("Clip", "Relu") else node
+        if (
+            node.op_type == "QuantizeLinear"
+            and not node.name.startswith(GRADIENT_PREFIX)
+            and not node.output[0].startswith(GRADIENT_PREFIX)
+            and from_grid(reader.input[0])
+        ):
+            apart = f"{reader.input[0]}/apart/{node.output[0]}"
+            barrier = helper.make_node("Max", [reader.input[0], _LOWEST], [apart], name=apart)
+            reader.input[0] = apart
+            if reader is node:
+                nodes.append(barrier)
+            else:
+                nodes.insert(nodes.index(reader), barrier)
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        lowest = np.array(np.finfo(np.float32).min, np.float32)
+        graph.initializer.append(numpy_helper.from_array(lowest, _LOWEST))
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a graph's values as far as they are known, 0 where a size is open."""
+    inferred = shape_inference.infer_shapes(model).graph
+    return {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
