@@ -91,43 +91,28 @@ def test_a_channel_without_codes_gets_a_scale_that_its_bias_fits() -> None:
     assert float(steps) == pytest.approx(2**20, rel=1e-5)
 
 
+class Wide(nn.Module):
+    """One linear layer on all of an image's values."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(len(weights), 2)
+        with torch.no_grad():
+            self.fc.weight.copy_(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
 def test_sums_that_leave_int32_are_found() -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(150_528, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x.flatten(1))
-
-    model = Wide()
-    with torch.no_grad():
-        model.fc.weight.fill_(1)
-    network = quantize(model, QuantSpec(8), input_scale=0.01).eval()
-    (call,) = accumulators(network, (3, 224, 224))
+    weights = torch.ones(150_528)
+    (call,) = accumulators(quantize(Wide(weights), QuantSpec(8), input_scale=0.01).eval(), (3, 224, 224))
     assert call.largest.tolist() == [150_528 * 127 * 128] * 2
     assert float(call.largest[0]) > LARGEST_SUM
     assert call.overflows.all()
-    with torch.no_grad():
-        model.fc.weight[:, 1:] = 0
-    (small,) = accumulators(quantize(_copy_of(model), QuantSpec(8), input_scale=0.01).eval(), (3, 224, 224))
+    weights[1:] = 0
+    (small,) = accumulators(quantize(Wide(weights), QuantSpec(8), input_scale=0.01).eval(), (3, 224, 224))
     assert not small.overflows.any()
-
-
-def _copy_of(model: nn.Module) -> nn.Module:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(150_528, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x.flatten(1))
-
-    copied = Wide()
-    with torch.no_grad():
-        copied.fc.weight.zero_()
-        copied.fc.weight[:, 0] = 1
-    return copied
 
 
 @pytest.mark.parametrize("product", ["Conv", "Gemm"])
