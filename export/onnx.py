@@ -193,7 +193,7 @@ def _overflowing(network: nn.Module, checkpoint: Checkpoint, target: str) -> set
             )
         # Where all codes are zero, the deploy form chooses a scale that the bias fits.
         if target == "ort" and (call.overflows & (call.largest > 0)).any():
-            found.add(call.name)
+            found |= {call.name, f"{call.name}_{call.call}"}  # as the deploy form names a layer called twice
     return found
 
 

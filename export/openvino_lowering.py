@@ -7,8 +7,7 @@ weights, or as a ReduceMean where the window is the whole image, is computed in 
 
 A quantizer that reads another one's values, directly or through what its plugin moves a scale through (Relu,
 MaxPool, Pad, sums, Concat), is merged into it, or into the convolution before both: the first rounding is lost,
-and where a Concat has unequal scales and an open batch, each channel's scale too. A maximum with the lowest float
-changes no number, and nothing is moved through it.
+and where a Concat has unequal scales and an open batch, each channel's scale too. A barrier keeps them apart.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
+from export.barrier import barrier, replace_nodes
 from export.gradient_tape import attributes, describe
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LOWEST = "openvino/lowest"
 
 
 def average_exactly(model: onnx.ModelProto) -> None:
@@ -46,8 +45,7 @@ def average_exactly(model: onnx.ModelProto) -> None:
         if not channels or not all(sizes):
             raise ModelError(f"{describe(node)}: its image has no fixed size; export with fixed image sizes")
         nodes += _averaged(node, graph, channels, sizes)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, nodes)
 
 
 def _averaged(
@@ -150,19 +148,14 @@ def keep_rounding(model: onnx.ModelProto) -> None:
             and from_grid(reader.input[0])
         ):
             apart = f"{reader.input[0]}/apart/{node.output[0]}"
-            barrier = helper.make_node("Max", [reader.input[0], _LOWEST], [apart], name=apart)
+            parted = barrier(reader.input[0], apart)
             reader.input[0] = apart
             if reader is node:
-                nodes.append(barrier)
+                nodes.append(parted)
             else:
-                nodes.insert(nodes.index(reader), barrier)
+                nodes.insert(nodes.index(reader), parted)
         nodes.append(node)
-    if len(nodes) > len(graph.node):
-        lowest = np.array(np.finfo(np.float32).min, np.float32)
-        graph.initializer.append(numpy_helper.from_array(lowest, _LOWEST))
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(kept)
+    replace_nodes(graph, nodes)
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

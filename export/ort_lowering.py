@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.barrier import barrier, replace_nodes
 from export.gradient_tape import attributes
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-_LOWEST = "ort/lowest"
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 # What a shortcut is subsampled and widened with; on codes, so that the sum after it is one of codes.
 _SHORTCUTS = ("Slice", "Pad")
@@ -67,7 +67,7 @@ def keep_float(model: onnx.ModelProto) -> None:
     """Part, in place, every product with a float weight from the quantizer that reads it.
 
     Between two grids, ONNX Runtime (1.31, WeightBiasQuantization) quantizes a weight that the file has in float.
-    It does not where a maximum with the lowest float, which changes no number, follows the product.
+    It does not where a barrier (export/barrier.py) follows the product.
     """
     graph = model.graph
     dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
@@ -86,13 +86,8 @@ def keep_float(model: onnx.ModelProto) -> None:
         ):
             result = node.output[0]
             node.output[0] = f"{result}/float"
-            nodes.append(helper.make_node("Max", [node.output[0], _LOWEST], [result], name=result))
-    if len(nodes) > len(graph.node):
-        lowest = np.array(np.finfo(np.float32).min, np.float32)
-        graph.initializer.append(numpy_helper.from_array(lowest, _LOWEST))
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(kept)
+            nodes.append(barrier(node.output[0], result))
+    replace_nodes(graph, nodes)
 
 
 def take_pixels_as_codes(model: onnx.ModelProto, normalized: str) -> None:
@@ -156,7 +151,7 @@ def move_codes(model: onnx.ModelProto) -> None:
         after.input[0], after.output[0] = codes, result
         dequantizers[result] = after
         moved += [move, after]
-    _replace(graph, moved)
+    _with_read_codes(graph, moved)
 
 
 def clip_after_pooling(model: onnx.ModelProto) -> None:
@@ -200,7 +195,7 @@ def clip_after_pooling(model: onnx.ModelProto) -> None:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         if node.output[0] in renamed:  # a gradient's node now, which goes with it
             node.output[0] = node.name = renamed[node.output[0]]
-    _replace(graph, nodes)
+    _with_read_codes(graph, nodes)
 
 
 def _thins_out(node: onnx.NodeProto) -> bool:
@@ -212,16 +207,15 @@ def _thins_out(node: onnx.NodeProto) -> bool:
     return node.op_type == "MaxPool" and max(found.get("strides", (1,))) > 1 and not padded
 
 
-def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+def _with_read_codes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     """Give a graph other nodes, without those that read codes for nobody."""
     used = {value.name for value in graph.output}
     kept = []
     for node in reversed(nodes):
         if node.op_type not in ("Clip", "DequantizeLinear") or node.output[0] in used:
             used.update(node.input)
-            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
-    del graph.node[:]
-    graph.node.extend(kept[::-1])
+            kept.append(node)
+    replace_nodes(graph, kept[::-1])
 
 
 def _moves(node: onnx.NodeProto, zeros: set[str]) -> bool:

@@ -31,6 +31,7 @@ class Accumulator:
 
     Args:
         name: of the layer.
+        call: name of the call, which tells those of one layer apart.
         layer: the layer.
         norm: the BatchNorm that is folded into it, or None.
         step: of each output channel, float64 [O]; 0 where the BatchNorm switches the channel off.
@@ -39,6 +40,7 @@ class Accumulator:
     """
 
     name: str
+    call: str
     layer: nn.Module
     norm: nn.Module | None
     step: Tensor
@@ -89,7 +91,7 @@ def accumulators(network: nn.Module, image: tuple[int, int, int]) -> list[Accumu
             factor, mean, shift = _of_norm(norm)
             step, bias = step * factor.abs(), (bias - mean) * factor + shift
         largest = codes * max(-inputs.qmin, inputs.qmax)
-        found.append(Accumulator(str(node.target), layer, norm, step, bias, largest))
+        found.append(Accumulator(str(node.target), node.name, layer, norm, step, bias, largest))
     return found
 
 
@@ -122,11 +124,11 @@ def put_biases_on_grid(network: nn.Module, image: tuple[int, int, int]) -> None:
 @contextmanager
 def biases_on_grid(network: nn.Module, image: tuple[int, int, int]) -> Iterator[None]:
     """Put a network's biases on their grids for a block, and back: training goes on from where they were."""
-    norms = (m for m in network.modules() if isinstance(m, (*grids.LAYERS, *grids.NORMS)))
-    kept = [(t, t.detach().clone()) for m in norms for t in (m.bias, getattr(m, "running_mean", None))
+    moved = (m for m in network.modules() if isinstance(m, (*grids.LAYERS, *grids.NORMS)))
+    kept = [(t, t.detach().clone()) for m in moved for t in (m.bias, getattr(m, "running_mean", None))
             if isinstance(t, Tensor)]  # fmt: skip
-    put_biases_on_grid(network, image)
     try:
+        put_biases_on_grid(network, image)
         yield
     finally:
         with torch.no_grad():
