@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     model = checkpoints.new_network(description, quant, input_spec, parameters)
     first = torch.randperm(len(data.train_images))[: min(_START_IMAGES, _pass_size(data.train_images))]
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
-    if initial is not None and initial.quant == quant:
+    if initial is not None and replace(initial.quant, bias_grid=quant.bias_grid) == quant:
         # The same grids: what alphas and scales have learned there is worth as much as the weights.
         model.load_state_dict(initial.state_dict)
     else:
