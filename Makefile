@@ -17,8 +17,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
 
+# Two processes with one thread each: the networks of the tests are too small to share one between cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

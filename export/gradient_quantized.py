@@ -6,7 +6,8 @@ representable and is 0 where it was clipped. The gate that decides is one of two
 - `code`: qmin < code < qmax, what the deployed network did. Code 0 of a ReLU contributed nothing; the last
   code was clipped. It needs only the dequantized value, which the engine has.
 - `ste`: low <= x < high on the float before the quantizer, the paper's gate (Choi et al. 2018, with low = 0
-  and high = alpha). It keeps the pre-activation in float, which ends the INT8 fusion of the convolution
+  and high = alpha); a low of 0 is 2^-10 steps below it, as in training, so that float rounding of a sum that is
+  0 decides nothing. It keeps the pre-activation in float, which ends the INT8 fusion of the convolution
   before it.
 
 A Relu or Clip just before a QuantizeLinear, and a Clip of its codes just after, narrow the range of the same
@@ -41,6 +42,9 @@ _SELECTING = {
 }
 
 
+# As train.quantizers has it; this package differentiates foreign graphs without torch.
+BELOW_ZERO_STEPS = 2.0**-10
+
 _CODES = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}
 
 
@@ -70,6 +74,7 @@ def _quantize(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         gate = _code_gate(t, unit)
     else:
         low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
+        low = np.where(unit.low == grid.zero_point, -BELOW_ZERO_STEPS * grid.scale, low)
         gate = _ste_gate(t, unit.x, low, high)
     dx = t.op("Mul", dy, gate)
     # Of a pair with two scales, the value that is given is a multiple of the one that was rounded.

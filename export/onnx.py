@@ -10,6 +10,7 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m export.onnx")
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -27,6 +28,7 @@ from torch import nn
 from export import calibration
 from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differentiate, export_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
+from export.engine_run import EngineRun, run_on_engine
 from export.gradient import GATES
 from export.openvino_lowering import average_exactly, keep_rounding
 from export.operators import OPSET, TARGETS, translations
@@ -37,20 +39,24 @@ from export.ort_lowering import (
     store_float_weights,
     take_pixels_as_codes,
 )
-from export.verify import CODES_SUFFIX, Verification, verify
+from export.probes import CODES_SUFFIX, UNCLIPPED_SUFFIX, probe
+from export.verify import Verification, verify
+from export.verify_gradient import GradientVerification, verify_gradient
 from runtime import command
 from runtime.errors import ModelError, OptionError
 from runtime.files import read_bytes, write_atomically
-from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Manifest
+from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Manifest, read_manifest
+from runtime.onnx_bytes import without_gradient
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import factory
-from train.accumulators import LARGEST_SUM, accumulators
+from train.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
 from train.checkpoint import Checkpoint
 from train.quant import FLOAT_BITS, describe
 from train.splits import is_folder, sources_of
 
 NORMALIZED = "normalized"
+_NOT_RUN = {"tensorrt": "python -m export.engine builds a plan and checks its layers"}
 
 EXAMPLES = """
   python -m export.onnx runs/mnist-cnn2-8bit-sgt/ckpt.pt --int8
@@ -63,11 +69,25 @@ EXAMPLES = """
 
 @dataclass(frozen=True)
 class Exported:
-    """A verified graph, its manifest, and what the comparisons found."""
+    """A verified file, and what the comparisons found.
 
+    Args:
+        data: contents of the file, which is what was verified.
+        model: the same as a graph.
+        manifest: in the file.
+        verification: weights, codes and logits, operator by operator.
+        gradients: the same of its gradient; None where it has none.
+        engine: the file on its engine; None where that is not installed.
+        differentiated: how the gradient was made.
+        agreement: its maps beside the float network's.
+    """
+
+    data: bytes
     model: onnx.ModelProto
     manifest: Manifest
     verification: Verification
+    gradients: GradientVerification | None
+    engine: EngineRun | None
     differentiated: Differentiated | None
     agreement: ExportAgreement | None
 
@@ -122,17 +142,16 @@ def export(
         _refuse_for_tensorrt(checkpoint)
     status("exporting ...")
     network = checkpoint.network()
+    if int8 and target == "ort" and not checkpoint.quant.bias_grid:
+        # Its integer kernels would round them, each image's codes then to be others than those verified.
+        put_biases_on_grid(network, checkpoint.image_shape)
     overflowing = _overflowing(network, checkpoint, target) if int8 else set()
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
     _name_values(model, form)
     if target == "ort":
         store_float_weights(model, overflowing)
-    status("verifying on real images ...")
-    # A float graph has no grids to compare: its reference is the deploy form.
-    reference = network if int8 else form.network
-    verification = verify(model, form, reference, checkpoint.input, checkpoint.samples["images"])
-    differentiated = agreement = None
+    differentiated = agreement = gradients = None
     if saliency_precision == "auto" and not (int8 and target == "openvino"):
         saliency_precision = "float32"
     if saliency:
@@ -141,28 +160,48 @@ def export(
             model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
         )
         model = differentiated.model
-    if target == "openvino" and int8:
-        average_exactly(model)
-        keep_rounding(model)
-    if target == "ort":
-        if int8:
-            take_pixels_as_codes(model, NORMALIZED)
-            clip_after_pooling(model)
-            keep_float(model)
-        move_codes(model)
+    for lower in lowerings(target, int8=int8):
+        lower(model)
+    resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
+    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+    onnx.checker.check_model(model, full_check=True)
+    # From here on only these bytes count: they are what is verified, last, and what is written.
+    data = model.SerializeToString()
+    model = onnx.load_model_from_string(data)
+    if read_manifest(data, "exported file") != manifest:
+        raise ModelError("manifest: another one is in the file; the export is not exact")
+    status("verifying on real images ...")
+    # A float graph has no grids to compare: its reference is the deploy form.
+    reference = network if int8 else form.network
+    class_only = onnx.load_model_from_string(without_gradient(data))
+    verification = verify(class_only, form, reference, checkpoint.input, checkpoint.samples["images"])
+    engine = run_on_engine(data, target, reference, checkpoint.input, checkpoint.samples["images"])
     if saliency:
         status("comparing maps ...")
+        assert differentiated is not None
+        gradients = verify_gradient(probe(model, form), reference, checkpoint, gate=gate, int8=differentiated.int8)
         agreement = export_agreement(model, checkpoint)
         if agreement.maps.spearman < required_agreement:
             raise ModelError(
                 f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
                 f"{required_agreement} at least; train with more bits, or require less"
             )
-    resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
-    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
-    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
-    onnx.checker.check_model(model, full_check=True)
-    return Exported(model, manifest, verification, differentiated, agreement)
+    return Exported(data, model, manifest, verification, gradients, engine, differentiated, agreement)
+
+
+def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], None]]:
+    """Return what is done to a graph, in place and in this order, for one engine."""
+    if target == "openvino" and int8:
+        return [average_exactly, keep_rounding]
+    if target == "ort" and int8:
+        return [
+            functools.partial(take_pixels_as_codes, normalized=NORMALIZED),
+            clip_after_pooling,
+            keep_float,
+            move_codes,
+        ]
+    return [move_codes] if target == "ort" else []
 
 
 def _refuse_for_tensorrt(checkpoint: Checkpoint) -> None:
@@ -249,10 +288,14 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
         if node.op == "call_module" and isinstance(form.network.get_submodule(str(node.target)), FoldedQuantizer)
     ]
     weights = {t.name for t in model.graph.initializer}
+    producer = {name: node for node in model.graph.node for name in node.output}
     dequantized = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in weights]
     if len(dequantized) != len(calls) * int(any(m.rounds for m in _folded_quantizers(form))):
         raise ModelError(f"exported graph: {len(dequantized)} activation grids, expected {len(calls)}")
     for node, name in zip(dequantized, calls, strict=False):
+        codes = producer[node.input[0]]
+        if codes.op_type == "Clip":
+            names[codes.input[0]] = f"{name}{UNCLIPPED_SUFFIX}"
         names[node.input[0]] = f"{name}{CODES_SUFFIX}"
         names[node.output[0]] = name
     for node in model.graph.node:
@@ -354,12 +397,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
         print(f"  {layer['name']:20} {layer['kind']:7} {form}")
     print(_wrapped(f"verified: {exported.verification}"))
-    for part in filter(None, (exported.differentiated, exported.agreement)):
+    not_run = f"not run on {options.target}: {_NOT_RUN.get(options.target, 'it is not installed here')}"
+    print(_wrapped(f"verified: {exported.engine or not_run}"))
+    for part in filter(None, (exported.gradients, exported.differentiated, exported.agreement)):
         print(_wrapped(f"explains: {part}"))
-    data = exported.model.SerializeToString()
-    write_atomically(output, data)
+    write_atomically(output, exported.data)
     gives = "class only" if options.no_saliency else "class and input gradient"
-    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 
 def _wrapped(text: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
 from export.operators import along
-from export.reference import reference_run
+from export.probes import probe
 from runtime.errors import ModelError
 from train.data import InputSpec
 from train.quant import weight_quantizer
@@ -39,7 +39,6 @@ MAX_LOGIT_STEPS = 1.0
 # images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
 # in the trained network itself.
 MAX_CHANGED_SHARE = 0.02
-CODES_SUFFIX = ".codes"
 _IMAGES_AT_ONCE = 32
 
 
@@ -87,7 +86,7 @@ def verify(
     """Compare an exported graph with the trained network.
 
     Args:
-        model: the ONNX graph; quantizer `q` has its codes in the value `q.codes`.
+        model: the ONNX graph, without its gradient.
         form: deploy form the graph was made from.
         network: the fake-quantized network of the checkpoint, in evaluation mode.
         input_spec: of the network.
@@ -97,18 +96,12 @@ def verify(
         ModelError: something differs; the text names the tensor.
     """
     weight_codes = _compare_weights(model, form)
-    names = [n for n, m in form.network.named_modules() if isinstance(m, FoldedQuantizer) and m.rounds]
-    run, reference = reference_run(model, [f"{name}{CODES_SUFFIX}" for name in names])
-    exact, zero_points = _in_float64(network), zero_points_of(model)
+    probed = probe(model, form)
+    exact = _in_float64(network)
     logits, same_codes, free, flipped, compared = [], [], [], [], 0
     for part in images.split(_IMAGES_AT_ONCE):
-        found = run({"image": part.permute(0, 2, 3, 1).contiguous().numpy()})
-        codes = {
-            name: torch.from_numpy(
-                found[f"{name}{CODES_SUFFIX}"].astype(np.int32) - zero_points[f"{name}{CODES_SUFFIX}"]
-            )
-            for name in names
-        }
+        found = probed.run({"image": part.permute(0, 2, 3, 1).contiguous().numpy()})
+        codes = probed.codes(found)
         x = input_spec.normalize(part)
         expected, logits_of_codes = run_layer_by_layer(network, network, x, codes)
         difference = {name: (code - expected[name].round()).abs() for name, code in codes.items()}
@@ -150,15 +143,8 @@ def verify(
         changed_classes=int(changed.sum()),
         undecided_classes=int((changed & undecided).sum()),
         max_logit_difference=float((ours - trained).abs().max()),
-        reference=reference,
+        reference=probed.reference,
     )
-
-
-def zero_points_of(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the zero point of every activation's codes: an engine may store signed ones in unsigned bytes."""
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0].endswith(CODES_SUFFIX)]
-    return {n.input[0]: int(constants[n.input[2]]) for n in nodes if n.input[0] not in constants}
 
 
 def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:

@@ -22,14 +22,15 @@ from torch import nn
 
 from export.onnx import export
 from export.operators import TARGETS
-from export.verify import CODES_SUFFIX, reference_run, zero_points_of
+from export.probes import CODES_SUFFIX, zero_points_of
+from export.reference import reference_run
 from tests.code_gate import with_code_gate
 from tests.toy_models import move_alphas, randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data import ImageData
 from train.quant import QuantSpec, start_alphas
-from train.quantizers import PACT
+from train.quantizers import BELOW_ZERO_STEPS, PACT
 from train.recipe import default_recipe
 
 BAR = 1e-4
@@ -96,7 +97,9 @@ def examples(name: str) -> tuple[torch.Tensor, np.ndarray]:
 
 def opened(gate: str, code: Any, x: Any, module: PACT) -> Any:
     """Return where a quantizer lets the gradient through, bool of the shape of its codes and of its input x."""
-    return (code > 0) & (code < module.qmax) if gate == "code" else (x >= 0) & (x < module.alpha.item())
+    if gate == "code":
+        return (code > 0) & (code < module.qmax)
+    return (x >= -BELOW_ZERO_STEPS * module.scale.item()) & (x < module.alpha.item())
 
 
 def by_autograd(name: str, gate: str) -> Found:

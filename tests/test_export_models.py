@@ -19,8 +19,8 @@ from torch import nn
 from export.engine_lowering import lower
 from export.onnx import Exported, export
 from export.plan_builder import BuildOptions, build
+from export.probes import CODES_SUFFIX
 from export.reference import reference_run
-from export.verify import CODES_SUFFIX
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME

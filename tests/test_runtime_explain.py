@@ -168,10 +168,11 @@ def test_integrated_gradients_are_captums_on_the_same_path(
         x, black, target=4, n_steps=64, method="riemann_middle", return_convergence_delta=True
     )
     errors = relative_errors(found.attribution, expected.detach().numpy())
-    # A step of a quantized network's path may meet a tie: see codes_agree. A float network has none.
-    assert np.quantile(errors, 1 if model == "float" else 0.95) < 1e-3
-    assert errors.max() < 1e-2
-    np.testing.assert_allclose(found.completeness_gap, gap.numpy(), atol=1e-3)
+    gaps = np.abs(found.completeness_gap - gap.numpy())
+    # A step of a quantized network's path, or an end, may meet a tie: see codes_agree. A float network has none.
+    for differences in (errors, gaps):
+        assert np.quantile(differences, 1 if model == "float" else 0.95) < 1e-3
+        assert differences.max() < 1e-2
 
 
 def test_what_rounding_the_path_costs_a_float_network(

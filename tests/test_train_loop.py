@@ -115,8 +115,8 @@ def test_a_run_that_starts_from_one_with_the_same_grids_takes_over_alphas_and_sc
     first = loop.fit(loop.start("cnn2", digits, spec, recipe), digits, path)
     started = loop.start("cnn2", digits, spec, dataclasses.replace(recipe, init=str(path)))
     assert state_equal(started, first)
-    on_grid = QuantSpec(2, "lsq", bias_grid=True)  # of the sums: codes and scales are the same
-    assert state_equal(loop.start("cnn2", digits, on_grid, dataclasses.replace(recipe, init=str(path))), first)
+    off_grid = QuantSpec(2, "lsq", bias_grid=False)  # of the sums: codes and scales are the same
+    assert state_equal(loop.start("cnn2", digits, off_grid, dataclasses.replace(recipe, init=str(path))), first)
     # On another grid they would mean something else: they start from the images again.
     other = loop.start("cnn2", digits, QuantSpec(3, "lsq"), dataclasses.replace(recipe, init=str(path)))
     scales = [key for key in first.state_dict if key.endswith("learned_scale")]

@@ -144,7 +144,15 @@ def test_every_option_that_a_resumed_run_does_not_take_is_named(
         "--name": "b", "--runs": "elsewhere", "--image-size": "99", "--split-seed": "4", "--init": "x.pt",
         "--recipe": "maleki2024-cifar10", "--temperature": "2",
     }  # fmt: skip
-    flags = ["--overwrite", "--full-grid", "--addends", "--bias-grid", "--flip", "--pretrained", "--class-weights"]
+    flags = [
+        "--overwrite",
+        "--full-grid",
+        "--addends",
+        "--no-bias-grid",
+        "--flip",
+        "--pretrained",
+        "--class-weights",
+    ]
     main(["--resume", str(copy), *(part for pair in given.items() for part in pair), *flags])
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note     ")]
     assert {line.split()[1].rstrip(":") for line in notes} == {*given, *flags}

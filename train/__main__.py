@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="8-bit codes 0..255, not 0..127: faster on CPUs, not for TensorRT")  # fmt: skip
     parser.add_argument("--addends", action="store_true",
                         help="grids on what sums add: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
-    parser.add_argument("--bias-grid", action="store_true",
-                        help="biases in whole steps of their sums: exact on ONNX Runtime")  # fmt: skip
+    parser.add_argument("--bias-grid", action=argparse.BooleanOptionalAction,
+                        help="biases in whole steps of their sums: exact on every engine (default)")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run's folder (default: from data, arch, bits, method)")
@@ -228,7 +228,7 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any]:
     bits = _layer_bits(options.bits_file) if options.bits_file else None
     return _given({
         "bits": options.bits, "weights": options.weights, "full_grid": options.full_grid or None,
-        "addends": options.addends or None, "bias_grid": options.bias_grid or None, "layer_bits": bits,
+        "addends": options.addends or None, "bias_grid": options.bias_grid, "layer_bits": bits,
     })  # fmt: skip
 
 

@@ -45,8 +45,7 @@ class QuantSpec:
         layer_bits: bits of single layers by module name, overriding the above.
         addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.
         bias_grid: evaluated and shipped, biases are whole steps of their accumulators (train/accumulators.py), so
-            that ONNX Runtime's integer kernels add them exactly. Sums are then often exactly 0, where the gate
-            "ste" of the gradient (x >= 0) is at the mercy of float rounding; the gate "code" is not.
+            that ONNX Runtime's integer kernels add them exactly.
     """
 
     bits: int = 8
@@ -56,7 +55,7 @@ class QuantSpec:
     alpha: float = 6.0
     layer_bits: dict[str, int] = field(default_factory=dict)
     addends: bool = False
-    bias_grid: bool = False
+    bias_grid: bool = True
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -88,7 +87,8 @@ class QuantSpec:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise OptionError(f"quantization spec: unknown fields {sorted(unknown)}; made by a newer version")
-        return cls(**values)
+        # A network of a version that had no such grid was evaluated, and is to ship, without.
+        return cls(**{"bias_grid": False} | values)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class _PACT(torch.autograd.Function):
         (grad,) = grad_outputs
         (ratio,) = ctx.saved_tensors
         below_clip, clip = _clip_bounds(ctx.qmax, ratio.dtype)
-        below_least, least = _clip_bounds(-ctx.qmin, ratio.dtype) if ctx.qmin else (0.0, -_BELOW_ZERO)
+        below_least, least = _clip_bounds(-ctx.qmin, ratio.dtype) if ctx.qmin else (0.0, BELOW_ZERO_STEPS)
         # Both are differentiable in `grad`, so that losses on the saliency itself can go through them twice.
         grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, -least, clip)
         grad_alpha = torch.ops.aten.threshold_backward(grad, ratio, below_clip).sum(dtype=ctx.alpha_dtype)
@@ -114,8 +114,10 @@ class _PACT(torch.autograd.Function):
         return grad_x, grad_alpha, None, None
 
 
-# A gate that is open above the largest normal float below zero is open at 0 itself.
-_BELOW_ZERO = -torch.finfo(torch.float32).tiny
+# How far below zero, in steps, the gate of an unsigned activation opens. Sums of codes are often exactly 0, which
+# float32 gives as a little more or less: the gate opens at 0 however the sum was rounded. (Of the codes at ties
+# that networks fresh from `quantize` rounded the other way, the farthest was at 5e-5 of a step.)
+BELOW_ZERO_STEPS = 2.0**-10
 
 
 @functools.cache
@@ -131,7 +133,7 @@ class PACT(nn.Module):
     Unsigned: y = clip(x, 0, alpha); signed: y = clip(x, alpha * qmin / qmax, alpha), which is -alpha but for codes
     from -128; both rounded to the grid with scale = alpha / qmax. Gradients are straight-through: dy/dx = 1 on
     0 <= x < alpha (if signed, strictly between the bounds), dy/dalpha = 1 where x >= alpha (if signed, qmin / qmax
-    at the lower bound and below).
+    at the lower bound and below). The 0 is 2^-10 steps wide: sums that are 0 are so in float32 up to rounding.
 
     Args:
         alpha: initial clipping value, > 0, in the activation's own unit.

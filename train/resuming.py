@@ -33,7 +33,8 @@ def with_options(checkpoint: Checkpoint, given: Mapping[str, Any], folder: Path)
     recipe, notes = checkpoint.recipe, []
     own = asdict(checkpoint.quant) | asdict(recipe) | {"arch": checkpoint.arch["name"], "name": folder.name}
     for option, value in given.items():
-        named = f"--{_NAMES.get(option, option).replace('_', '-')}" + ("" if value is True else f" {value}")
+        named = f"--{'no-' if value is False else ''}{_NAMES.get(option, option).replace('_', '-')}"
+        named += "" if isinstance(value, bool) else f" {value}"
         if option in _FREE or (option in own and own[option] == value):
             continue
         if option == "runs" and Path(value).resolve() == folder.resolve().parent:

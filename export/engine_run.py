@@ -1,0 +1,124 @@
+"""The final file on its engine, opened as the runtime opens it: what the optimizer makes of the graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import EngineError, ModelError
+from runtime.session import ENGINES, open_session
+from train.data import InputSpec
+
+# Rounding in other orders moves codes at ties, and a changed code moves logits: by so much of their norm at most,
+# in half of the images. (Seen: 2e-7 where every code is equal, 0.01 in DeiT-tiny, whose codes come from floats.)
+LARGEST_DIFFERENCE = 0.1
+# Images that may change class. Not counted are those whose two best logits are closer than logits move.
+MAX_CHANGED_SHARE = 0.02
+_IMAGES, _SINGLE_IMAGES = 64, 4
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What the engine computed, beside the trained network.
+
+    Args:
+        engine: name and version.
+        batches: sizes of the batches it ran.
+        samples: number of images.
+        changed_classes: images in another class than in the trained network, in any of the batches.
+        undecided_classes: those of them whose two best logits are closer than logits move.
+        differing: images whose logits differ by more than float32 rounds, 1e-4 of their norm.
+        median_difference: of logits, relative to their norm about their mean.
+    """
+
+    engine: str
+    batches: tuple[int, ...]
+    samples: int
+    changed_classes: int
+    undecided_classes: int
+    differing: int
+    median_difference: float
+
+    def __str__(self) -> str:
+        tied = f"{self.changed_classes} ({self.undecided_classes} of them nearly tied)"
+        changed = f"all but {tied}" if self.changed_classes else "all"
+        batches = " and ".join(map(str, self.batches))
+        return (
+            f"{self.engine}, batches of {batches}: {changed} of {self.samples} classes equal, logits by "
+            f"{self.median_difference:.1g} of their size (median), a differing code in {self.differing} images"
+        )
+
+
+def run_on_engine(
+    data: bytes, engine: str, network: nn.Module, input_spec: InputSpec, images: Tensor
+) -> EngineRun | None:
+    """Run the file on its engine and compare classes and logits with the trained network's.
+
+    Args:
+        data: contents of the file.
+        engine: one of runtime.session.ENGINES, or another target.
+        network: that was exported, in evaluation mode.
+        input_spec: of the network.
+        images: real images, uint8 [n, C, H, W]; the first of them are run.
+
+    Returns:
+        None where the engine is not installed here, or runs no ONNX file.
+
+    Raises:
+        ModelError: the engine cannot load the file, or computes something else.
+    """
+    if engine not in ENGINES:
+        return None
+    images = images[:_IMAGES]
+    batches = (1, len(images))
+    with torch.no_grad():
+        trained = torch.cat([network(input_spec.normalize(part)) for part in images.split(32)])
+    try:
+        session = open_session(data, engine=engine)
+    except EngineError:
+        return None
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    parts = [pixels[i : i + 1] for i in range(min(_SINGLE_IMAGES, len(pixels)))] + [pixels]
+    try:
+        found = [torch.from_numpy(session.run({"image": np.ascontiguousarray(part)})["logits"]) for part in parts]
+    finally:
+        session.close()
+    single, together = torch.cat(found[:-1]), found[-1]
+    pairs = ((single, trained[: len(single)]), (together, trained))
+    differences = [_difference(*pair) for pair in pairs]
+    median = max(float(difference.median()) for difference in differences)
+    changed = undecided = torch.zeros(len(images), dtype=torch.bool)
+    for ours, theirs in pairs:
+        moved = (ours - theirs).abs().amax(1).median()
+        best = theirs.topk(2, dim=1).values
+        other = torch.zeros_like(changed)
+        other[: len(ours)] = ours.argmax(1) != theirs.argmax(1)
+        close = torch.zeros_like(changed)
+        close[: len(ours)] = best[:, 0] - best[:, 1] <= 2 * moved
+        changed, undecided = changed | other, undecided | (other & close)
+    result = EngineRun(
+        engine=f"{session.engine} {session.version}",
+        batches=batches,
+        samples=len(images),
+        changed_classes=int(changed.sum()),
+        undecided_classes=int(undecided.sum()),
+        differing=int((differences[-1] > 1e-4).sum()),
+        median_difference=median,
+    )
+    decided = result.changed_classes - result.undecided_classes
+    if not median <= LARGEST_DIFFERENCE or decided > math.ceil(MAX_CHANGED_SHARE * len(images)):
+        raise ModelError(
+            f"{result}; expected the trained network's. The engine computes another network than the file says; "
+            "export for another --target, or report the network"
+        )
+    return result
+
+
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    """Return how far logits [n, K] are from what is expected, relative to the norm about its mean, [n]."""
+    size = (expected - expected.mean(1, keepdim=True)).norm(dim=1)
+    return (found - expected).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
