@@ -35,7 +35,7 @@ def test_the_price_of_the_gate_is_that_in_torch(
         maps.append(torch.autograd.grad(chosen.sum(), x)[0].abs().amax(1).numpy())
     for name, agreement in (("spearman", spearman(*maps)), ("top_overlap", top_overlap(*maps))):
         assert printed[name] == pytest.approx(summarize(agreement), abs=2e-3)
-        assert 0.5 < printed[name]["lowest_decile"] < printed[name]["mean"] < 1
+        assert 0.5 < printed[name]["lowest_decile"] <= printed[name]["mean"] < 1
 
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "maps of gate code against ste"

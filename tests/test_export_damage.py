@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from export import onnx as exporter
 from export.agreement import Differentiated
+from export.engine_run import run_on_engine
 from export.operators import TARGETS
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
@@ -151,20 +152,23 @@ def averaging(channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     return Averaging()
 
 
-def test_what_only_the_engine_does_wrong_ends_the_export(
-    digits: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_only_the_engine_does_wrong_is_seen(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is right, operator by operator; OpenVINO's plugin computes another."""
     factory.allow(f"{__name__}:averaging")
     checkpoint = loop.start(
         f"{__name__}:averaging", digits, QuantSpec(2, first_last_bits=2), default_recipe("digits")
     )
-    found = exporter.export(checkpoint, target="openvino", saliency=False).engine
+    exported = exporter.export(checkpoint, target="openvino", saliency=False)
+    found = exported.engine
     assert found is not None
     assert (found.changed_classes, found.differing, found.batches) == (0, 0, (1, 64))
     assert found.median_difference < 1e-5
-    monkeypatch.setattr(exporter, "lowerings", lambda target, int8: [])
+    other = checkpoint.network()
+    with torch.no_grad():
+        other.get_submodule("head").bias.add_(torch.arange(10.0))
+    images = checkpoint.samples["images"]
     with pytest.raises(
         ModelError, match=r"openvino .*, batches of 1 and 64: .* The engine computes another network"
     ):
-        exporter.export(checkpoint, target="openvino", saliency=False)
+        run_on_engine(exported.data, "openvino", other, checkpoint.input, images)
+    assert run_on_engine(exported.data, "tensorrt", other, checkpoint.input, images) is None
