@@ -214,8 +214,9 @@ def _train_epoch(
     if not is_finite(model.state_dict()):
         raise _divergence("a parameter is not finite", epoch, step, model, inputs)
     if isinstance(guidance, Smoot) and before is not None:
-        # Each image was seen by one process.
-        guidance.percent.copy_(before + processes.total(guidance.percent - before))
+        # Each image was seen by one process. In float64 the differences of float32 numbers are exact.
+        changes = guidance.percent.double() - before.double()
+        guidance.percent.copy_(before.double() + processes.total(changes))
     row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
     return row | {f"train_{key}": (processes.mean(value) / steps_per_epoch).item() for key, value in sums.items()}
 

@@ -87,7 +87,7 @@ class Recipe:
     kl_weight: float = 1.0
     fill: str = "random"
     top1_weight: float = 0.8
-    mask_speed: float = 10.0
+    mask_speed: float = 1.5
     saliency_weight: float = 1e-3
     alpha_weight: float = 1e-4
     threshold_rate: float = 0.01

@@ -45,7 +45,7 @@ _KARKEHABADI = Recipe(
     top1_weight=0.95, **_PLAIN_DESCENT,  # type: ignore[arg-type]
 )  # fmt: skip
 _NO_OPTIMIZER = "optimizer not published: gradient descent as in Algorithm 2"
-_NO_MU = "mu not published"
+_NO_MU = "mu not published: here 1.5, near the medians of its Tables II and III"
 _KARKEHABADI_DEEP = replace(_KARKEHABADI, lr=1e-3, top1_weight=0.8)
 _FROM_SCRATCH = f"{_NO_MU}; nor is what it started from: here from random parameters"
 
