@@ -14,7 +14,8 @@ from runtime.session import ENGINES, open_session
 from train.data import InputSpec
 
 # Rounding in other orders moves codes at ties, and a changed code moves logits: by so much of their norm at most,
-# in half of the images. (Seen: 2e-7 where every code is equal, 0.01 in DeiT-tiny, whose codes come from floats.)
+# in half of the images. (Seen: 2e-7 at most where every code is equal; 0.04 in DeiT-tiny, whose codes come from
+# floats; 0.26 to 0.5 in 2-bit networks whose average pooling OpenVINO rounded.)
 LARGEST_DIFFERENCE = 0.1
 # Images that may change class. Not counted are those whose two best logits are closer than logits move.
 MAX_CHANGED_SHARE = 0.02
@@ -54,7 +55,7 @@ class EngineRun:
 
 
 def run_on_engine(
-    data: bytes, engine: str, network: nn.Module, input_spec: InputSpec, images: Tensor
+    data: bytes, engine: str, network: nn.Module, input_spec: InputSpec, images: Tensor, *, tied: bool = False
 ) -> EngineRun | None:
     """Run the file on its engine and compare classes and logits with the trained network's.
 
@@ -64,6 +65,8 @@ def run_on_engine(
         network: that was exported, in evaluation mode.
         input_spec: of the network.
         images: real images, uint8 [n, C, H, W]; the first of them are run.
+        tied: many of its values lie at the border between two codes, where each engine may round otherwise: what
+            it computes is told, and not judged.
 
     Returns:
         None where the engine is not installed here, or runs no ONNX file.
@@ -91,26 +94,24 @@ def run_on_engine(
     pairs = ((single, trained[: len(single)]), (together, trained))
     differences = [_difference(*pair) for pair in pairs]
     median = max(float(difference.median()) for difference in differences)
-    changed = undecided = torch.zeros(len(images), dtype=torch.bool)
+    changed, decided = (torch.zeros(len(images), dtype=torch.bool) for _ in range(2))
     for ours, theirs in pairs:
-        moved = (ours - theirs).abs().amax(1).median()
+        other = ours.argmax(1) != theirs.argmax(1)
         best = theirs.topk(2, dim=1).values
-        other = torch.zeros_like(changed)
-        other[: len(ours)] = ours.argmax(1) != theirs.argmax(1)
-        close = torch.zeros_like(changed)
-        close[: len(ours)] = best[:, 0] - best[:, 1] <= 2 * moved
-        changed, undecided = changed | other, undecided | (other & close)
+        apart = best[:, 0] - best[:, 1] > 2 * (ours - theirs).abs().amax(1).median()
+        changed[: len(ours)] |= other
+        decided[: len(ours)] |= other & apart
     result = EngineRun(
         engine=f"{session.engine} {session.version}",
         batches=batches,
         samples=len(images),
         changed_classes=int(changed.sum()),
-        undecided_classes=int(undecided.sum()),
+        undecided_classes=int((changed & ~decided).sum()),
         differing=int((differences[-1] > 1e-4).sum()),
         median_difference=median,
     )
-    decided = result.changed_classes - result.undecided_classes
-    if not median <= LARGEST_DIFFERENCE or decided > math.ceil(MAX_CHANGED_SHARE * len(images)):
+    many = decided.sum() > math.ceil(MAX_CHANGED_SHARE * len(images))
+    if not tied and (not median <= LARGEST_DIFFERENCE or many):
         raise ModelError(
             f"{result}; expected the trained network's. The engine computes another network than the file says; "
             "export for another --target, or report the network"

@@ -42,7 +42,7 @@ _SELECTING = {
 }
 
 
-# As train.quantizers has it; this package differentiates foreign graphs without torch.
+# As train.quantizers has it; foreign graphs are differentiated without torch.
 BELOW_ZERO_STEPS = 2.0**-10
 
 _CODES = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}

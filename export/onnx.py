@@ -40,7 +40,7 @@ from export.ort_lowering import (
     take_pixels_as_codes,
 )
 from export.probes import CODES_SUFFIX, UNCLIPPED_SUFFIX, probe
-from export.verify import Verification, verify
+from export.verify import MAX_TIED_SHARE, Verification, verify
 from export.verify_gradient import GradientVerification, verify_gradient
 from runtime import command
 from runtime.errors import ModelError, OptionError
@@ -143,7 +143,7 @@ def export(
     status("exporting ...")
     network = checkpoint.network()
     if int8 and target == "ort" and not checkpoint.quant.bias_grid:
-        # Its integer kernels would round them, each image's codes then to be others than those verified.
+        # Its integer kernels would round them, and compute other codes than those that are verified.
         put_biases_on_grid(network, checkpoint.image_shape)
     overflowing = _overflowing(network, checkpoint, target) if int8 else set()
     form = deploy_form(network, checkpoint.input, int8=int8)
@@ -176,7 +176,10 @@ def export(
     reference = network if int8 else form.network
     class_only = onnx.load_model_from_string(without_gradient(data))
     verification = verify(class_only, form, reference, checkpoint.input, checkpoint.samples["images"])
-    engine = run_on_engine(data, target, reference, checkpoint.input, checkpoint.samples["images"])
+    engine = run_on_engine(
+        data, target, reference, checkpoint.input, checkpoint.samples["images"],
+        tied=verification.tied_share > MAX_TIED_SHARE,
+    )  # fmt: skip
     if saliency:
         status("comparing maps ...")
         assert differentiated is not None
@@ -396,6 +399,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layer in exported.manifest.layers:
         form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
         print(f"  {layer['name']:20} {layer['kind']:7} {form}")
+    if options.int8 and options.target == "ort" and not checkpoint.quant.bias_grid:
+        print(_wrapped("note: biases moved to whole steps of their sums, which the network was trained without"))
     print(_wrapped(f"verified: {exported.verification}"))
     not_run = f"not run on {options.target}: {_NOT_RUN.get(options.target, 'it is not installed here')}"
     print(_wrapped(f"verified: {exported.engine or not_run}"))

@@ -19,8 +19,9 @@ from train.checkpoint import Checkpoint
 from train.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
 
 # Largest difference from autograd's gradient, in its own norm, that half of the images may have. Float32 gradients
-# of the networks here differ by 1e-6, int8 ones by 0.02 to 0.15. (A Clip beside a quantizer narrows its gate.)
-LARGEST_ERROR = {False: 0.1, True: 0.4}
+# of twelve networks differed by 1e-7 to 1e-6, int8 ones by 0.03 (two_branches) to 0.3 (mobile_net of the tests); a
+# gradient of nothing but zeros differs by 1. (A Clip beside a quantizer narrows its gate.)
+LARGEST_ERROR = {False: 0.1, True: 0.6}
 _IMAGES = 16
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from export import gradient_quantized
+from train import quantizers
 from train.quantizers import (
     PACT,
     SAWB_COEFFICIENTS,
@@ -145,6 +147,10 @@ def test_pact_equals_its_equations_written_out(bits: int, signed: bool, alpha: f
     if not unsure.any():
         sums = upstream.double()[above].sum() - (upstream.double()[below].sum() if signed else 0)
         assert pact.alpha.grad.item() == pytest.approx(float(sums), rel=1e-4, abs=1e-4)
+
+
+def test_the_graphs_gate_opens_where_training_s_does() -> None:
+    assert gradient_quantized.BELOW_ZERO_STEPS == quantizers.BELOW_ZERO_STEPS == 2.0**-10
 
 
 def test_pact_gates_in_bfloat16_as_in_float32() -> None:

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--addends", action="store_true",
                         help="grids on what sums add: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
     parser.add_argument("--bias-grid", action=argparse.BooleanOptionalAction,
-                        help="biases in whole steps of their sums: exact on every engine (default)")  # fmt: skip
+                        help="biases in whole steps of their sums: exact on ONNX Runtime (default)")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run's folder (default: from data, arch, bits, method)")
