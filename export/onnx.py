@@ -52,7 +52,7 @@ from train import checkpoint as checkpoints
 from train import factory
 from train.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
 from train.checkpoint import Checkpoint
-from train.quant import FLOAT_BITS, describe
+from train.quant import FLOAT_BITS, describe, warnings_of
 from train.splits import is_folder, sources_of
 
 NORMALIZED = "normalized"
@@ -399,6 +399,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layer in exported.manifest.layers:
         form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
         print(f"  {layer['name']:20} {layer['kind']:7} {form}")
+    for warning in warnings_of(checkpoint.network()) if options.int8 else ():
+        print(_wrapped(f"warning: {warning}"))
     if options.int8 and options.target == "ort" and not checkpoint.quant.bias_grid:
         print(_wrapped("note: biases moved to whole steps of their sums, which the network was trained without"))
     print(_wrapped(f"verified: {exported.verification}"))

@@ -18,6 +18,7 @@ from export.engine_run import run_on_engine
 from export.operators import TARGETS
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
+from tests.toy_models import move_alphas
 from train import factory, loop
 from train.checkpoint import Checkpoint
 from train.data import ImageData
@@ -152,23 +153,41 @@ def averaging(channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     return Averaging()
 
 
-def test_what_only_the_engine_does_wrong_is_seen(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is right, operator by operator; OpenVINO's plugin computes another."""
+@pytest.fixture
+def fresh(digits: ImageData) -> Checkpoint:
+    """Two bits everywhere, as `quantize` makes it: a clip is a multiple of the step before it."""
     factory.allow(f"{__name__}:averaging")
-    checkpoint = loop.start(
-        f"{__name__}:averaging", digits, QuantSpec(2, first_last_bits=2), default_recipe("digits")
-    )
-    exported = exporter.export(checkpoint, target="openvino", saliency=False)
+    return loop.start(f"{__name__}:averaging", digits, QuantSpec(2, first_last_bits=2), default_recipe("digits"))
+
+
+def test_what_only_the_engine_does_wrong_ends_the_export(
+    fresh: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is right, operator by operator; OpenVINO's plugin computes another."""
+    network = fresh.training_network()
+    move_alphas(network, torch.Generator().manual_seed(3))
+    fresh.state_dict = network.state_dict()
+    exported = exporter.export(fresh, target="openvino", saliency=False)
     found = exported.engine
     assert found is not None
     assert (found.changed_classes, found.differing, found.batches) == (0, 0, (1, 64))
     assert found.median_difference < 1e-5
-    other = checkpoint.network()
+    assert exported.verification.tied_share < 0.02
+    monkeypatch.setattr(exporter, "lowerings", lambda target, int8: [])
+    with pytest.raises(ModelError, match=r"openvino .*, batches of 1 and 64: .* computes another network"):
+        exporter.export(fresh, target="openvino", saliency=False)
+
+
+def test_a_network_full_of_ties_is_told_and_not_judged(fresh: Checkpoint) -> None:
+    exported = exporter.export(fresh, target="openvino", saliency=False)
+    assert exported.verification.tied_share > 0.1
+    other = fresh.network()
     with torch.no_grad():
         other.get_submodule("head").bias.add_(torch.arange(10.0))
-    images = checkpoint.samples["images"]
-    with pytest.raises(
-        ModelError, match=r"openvino .*, batches of 1 and 64: .* The engine computes another network"
-    ):
-        run_on_engine(exported.data, "openvino", other, checkpoint.input, images)
-    assert run_on_engine(exported.data, "tensorrt", other, checkpoint.input, images) is None
+    images = fresh.samples["images"]
+    told = run_on_engine(exported.data, "openvino", other, fresh.input, images, tied=True)
+    assert told is not None
+    assert told.changed_classes > 0
+    with pytest.raises(ModelError, match=r"The engine computes another network"):
+        run_on_engine(exported.data, "openvino", other, fresh.input, images)
+    assert run_on_engine(exported.data, "tensorrt", other, fresh.input, images) is None

@@ -15,7 +15,7 @@ from bench import gradient_price as bench_gradient_price
 from bench import saliency as bench_saliency
 from export import engine as export_engine
 from export import onnx as export_onnx
-from runtime.errors import OptionError
+from runtime.errors import ModelError, OptionError
 from runtime.manifest import read_manifest
 from train import __main__ as train
 from train import checkpoint as checkpoints
@@ -103,7 +103,7 @@ def test_a_file_that_names_code_never_imports_it(
         main(COMMANDS[main])
     assert not Path("was_imported").exists()
     # The control: named, the same file does.
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(ModelError, match=r"checkpoint of own_code:net: '1\.bias' has shape"):
         main([*COMMANDS[main], "--arch", "own_code:net"])
     assert Path("was_imported").exists()
     del sys.modules["own_code"]

@@ -291,13 +291,6 @@ def test_without_an_input_grid_a_signed_clip_is_learned() -> None:
     assert (unsigned.qmin, unsigned.qmax) == (0, 127)  # a sigmoid is never negative
 
 
-def test_parameters_are_shared_with_the_original() -> None:
-    model = CNN2(1, (8, 8), 10)
-    weight = model.conv1.weight
-    quantized = quantize(model, QuantSpec(8), input_scale=0.01)
-    assert float_weight(quantized.get_submodule("conv1")) is weight
-
-
 def test_32_bits_leave_the_network_as_it_is() -> None:
     model = CNN2(1, (8, 8), 10)
     assert quantize(model, QuantSpec(32)) is model

@@ -31,7 +31,7 @@ from train.guidance import FILLS
 from train.image_folder import MEMORY_BYTES, reading_of
 from train.models import ARCHITECTURES
 from train.ownership import owned
-from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
+from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe, warnings_of
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
 from train.splits import SPLIT_NAME
 
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _print_run(checkpoint, images, folder, device, notes)
         _train(checkpoint, images, folder, device)
         if processes.rank() == 0:
+            for warning in warnings_of(checkpoint.network()):
+                print(f"warning: {warning}")
             print(f"{folder / CHECKPOINT_NAME}: test accuracy {checkpoint.test_accuracy:.2f} %")
         processes.leave()
 

@@ -39,9 +39,12 @@ from train.data import InputSpec
 from train.models import build
 from train.quant import QuantSpec, quantize
 from train.recipe import Recipe
+from train.state import load_state, without_wrappers
 
 FORMAT = "clearpact.checkpoint"
 VERSION = 1
+# What every checkpoint has; `guidance` came later.
+_FIELDS = ("arch", "quant", "input", "classes", "recipe", "state_dict", "samples", "optimizer", "history")
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Checkpoint:
     def training_network(self) -> nn.Module:
         """Return the network with the saved parameters as they are, which training goes on from."""
         model = new_network(self.arch, self.quant, self.input)
-        model.load_state_dict(self.state_dict)
+        load_state(model, self.state_dict, f"checkpoint of {self.arch['name']}")
         return model
 
     @property
@@ -114,8 +117,9 @@ def new_network(
     arguments = {key: value for key, value in arch.items() if key != "name"}
     model = build(arch["name"], **arguments)
     if parameters is not None:
-        model.load_state_dict({**model.state_dict(), **parameters})
-    return quantize(model, quant, input_scale=input_spec.grid_scale)
+        load_state(model, {**model.state_dict(), **without_wrappers(parameters)}, f"parameters of {arch['name']}")
+    shape = (input_spec.channels, *input_spec.size)
+    return quantize(model, quant, input_scale=input_spec.grid_scale, image_shape=shape)
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
@@ -165,10 +169,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileError(f"{path}: damaged or not a torch file, {expected}; copy it again") from None
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise FileError(f"{path}: a torch file of another program, {expected}")
-    if contents["version"] != VERSION:
-        raise FileError(
-            f"{path}: checkpoint version {contents['version']}, expected {VERSION}; use the release that wrote it"
-        )
+    if contents.get("version") != VERSION:
+        version = contents.get("version")
+        raise FileError(f"{path}: checkpoint version {version}, expected {VERSION}; use the release that wrote it")
+    missing = [key for key in _FIELDS if key not in contents]
+    if missing:
+        raise FileError(f"{path}: a checkpoint without {missing[0]!r}, {expected}; train it anew or copy it again")
     image = contents["input"]
     return Checkpoint(
         arch=contents["arch"],

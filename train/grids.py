@@ -1,4 +1,4 @@
-"""Which values of a traced network lie on a quantizer's grid, and which are never negative."""
+"""Which values of a traced network lie on a quantizer's grid."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ class Calls(NamedTuple):
         return node.op == "call_module" and isinstance(modules.get(str(node.target)), self.modules)
 
 
-RELU = Calls((nn.ReLU, nn.ReLU6), (F.relu, F.relu6, torch.relu, torch.relu_), ("relu", "relu_"))
-RELU6 = Calls((nn.ReLU6,), (F.relu6,))
 MATMUL = Calls((), (torch.matmul, torch.bmm, operator.matmul), ("matmul", "bmm"))
 # What hands codes on as they are: a maximum, a copy, another shape, a part, zeros around. Dropout is the identity
 # when deployed.
@@ -48,16 +46,6 @@ _GRID_KEEPING = Calls(
     ("flatten", "unflatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
      "chunk", "split", "unbind", "unfold", "amax", "expand", "swapaxes", "movedim"),
 )  # fmt: skip
-_SIGN_KEEPING = Calls(
-    (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
-    (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean),
-    ("mean",),
-)
-_NEVER_NEGATIVE = Calls(
-    (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax),
-    (torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax),
-    ("sigmoid", "softmax"),
-)
 _VIEWS = Calls(
     (nn.Flatten, nn.Unflatten),
     (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
@@ -69,8 +57,7 @@ FLOAT_FUNCTIONS = (
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear, F.bilinear, F.scaled_dot_product_attention,
     F.multi_head_attention_forward, torch.einsum, torch.addmm, torch.baddbmm,
 )  # fmt: skip
-_SUMS_AND_PRODUCTS = Calls((), (operator.add, operator.mul, torch.add, torch.mul), ("add", "mul"))
-_JOINS = Calls((), (torch.cat, torch.concat, torch.stack))
+JOINS = Calls((), (torch.cat, torch.concat, torch.stack))
 
 
 def is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -113,27 +100,10 @@ def grid_source(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     node = origin(node, modules)
     if node.op == "call_module" and isinstance(modules.get(str(node.target)), PACT | InputQuantizer):
         return node
-    if _JOINS.include(node, modules):
-        sources = {grid_source(part, modules) for part in _parts(node)}
+    if JOINS.include(node, modules):
+        sources = {grid_source(part, modules) for part in parts(node)}
         return sources.pop() if len(sources) == 1 else None
     return None
-
-
-def never_negative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Return whether the graph shows that no element of `node` is ever below zero."""
-    node = origin(node, modules)
-    while _SIGN_KEEPING.include(node, modules):
-        node = origin(source(node), modules)
-    if _SUMS_AND_PRODUCTS.include(node, modules):
-        operands: list[Any] = [*node.args, *(v for k, v in node.kwargs.items() if k == "other")]
-        return all(
-            never_negative(a, modules) if isinstance(a, fx.Node) else isinstance(a, int | float) and float(a) >= 0
-            for a in operands
-        )
-    if _JOINS.include(node, modules):
-        return all(never_negative(part, modules) for part in _parts(node))
-    quantizer = modules.get(str(node.target)) if node.op == "call_module" else None
-    return _NEVER_NEGATIVE.include(node, modules) or (isinstance(quantizer, PACT) and quantizer.qmin == 0)
 
 
 def _takes_attribute(node: fx.Node) -> bool:
@@ -150,6 +120,7 @@ def _pads_with_zeros(node: fx.Node) -> bool:
     return given.get("mode", "constant") == "constant" and not given.get("value")
 
 
-def _parts(node: fx.Node) -> list[fx.Node]:
+def parts(node: fx.Node) -> list[fx.Node]:
+    """Return what a call of JOINS puts together."""
     joined: Any = node.args[0] if node.args else node.kwargs["tensors"]
     return list(joined)

@@ -29,6 +29,7 @@ from train.quant import QuantSpec, quantizers, start_alphas
 from train.quantizers import PACT
 from train.recipe import Recipe
 from train.saliency import LossTerms, Smoot, filling
+from train.state import load_state
 from train.step import compute_gradients, new_optimizer, set_lr, update
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
     images, labels = input_spec.normalize(data.train_images[first]), data.train_labels[first]
     if initial is not None and replace(initial.quant, bias_grid=quant.bias_grid) == quant:
         # The same grids: what alphas and scales have learned there is worth as much as the weights.
-        model.load_state_dict(initial.state_dict)
+        load_state(model, initial.state_dict, recipe.init)
     else:
         start_alphas(model, images)
     guidance = start_guidance(recipe, len(data.train_images), model, images, labels)

@@ -8,8 +8,8 @@ not lie on a grid. Everything else stays float and is listed by `describe`.
 
 from __future__ import annotations
 
-import math
 import operator
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
-from train import grids
+from train import grids, signs
 from train.quantizers import PACT, InputQuantizer, WeightQuantizer
-from train.traced import expand_attention, source, trace
+from train.traced import copied, cut_softmax, expand_attention, source, trace
 
 FLOAT_BITS = 32
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -28,6 +28,7 @@ WEIGHT_METHODS = ("absmax", "sawb", "lsq")
 
 Quantizer = PACT | InputQuantizer
 
+_ENDS_IN_SOFTMAX = "{} ends in a softmax: what that is given is taken as the logits"
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -106,21 +107,39 @@ class LayerDescription:
     reason: str = ""
 
 
-def quantize(model: nn.Module, spec: QuantSpec, *, input_scale: float | None = None) -> nn.Module:
-    """Return the quantized form of `model`; its parameters are shared with the original, not copied.
+def quantize(
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    input_scale: float | None = None,
+    image_shape: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """Return the quantized form of a copy of `model`; the model itself stays as it is.
 
     Args:
         model: any module that torch.fx can trace, taking one image tensor [N, C, H, W].
-        spec: bits and quantizers; bits = 32 returns the model as it is.
+        spec: bits and quantizers; bits = 32 returns the model as it is. A softmax at its end is left out, with a
+            warning: a classifier's output are logits.
         input_scale: step of the input's int8 grid (`InputSpec.grid_scale`); None learns a signed clip instead.
+        image_shape: channels, height and width of an image: the graph that is quantized and the model are compared
+            once, on two random images. None leaves that out.
 
     Raises:
-        ModelError: the module's control flow depends on data, or no layer can be quantized.
+        ModelError: the module's control flow depends on data, its graph computes something else, it is quantized
+            already, or no layer can be quantized.
         OptionError: `spec.layer_bits` names a layer that is not there.
     """
     if spec.bits == FLOAT_BITS:
-        return model
-    graph_module = trace(model)
+        return _giving_logits(model)
+    for name, module in model.named_modules():
+        if isinstance(module, PACT | InputQuantizer | WeightQuantizer):
+            raise ModelError(
+                f"{type(model).__name__}: is quantized already ({name}); quantize the float network, "
+                "or set the bits of this one's training with --bits"
+            )
+    graph_module = trace(copied(model), image_shape)
+    if cut_softmax(graph_module):
+        warnings.warn(_ENDS_IN_SOFTMAX.format(type(model).__name__), stacklevel=2)
     modules = dict(graph_module.named_modules())
     layers = [n for n in graph_module.graph.nodes if grids.is_layer(n, modules)]
     if not layers:
@@ -148,9 +167,23 @@ def quantize(model: nn.Module, spec: QuantSpec, *, input_scale: float | None = N
     return graph_module
 
 
+def _giving_logits(model: nn.Module) -> nn.Module:
+    """Return a float network, or a copy without the softmax that it ends in."""
+    try:
+        network = trace(copied(model))
+    except ModelError:  # it can be trained all the same
+        return model
+    if not cut_softmax(network):
+        return model
+    warnings.warn(_ENDS_IN_SOFTMAX.format(type(model).__name__), stacklevel=3)
+    return network
+
+
 @torch.no_grad()
 def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -> None:
     """Set every PACT's alpha to a quantile of the magnitudes it is about to clip, layer after layer.
+
+    The statistics of BatchNorm stay as they are.
 
     A constant start such as the paper's 10 leaves most codes unused until the decay has brought alpha down.
 
@@ -171,9 +204,12 @@ def start_alphas(model: nn.Module, images: Tensor, *, quantile: float = 0.999) -
     handles = [m.register_forward_pre_hook(set_alpha) for m in model.modules() if isinstance(m, PACT)]
     if not handles:
         return
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         model(images)
     finally:
+        for buffer, before in statistics:
+            buffer.copy_(before)
         for handle in handles:
             handle.remove()
 
@@ -202,6 +238,27 @@ def float_weight(layer: nn.Module) -> Tensor:
         weight = layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
     assert isinstance(weight, Tensor)
     return weight
+
+
+def warnings_of(model: nn.Module) -> list[str]:
+    """Return a line for each layer whose codes have lost what they stood for: channels that are nothing but 0."""
+    return [
+        f"{name}: the weights of {count} of {float_weight(model.get_submodule(name)).shape[0]} channels have all "
+        "become code 0; nothing that they read counts any more"
+        for name, count in all_zero_channels(model).items()
+    ]
+
+
+def all_zero_channels(model: nn.Module) -> dict[str, int]:
+    """Return by layer how many of its output channels have no weight code but 0, where there are any."""
+    found = {}
+    for name, layer in model.named_modules():
+        quantizer = weight_quantizer(layer)
+        if quantizer is not None:
+            count = int((quantizer.codes(float_weight(layer)) == 0).flatten(1).all(1).sum())
+            if count:
+                found[name] = count
+    return found
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -265,9 +322,10 @@ def _bits_by_layer(names: list[str], spec: QuantSpec) -> dict[str, int]:
 
 def _replace_relus(graph_module: fx.GraphModule, modules: dict[str, nn.Module], spec: QuantSpec) -> None:
     for node in list(graph_module.graph.nodes):
-        if grids.RELU.include(node, modules):
+        bound = signs.relu_bound(node, modules)
+        if bound is not None:
             pact = PACT(spec.alpha, 8, full_grid=spec.full_grid)
-            pact.largest_start = 6.0 if grids.RELU6.include(node, modules) else math.inf
+            pact.largest_start = bound
             _insert(graph_module, node, node.name, pact, source(node))
             graph_module.graph.erase_node(node)
 
@@ -284,7 +342,7 @@ def _quantize_operand(
     if origin.op == "placeholder" and input_scale is not None:
         operand, quantizer = origin, InputQuantizer(input_scale)
     else:
-        signed = not grids.never_negative(operand, modules)
+        signed = not signs.never_negative(operand, modules)
         quantizer = PACT(spec.alpha, 8, signed=signed, full_grid=spec.full_grid)
     _insert(graph_module, operand, f"{operand.name}_grid", quantizer, operand)
 

@@ -66,6 +66,27 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+class _AtLeast(torch.autograd.Function):
+    """Clamp from below; below the floor only a step that leads back up gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, floor: Tensor) -> Tensor:
+        ctx.save_for_backward(x >= floor)
+        return torch.maximum(x, floor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        (above,) = ctx.saved_tensors
+        return torch.where(above, grad, grad.clamp_max(0)), None
+
+
+def at_least(x: Tensor, floor: Tensor) -> Tensor:
+    """Return max(x, floor), float32, same shape; what is below the floor can be learned up, not further down."""
+    out: Tensor = _AtLeast.apply(x, floor.detach())
+    return out
+
+
 def _round_to_grid(ratio: Tensor, qmin: int, qmax: int) -> Tensor:
     """Replace x / scale by its codes, as floats; in place, since what a pass costs is the memory it touches."""
     return ratio.clamp_(qmin, qmax).round_()
@@ -239,6 +260,10 @@ class WeightQuantizer(nn.Module):
             or "lsq" (learned, Esser et al. 2020).
     """
 
+    # A learned step is no smaller than this share of the one at which the largest weight is the largest code: at
+    # zero it would get no gradient, and its channel could not be learned any more.
+    MIN_SHARE = 2.0**-10
+
     def __init__(self, weight: Tensor, bits: int, method: str) -> None:
         super().__init__()
         self.bits = bits
@@ -251,10 +276,11 @@ class WeightQuantizer(nn.Module):
     def scale(self, weight: Tensor) -> Tensor:
         """Return the positive scale of each output channel, float32 [O]."""
         smallest = torch.finfo(torch.float32).tiny
-        if self.method == "lsq":
-            return self.learned_scale.clamp_min(smallest)
         flat = weight.detach().flatten(1)
         largest = flat.abs().amax(1)
+        if self.method == "lsq":
+            floor = largest * (self.MIN_SHARE / self.qmax)
+            return at_least(self.learned_scale, floor.clamp_min(smallest))
         if self.method == "sawb":
             c1, c2 = SAWB_COEFFICIENTS[self.bits]
             optimum = c1 * flat.square().mean(1).sqrt() - c2 * flat.abs().mean(1)

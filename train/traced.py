@@ -1,8 +1,12 @@
-"""A network as a graph: traced by torch.fx, its in-place operations and dropout written as what they mean."""
+"""A network as a graph: traced by torch.fx, its in-place operations and dropout written as what they mean.
+
+What a trace cannot hold would be lost without a word, so the graph and the module are run once on the same image.
+"""
 
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import linecache
@@ -12,22 +16,36 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from runtime.errors import ModelError
+from train.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
 
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d
 }  # fmt: skip
 
 
+class _Proxy(fx.Proxy):
+    """A traced value on which `x += y` is an operation of its own: fx alone takes it for `x = x + y`."""
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    def write(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return write
+
+
+for _operation in OUT_OF_PLACE:
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return the value of a node as what the network's code computes with."""
+        return _Proxy(node, self)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Hold what a network asserts about its image's shape for true; refuse any other decision."""
         asker = inspect.currentframe()
@@ -42,13 +60,20 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or _depends_on_mode(m)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.GraphModule:
     """Return a network as a graph, with in-place operations and functional dropout written as what they mean.
 
+    The graph holds the network's own layers. A GraphModule is returned as it is, if nothing needs rewriting.
+
+    Args:
+        model: in any mode, which is left as it is.
+        image_shape: channels, height and width of an image: graph and network are compared on two random ones.
+
     Raises:
-        ModelError: its control flow depends on the data, or on more than dropout between training and evaluation.
+        ModelError: its control flow depends on the data, or on more than dropout between training and evaluation;
+            it writes in place into what it reads afterwards by another name; or the graph computes otherwise.
     """
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and is_out_of_place(model):
         return model
     graphs = _in_both_modes(model, _graph)
     if _calls_of(graphs[0]) != _calls_of(graphs[1]):
@@ -58,13 +83,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
         )
     graph = graphs[0]
     traced = fx.GraphModule(model, graph, type(model).__name__)
-    modules = dict(traced.named_modules())
+    write_out_of_place(traced)
     for node in list(graph.nodes):
         if node.target is torch._assert:
             graph.erase_node(node)
-        elif _writes_in_place(node, modules):
-            source(node).replace_all_uses_with(node, delete_user_cb=functools.partial(operator.lt, node))
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
         elif node.target in _DROPOUTS:
             share = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             traced.add_module(f"{node.name}_module", _DROPOUTS[node.target](share))
@@ -72,9 +94,38 @@ def trace(model: nn.Module) -> fx.GraphModule:
                 module = graph.call_module(f"{node.name}_module", (source(node),))
             node.replace_all_uses_with(module)
             graph.erase_node(node)
+    expand_attention(traced)
     graph.eliminate_dead_code()
     traced.recompile()
+    if image_shape is not None:
+        _compare(model, traced, image_shape)
     return traced
+
+
+def cut_softmax(network: fx.GraphModule) -> bool:
+    """Let a network that ends in a softmax over its classes return what it is given, in place; return whether so.
+
+    Training, verification and `runtime.Classifier` take logits and compute probabilities from them: of
+    probabilities they would compute flat ones (0.38 for 0.70).
+    """
+    (output,) = (node for node in network.graph.nodes if node.op == "output")
+    last = output.args[0]
+    if not isinstance(last, fx.Node) or last.op not in ("call_module", "call_function", "call_method"):
+        return False
+    module = network.get_submodule(str(last.target)) if last.op == "call_module" else None
+    axis: Any
+    if isinstance(module, nn.Softmax):
+        axis = module.dim
+    elif last.target in (F.softmax, torch.softmax, "softmax"):
+        axis = last.kwargs.get("dim", last.args[1] if len(last.args) > 1 else None)
+    else:
+        return False
+    if axis not in (None, 1, -1):
+        return False
+    output.replace_input_with(last, source(last))
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return True
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -110,6 +161,79 @@ def expand_attention(network: fx.GraphModule) -> None:
             product = graph.call_function(torch.matmul, (shares, value))
         node.replace_all_uses_with(product)
         graph.erase_node(node)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares nothing with it.
+
+    Raises:
+        ModelError: it holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model).__name__}: it cannot be copied ({str(error).splitlines()[0]}); build it anew, or take "
+            "off what is computed and kept (of torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations)"
+        ) from error
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, traced: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
+    """Refuse a graph that computes otherwise than its network, both in evaluation, on two random images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *image_shape, generator=generator)
+    first_difference: list[str] = []
+    outputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: outputs.setdefault(name, []).append(output)
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            expected = outputs[name].pop(0) if outputs.get(name) else None
+            if not first_difference and isinstance(output, Tensor) and not _alike(output, expected):
+                first_difference.append(name)
+
+        return hook
+
+    called = list(dict.fromkeys(str(n.target) for n in traced.graph.nodes if n.op == "call_module"))
+    states = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in (*model.modules(), *traced.modules())]
+    for module in (model, traced):
+        module.eval()
+    found = []
+    try:
+        for network, make in ((model, keep), (traced, compare)):
+            handles = [
+                part.register_forward_hook(make(name))
+                for name, part in network.named_modules(remove_duplicate=False)
+                if name in called
+            ]
+            try:
+                with torch.random.fork_rng(devices=()):
+                    torch.manual_seed(0)
+                    found.append(network(images.clone()))
+            finally:
+                for handle in handles:
+                    handle.remove()
+    finally:
+        for buffer, before in states:
+            buffer.copy_(before)
+        for module, mode in modes:
+            module.training = mode
+    if not _alike(found[1], found[0]):
+        where = f"from {first_difference[0]!r} on" if first_difference else "after its last layer"
+        raise ModelError(
+            f"{type(model).__name__}: its graph computes something else {where}; look before it for what a "
+            "graph cannot hold (a write in place, a number drawn or counted in forward, a decision)"
+        )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(
+        a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max().nan_to_num()) if b.numel() else 0.0, equal_nan=True
+    )  # fmt: skip
 
 
 def _graph(model: nn.Module) -> fx.Graph:
@@ -162,15 +286,3 @@ def _calls_of(graph: fx.Graph) -> list[tuple[str, Any, Any]]:
         numbers = () if drops else (node.args, node.kwargs)
         calls.append((node.op, node.target, str(numbers)))
     return calls
-
-
-def _writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op == "call_function" and (
-        node.target in _OUT_OF_PLACE
-        or node.target is torch.relu_
-        or (node.kwargs.get("inplace") is True and node.target not in _DROPOUTS)
-    )
