@@ -39,9 +39,9 @@ MAX_LOGIT_STEPS = 1.0
 # images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
 # in the trained network itself.
 MAX_CHANGED_SHARE = 0.02
-# Of values anywhere, 0.002 lie so near a border. In networks fresh from `quantize`, whose clips are multiples of the
-# steps before them, many more of one quantizer's do: every engine rounds those otherwise, and nothing counts but the
-# comparison layer by layer.
+# Of values anywhere, 0.002 lie so near a border. In networks fresh from `quantize`, whose clips are multiples of
+# the steps before them, many more of one quantizer's do: every engine rounds those otherwise, and nothing counts
+# but the comparison layer by layer.
 MAX_TIED_SHARE = 0.02
 _IMAGES_AT_ONCE, _IMAGES_FOR_TIES = 32, 8
 
