@@ -230,4 +230,6 @@ def _unique(module: fx.GraphModule, name: str, node: fx.Node) -> str:
 
 def folded_layers(form: DeployForm) -> dict[str, FoldedLayer]:
     """Return the folded layers of a deploy form by name, in the order of the forward pass."""
-    return {n: m for n, m in form.network.named_modules() if isinstance(m, FoldedLayer)}
+    found = {n: m for n, m in form.network.named_modules() if isinstance(m, FoldedLayer)}
+    called = [str(node.target) for node in form.network.graph.nodes]  # type: ignore[union-attr]
+    return {name: found[name] for name in called if name in found}

@@ -30,6 +30,7 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.engine_run import EngineRun, run_on_engine
 from export.gradient import GATES
+from export.layer_constants import give_layers_their_constants
 from export.openvino_lowering import average_exactly, keep_rounding
 from export.operators import OPSET, TARGETS, translations
 from export.ort_lowering import (
@@ -148,6 +149,7 @@ def export(
     overflowing = _overflowing(network, checkpoint, target) if int8 else set()
     form = deploy_form(network, checkpoint.input, int8=int8)
     model = _to_onnx(form, checkpoint, target)
+    give_layers_their_constants(model)
     _name_values(model, form)
     if target == "ort":
         store_float_weights(model, overflowing)
@@ -160,6 +162,8 @@ def export(
             model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
         )
         model = differentiated.model
+    # The exporter's shapes served the gradient; lowered, values have others.
+    del model.graph.value_info[:]
     for lower in lowerings(target, int8=int8):
         lower(model)
     resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
@@ -304,9 +308,12 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
     for node in model.graph.node:
         node.input[:] = [names.get(v, v) for v in node.input]
         node.output[:] = [names.get(v, v) for v in node.output]
-    # The exporter's notes are stack traces with the paths of this machine; shapes are inferred again where needed.
-    del model.graph.value_info[:], model.graph.metadata_props[:]
-    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
+    # The exporter's notes are stack traces with the paths of this machine.
+    del model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input,
+                 *model.graph.output):  # fmt: skip
         del part.metadata_props[:]
         part.doc_string = ""
 

@@ -298,9 +298,16 @@ def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:
 
 
 def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
-    """Return the value of one accumulator step of the last layer, [K]; in float, 1e-4 of the largest logit, []."""
-    last = list(folded_layers(form).values())[-1]
-    scales = [m.scale for m in form.network.modules() if isinstance(m, FoldedQuantizer)]
+    """Return the value of an accumulator step of the last layer, [K] or []; in float, 1e-4 of a large logit."""
+    name, last = list(folded_layers(form).items())[-1]
+    graph: Any = form.network.graph
+    nodes = list(graph.nodes)
+    before = nodes[: next(i for i, node in enumerate(nodes) if node.target == name)]
+    modules = dict(form.network.named_modules())
+    called = [modules[str(node.target)] for node in before if node.op == "call_module"]
+    scales = [module.scale for module in called if isinstance(module, FoldedQuantizer)]
     if last.scale is None or not scales:
         return 1e-4 * logits.abs().max().clamp_min(1)
-    return scales[-1] * last.scale
+    steps = scales[-1] * last.scale
+    # What comes after it may have other channels.
+    return steps if steps.numel() == logits.shape[1] else steps.max()

@@ -137,6 +137,7 @@ def quantize(
                 f"{type(model).__name__}: is quantized already ({name}); quantize the float network, "
                 "or set the bits of this one's training with --bits"
             )
+        _refuse(name, module)
     graph_module = trace(copied(model), image_shape)
     if cut_softmax(graph_module):
         warnings.warn(_ENDS_IN_SOFTMAX.format(type(model).__name__), stacklevel=2)
@@ -165,6 +166,31 @@ def quantize(
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    """Refuse a module whose weight or statistics are not there to be folded.
+
+    Raises:
+        ModelError: it has no running statistics, or its weight is computed from something else.
+    """
+    what = f"{name} ({type(module).__name__.removeprefix('Parametrized')})"
+    if isinstance(module, grids.NORMS) and module.running_mean is None:
+        raise ModelError(
+            f"{what}: has no running statistics, so that an image's logits depend on its batch; "
+            "make it with track_running_stats=True"
+        )
+    if isinstance(module, grids.LAYERS) and parametrize.is_parametrized(module):
+        by = type(module.parametrizations["weight"][0]).__name__.lstrip("_")  # type: ignore[index]
+        raise ModelError(
+            f"{what}: its weight is computed by {by}; fold it first: "
+            f"torch.nn.utils.parametrize.remove_parametrizations(model.{name}, 'weight')"
+        )
+    if isinstance(module, grids.LAYERS) and "weight" not in dict(module.named_parameters(recurse=False)):
+        raise ModelError(
+            f"{what}: its weight is computed before every call; fold it first: "
+            f"torch.nn.utils.remove_weight_norm(model.{name}), or remove_spectral_norm"
+        )
 
 
 def _giving_logits(model: nn.Module) -> nn.Module:

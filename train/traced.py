@@ -21,6 +21,9 @@ from torch import Tensor, fx, nn
 from runtime.errors import ModelError
 from train.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
 
+_LAYERS_AND_NORMS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+)  # fmt: skip
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d
 }  # fmt: skip
@@ -56,8 +59,10 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep whole what is part of PyTorch, and small modules that act in training only, such as DropPath."""
-        return super().is_leaf_module(m, module_qualified_name) or _depends_on_mode(m)
+        """Keep whole what is PyTorch's, or computes as its base class there, and what acts in training only."""
+        return (
+            super().is_leaf_module(m, module_qualified_name) or _is_layer_by_another_name(m) or _depends_on_mode(m)
+        )
 
 
 def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.GraphModule:
@@ -76,7 +81,7 @@ def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.Gr
     if isinstance(model, fx.GraphModule) and is_out_of_place(model):
         return model
     graphs = _in_both_modes(model, _graph)
-    if _calls_of(graphs[0]) != _calls_of(graphs[1]):
+    if _calls_of(model, graphs[0]) != _calls_of(model, graphs[1]):
         raise ModelError(
             f"{type(model).__name__}: its forward reads self.training, and one graph cannot hold both; "
             "leave that to modules such as nn.Dropout"
@@ -257,6 +262,15 @@ def _asserting_lines(path: str) -> frozenset[int]:
     return frozenset(line for node in asserts for line in range(node.lineno, (node.end_lineno or 0) + 1))
 
 
+def _is_layer_by_another_name(module: nn.Module) -> bool:
+    """Return whether a module's class is derived from a layer or norm of PyTorch and computes exactly as that."""
+    bases = [base for base in type(module).__mro__ if base in _LAYERS_AND_NORMS]
+    computes = ("forward", "_conv_forward")
+    return bool(bases) and all(
+        getattr(type(module), name, None) is getattr(bases[0], name, None) for name in computes
+    )
+
+
 def _depends_on_mode(module: nn.Module) -> bool:
     """Return whether a module without parameters and parts computes something else in training."""
     if any(True for _ in module.children()) or module.state_dict():
@@ -265,7 +279,7 @@ def _depends_on_mode(module: nn.Module) -> bool:
         graphs = _in_both_modes(module, fx.Tracer().trace)
     except Exception:  # it cannot be traced alone, and the trace of what calls it will say why
         return False
-    return _calls_of(graphs[0]) != _calls_of(graphs[1])
+    return _calls_of(module, graphs[0]) != _calls_of(module, graphs[1])
 
 
 def _in_both_modes(model: nn.Module, graph_of: Callable[[nn.Module], fx.Graph]) -> tuple[fx.Graph, fx.Graph]:
@@ -278,11 +292,17 @@ def _in_both_modes(model: nn.Module, graph_of: Callable[[nn.Module], fx.Graph]) 
             module.training = mode
 
 
-def _calls_of(graph: fx.Graph) -> list[tuple[str, Any, Any]]:
+def _calls_of(model: nn.Module, graph: fx.Graph) -> list[tuple[str, Any, Any]]:
     """Return what a graph calls with which arguments, but for whether dropout by function drops."""
+    place = {node: f"#{index}" for index, node in enumerate(graph.nodes)}
     calls = []
     for node in graph.nodes:
         drops = node.target in _DROPOUTS or node.target is F.scaled_dot_product_attention
-        numbers = () if drops else (node.args, node.kwargs)
-        calls.append((node.op, node.target, str(numbers)))
+        arguments = str(fx.map_arg((node.args, node.kwargs), lambda n: place[n]))
+        target = node.target
+        # Every trace names anew what `torch.tensor` makes in forward.
+        if node.op == "get_attr" and str(target).startswith("_tensor_constant"):
+            constant: Any = getattr(model, str(target))
+            target = str(constant.tolist())
+        calls.append((node.op, target, () if drops else arguments))
     return calls
