@@ -65,7 +65,8 @@ def differentiate(
 ) -> Differentiated:
     """Append the input gradient, in int8 where that is asked for, or `auto` and nearly free.
 
-    Every second sample of the checkpoint calibrates the grids; the others tell the price.
+    Training images in the checkpoint calibrate the grids, and its samples tell the price. Of a checkpoint without
+    them every second sample calibrates, and the others tell.
 
     Args:
         model: an exported graph.
@@ -79,7 +80,11 @@ def differentiate(
         return Differentiated(exact, int8=False, price=None)
     feeds = _feeds(checkpoint)
     feeds[TARGET_NAME] = np.full_like(feeds[TARGET_NAME], -1)
-    seen, unseen = ({name: value[half::2] for name, value in feeds.items()} for half in (0, 1))
+    if checkpoint.calibration_images is None:
+        seen, unseen = ({name: value[half::2] for name, value in feeds.items()} for half in (0, 1))
+    else:
+        pixels = checkpoint.calibration_images.permute(0, 2, 3, 1).contiguous().numpy()
+        seen, unseen = {INPUT_NAME: pixels, TARGET_NAME: np.full(len(pixels), -1)}, feeds
     rounded = append_input_gradient(model, input=input, outputs=OUTPUTS, gate=gate, int8_samples=seen)
     price = _agreement(*(reference_run(m)[0](unseen)["saliency"] for m in (rounded, exact)))
     if precision == "auto" and not price.spearman >= LEAST_SPEARMAN:

@@ -31,6 +31,7 @@ from export import (
     gradient_quantized,
 )
 from export.gradient_graph import (
+    channel_axis,
     find_logits,
     find_source,
     first_line,
@@ -94,7 +95,8 @@ def append_input_gradient(
 
     Args:
         model: any ONNX classifier whose operators have rules (`RULES`); not changed.
-        input: the tensor to differentiate by, float [N, C, H, W], inside the graph or an input of it.
+        input: the tensor to differentiate by, float [N, C, H, W] or, where the graph transposes it first,
+            [N, H, W, C], inside the graph or an input of it.
             Default: the tensor named "normalized" where there is one, else the model's only input.
         logits: the tensor to differentiate, float [N, K]. Default: the model's only 2-D float output.
         outputs: one or both of OUTPUTS. Engines compute all of them unless told otherwise.
@@ -123,17 +125,18 @@ def append_input_gradient(
         )
     _mark_active(inferred, tape, source)
     gradient = _backward(inferred, tape, source, result)
+    channels = channel_axis(inferred, tape, source) if "saliency" in outputs else 1
 
     tape.scope = "saliency"
     if "gradient" in outputs:
         tape.op("Identity", gradient)
         tape.nodes[-1].output[0] = "gradient"
     if "saliency" in outputs:
-        strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [1], keepdims=0)
+        strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [channels], keepdims=0)
         if tape.type(strongest) != TensorProto.FLOAT:
             tape.op("Cast", strongest, to=TensorProto.FLOAT)
         tape.nodes[-1].output[0] = "saliency"
-    join_gradient(model, inferred, tape, source, result, outputs)
+    join_gradient(model, inferred, tape, source, result, outputs, channels)
     if int8_samples is not None:
         calibrate(model, int8_samples)
     return model

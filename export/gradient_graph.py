@@ -19,6 +19,11 @@ NORMALIZED = "normalized"
 
 # The oldest opset whose operators the rules read and write, and the one that older files are converted to.
 _OLDEST, _CURRENT = 18, 21
+# The IR version since which constants need not be inputs, too.
+_CONSTANTS_APART = 4
+# What differentiation adds to a graph.
+_ADDED = ("target", "saliency", "gradient")
+_CHANNELS = (1, 3, 4)
 
 
 def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -27,6 +32,8 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ModelError: the model is not valid ONNX, has control flow, or is differentiated already.
     """
+    if model.ir_version < _CONSTANTS_APART:
+        model = _constants_apart(model)
     try:
         onnx.checker.check_model(model)
         if model.functions:
@@ -39,13 +46,7 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
-    taken = {name for node in graph.node for name in (*node.input, *node.output)}
-    taken.update(value.name for value in graph.input)
-    if not taken.isdisjoint(("target", "saliency", "gradient")) or any(name.startswith("grad/") for name in taken):
-        raise ModelError(
-            "the model already has a tensor named 'target', 'saliency', 'gradient' or 'grad/...': it is "
-            "differentiated already; start from the file without saliency"
-        )
+    _make_room(graph)
     for node in graph.node:
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ModelError(
@@ -53,6 +54,74 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
                 "Loop and Scan"
             )
     return copy
+
+
+def _constants_apart(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a file of the oldest kind, whose constants had to be inputs, too, in today's form."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.ir_version = _CONSTANTS_APART
+    constants = {tensor.name for tensor in copy.graph.initializer}
+    inputs = [value for value in copy.graph.input if value.name not in constants]
+    del copy.graph.input[:]
+    copy.graph.input.extend(inputs)
+    return copy
+
+
+def _make_room(graph: onnx.GraphProto) -> None:
+    """Rename, in place, tensors inside the graph that have the names of what the gradient adds.
+
+    Raises:
+        ModelError: an input or output has one, or the gradient is there already.
+    """
+    inside = {name for node in graph.node for name in node.output}
+    inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))
+    ours = set(_ADDED)
+    if any(name.startswith("grad/") for name in inside) or ("target" in inputs and outputs & ours):
+        raise ModelError(
+            "the model has an input 'target' and its gradient, or tensors 'grad/...': it is differentiated "
+            "already; start from the file without saliency"
+        )
+    taken = sorted((inputs | outputs) & ours)
+    if taken:
+        raise ModelError(
+            f"the model has an input or output of its own named {taken[0]!r}, which its gradient adds; rename it"
+        )
+    constants = {tensor.name for tensor in graph.initializer}
+    for name in sorted((inside | constants) & ours):
+        new = f"{name}/own"
+        for node in graph.node:
+            node.input[:] = [new if i == name else i for i in node.input]
+            node.output[:] = [new if o == name else o for o in node.output]
+        for tensor in (*graph.initializer, *graph.value_info):
+            tensor.name = new if tensor.name == name else tensor.name
+
+
+def channel_axis(model: onnx.ModelProto, tape: Tape, source: str) -> int:
+    """Return the axis of an image's channels: 1, or where the graph's first transposition moves to 1, as in NHWC.
+
+    Raises:
+        ModelError: neither a convolution nor a transposition tells, and the last axis looks like the channels.
+    """
+    name, seen = source, 0
+    while seen < len(model.graph.node):
+        readers = tape.consumers[name]
+        for node in readers:
+            if node.op_type == "Transpose" and node.input[0] == name:
+                perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [3, 2, 1, 0])
+                return perm[1]
+            if node.op_type in ("Conv", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool"):
+                return 1
+        if len(readers) != 1 or not readers[0].output or tape.rank(readers[0].output[0]) != 4:
+            break
+        name, seen = readers[0].output[0], seen + 1
+    _, first, *_, last = tape.shape(source)
+    if last in _CHANNELS and first not in _CHANNELS:
+        raise ModelError(
+            f"input {source!r}: its last axis of {last} looks like channels, and the graph does not tell; "
+            "name with --input a tensor [N, C, H, W], or ask for the raw gradient"
+        )
+    return 1
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -113,7 +182,13 @@ def find_logits(model: onnx.ModelProto, tape: Tape, name: str | None) -> str:
 
 
 def join_gradient(
-    model: onnx.ModelProto, inferred: onnx.ModelProto, tape: Tape, source: str, result: str, outputs: Sequence[str]
+    model: onnx.ModelProto,
+    inferred: onnx.ModelProto,
+    tape: Tape,
+    source: str,
+    result: str,
+    outputs: Sequence[str],
+    channels: int = 1,
 ) -> None:
     """Join both graphs into the first, name the outputs, and drop what no output needs.
 
@@ -124,6 +199,7 @@ def join_gradient(
         source: the tensor differentiated by, which lends its shape to the gradient.
         result: the tensor differentiated.
         outputs: which of `saliency` and `gradient` the tape computes.
+        channels: axis of the source over which the map is the maximum.
 
     Raises:
         ModelError: another tensor is named `logits`, or the model contradicts itself.
@@ -131,7 +207,11 @@ def join_gradient(
     graph = model.graph
     values = {v.name: v for v in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)}
     shape = [d.dim_param or d.dim_value or None for d in values[source].type.tensor_type.shape.dim]
-    batch, _, *size = shape
+    batch, *others = shape
+    size = [size for axis, size in enumerate(others, 1) if axis != channels]
+    if len(shape) < 2:  # an input without a batch
+        logits = values[result].type.tensor_type.shape.dim
+        batch = logits[0].dim_param or logits[0].dim_value or None
     graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [batch]))
     if result not in [o.name for o in graph.output]:
         graph.output.insert(0, values[result])

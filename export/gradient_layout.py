@@ -133,6 +133,8 @@ def _slice(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         earlier = _taken(t, before)
         if earlier.keys().isdisjoint(taken):
             x, taken = before.input[0], taken | earlier
+    if not all(map(len, taken.values())):
+        return  # it takes nothing
     rank = t.rank(x)
     block = _block(taken) if rank == 4 else 0
     if block:

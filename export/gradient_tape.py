@@ -139,7 +139,8 @@ class Tape:
         feeds = [helper.make_tensor_value_info(i, self.type(i), None) for i in inputs]
         results = [helper.make_tensor_value_info(name, self.type(name), None)]
         graph = helper.make_graph([node], "constant", feeds, results)
-        model = helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
+        opsets = [helper.make_opsetid(o.domain, _readable(o, node)) for o in self._opsets]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version)
         computed: Any = ReferenceEvaluator(model).run(None, inputs)
         return np.asarray(computed[0])
 
@@ -236,3 +237,9 @@ def describe(node: onnx.NodeProto) -> str:
 
 def _text(shape: tuple[Dimension, ...]) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def _readable(opset: onnx.OperatorSetIdProto, node: onnx.NodeProto) -> int:
+    """Return the version at which ONNX's own evaluator knows a node: the pair of Q and DQ from 19 on alone."""
+    of_pair = node.op_type in ("QuantizeLinear", "DequantizeLinear") and opset.domain in ("", "ai.onnx")
+    return max(opset.version, 19) if of_pair else opset.version

@@ -14,6 +14,7 @@ It is a dictionary written with torch.save and read with weights_only=True, so r
     guidance      what the method has learned beside the network: SMOOT's mask share of every training image
     history       one dictionary of numbers per epoch; its length is the epoch reached
     samples       real test images uint8 [n, C, H, W] and labels, on which export verifies itself
+    calibration_images  training images uint8 [n, C, H, W], on which export finds the grids of INT8 gradients
     versions      of torch and of this project
 
 Random numbers need no state: every epoch draws from generators seeded by (seed, epoch).
@@ -61,6 +62,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(default_factory=dict)
     guidance: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    calibration_images: Tensor | None = None
 
     def network(self) -> nn.Module:
         """Return the network in evaluation mode, quantized as trained, holding the saved parameters.
@@ -141,6 +143,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "guidance": checkpoint.guidance,
         "history": checkpoint.history,
         "samples": checkpoint.samples,
+        "calibration_images": checkpoint.calibration_images,
         "versions": {"torch": str(torch.__version__)},
     }
     buffer = io.BytesIO()
@@ -187,4 +190,5 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         optimizer=contents["optimizer"],
         guidance=contents.get("guidance", {}),
         history=contents["history"],
+        calibration_images=contents.get("calibration_images"),
     )

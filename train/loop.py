@@ -76,6 +76,7 @@ def start(arch: str, data: ImageData, quant: QuantSpec, recipe: Recipe) -> Check
         recipe=recipe,
         state_dict=model.state_dict(),
         guidance={} if guidance is None else guidance.state_dict(),
+        calibration_images=data.train_images[first[:count]].clone(),
         samples={"images": data.test_images[chosen].clone(), "labels": data.test_labels[chosen].clone()},
     )
 

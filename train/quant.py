@@ -137,6 +137,7 @@ def quantize(
                 f"{type(model).__name__}: is quantized already ({name}); quantize the float network, "
                 "or set the bits of this one's training with --bits"
             )
+    for name, module in model.named_modules():
         _refuse(name, module)
     graph_module = trace(copied(model), image_shape)
     if cut_softmax(graph_module):
