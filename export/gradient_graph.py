@@ -24,6 +24,8 @@ _CONSTANTS_APART = 4
 # What differentiation adds to a graph.
 _ADDED = ("target", "saliency", "gradient")
 _CHANNELS = (1, 3, 4)
+# By what an image's first transposition tells: NHWC to NCHW, and the way back.
+_CHANNEL_AXES = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}
 
 
 def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -98,18 +100,19 @@ def _make_room(graph: onnx.GraphProto) -> None:
 
 
 def channel_axis(model: onnx.ModelProto, tape: Tape, source: str) -> int:
-    """Return the axis of an image's channels: 1, or where the graph's first transposition moves to 1, as in NHWC.
+    """Return the axis of an image's channels: 3 where the graph first transposes NHWC to NCHW, else 1.
 
     Raises:
-        ModelError: neither a convolution nor a transposition tells, and the last axis looks like the channels.
+        ModelError: neither a convolution nor such a transposition tells, and the last axis looks like channels.
     """
     name, seen = source, 0
     while seen < len(model.graph.node):
         readers = tape.consumers[name]
         for node in readers:
             if node.op_type == "Transpose" and node.input[0] == name:
-                perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [3, 2, 1, 0])
-                return perm[1]
+                perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), None)
+                if perm in _CHANNEL_AXES:
+                    return _CHANNEL_AXES[perm]
             if node.op_type in ("Conv", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool"):
                 return 1
         if len(readers) != 1 or not readers[0].output or tape.rank(readers[0].output[0]) != 4:
@@ -207,11 +210,10 @@ def join_gradient(
     graph = model.graph
     values = {v.name: v for v in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)}
     shape = [d.dim_param or d.dim_value or None for d in values[source].type.tensor_type.shape.dim]
-    batch, *others = shape
-    size = [size for axis, size in enumerate(others, 1) if axis != channels]
-    if len(shape) < 2:  # an input without a batch
-        logits = values[result].type.tensor_type.shape.dim
-        batch = logits[0].dim_param or logits[0].dim_value or None
+    size = [size for axis, size in enumerate(shape) if axis not in (0, channels)]
+    # An input of fewer axes has no batch; the logits have.
+    first = values[source if len(shape) > 1 else result].type.tensor_type.shape.dim[0]
+    batch = first.dim_param or first.dim_value or None
     graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [batch]))
     if result not in [o.name for o in graph.output]:
         graph.output.insert(0, values[result])

@@ -67,6 +67,15 @@ def test_the_map_of_rows_columns_channels_is_the_maximum_over_channels(before: l
     assert np.array_equal(found["saliency"], np.abs(found["gradient"]).max(3))
 
 
+def test_a_graph_that_transposes_channels_last_has_them_first() -> None:
+    matrix = rng.standard_normal((192, 10)).astype(np.float32)
+    last = node("Transpose", "x", "t", perm=[0, 2, 3, 1])
+    model = made([last, node("Flatten", "t", "f"), node("MatMul", "f matrix", "logits")], {"matrix": matrix})
+    found = run(append_input_gradient(model, outputs=OUTPUTS), np.ones((2, 3, 8, 8), np.float32), target=1)
+    assert np.allclose(found["gradient"], matrix[:, 1].reshape(8, 8, 3).transpose(2, 0, 1))
+    assert np.array_equal(found["saliency"], np.abs(found["gradient"]).max(1))
+
+
 def test_a_layout_that_nothing_tells_is_refused() -> None:
     matrix = rng.standard_normal((192, 10)).astype(np.float32)
     nodes = [node("Flatten", "x", "f"), node("MatMul", "f matrix", "logits")]

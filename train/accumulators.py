@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from train import grids
 from train.quant import float_weight, weight_quantizer
 from train.quantizers import PACT, InputQuantizer
-from train.traced import source
+from train.traced import LAYERS, NORMS, source
 
 # Engines add in int32.
 LARGEST_SUM = 2**31 - 1
@@ -124,7 +124,7 @@ def put_biases_on_grid(network: nn.Module, image: tuple[int, int, int]) -> None:
 @contextmanager
 def biases_on_grid(network: nn.Module, image: tuple[int, int, int]) -> Iterator[None]:
     """Put a network's biases on their grids for a block, and back: training goes on from where they were."""
-    moved = (m for m in network.modules() if isinstance(m, (*grids.LAYERS, *grids.NORMS)))
+    moved = (m for m in network.modules() if isinstance(m, (*LAYERS, *NORMS)))
     kept = [(t, t.detach().clone()) for m in moved for t in (m.bias, getattr(m, "running_mean", None))
             if isinstance(t, Tensor)]  # fmt: skip
     try:

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from train.quantizers import PACT, InputQuantizer
-from train.traced import source
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from train.traced import LAYERS, NORMS, source
 
 
 class Calls(NamedTuple):

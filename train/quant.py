@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from runtime.errors import ModelError, OptionError
 from train import grids, signs
 from train.quantizers import PACT, InputQuantizer, WeightQuantizer
-from train.traced import copied, cut_softmax, expand_attention, source, trace
+from train.traced import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
 
 FLOAT_BITS = 32
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -176,18 +176,18 @@ def _refuse(name: str, module: nn.Module) -> None:
         ModelError: it has no running statistics, or its weight is computed from something else.
     """
     what = f"{name} ({type(module).__name__.removeprefix('Parametrized')})"
-    if isinstance(module, grids.NORMS) and module.running_mean is None:
+    if isinstance(module, NORMS) and module.running_mean is None:
         raise ModelError(
             f"{what}: has no running statistics, so that an image's logits depend on its batch; "
             "make it with track_running_stats=True"
         )
-    if isinstance(module, grids.LAYERS) and parametrize.is_parametrized(module):
+    if isinstance(module, LAYERS) and parametrize.is_parametrized(module):
         by = type(module.parametrizations["weight"][0]).__name__.lstrip("_")  # type: ignore[index]
         raise ModelError(
             f"{what}: its weight is computed by {by}; fold it first: "
             f"torch.nn.utils.parametrize.remove_parametrizations(model.{name}, 'weight')"
         )
-    if isinstance(module, grids.LAYERS) and "weight" not in dict(module.named_parameters(recurse=False)):
+    if isinstance(module, LAYERS) and "weight" not in dict(module.named_parameters(recurse=False)):
         raise ModelError(
             f"{what}: its weight is computed before every call; fold it first: "
             f"torch.nn.utils.remove_weight_norm(model.{name}), or remove_spectral_norm"
@@ -330,7 +330,7 @@ def _describe_functions(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[
 
 
 def _why_float(module: nn.Module, node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
-    if isinstance(module, grids.NORMS):
+    if isinstance(module, NORMS):
         before = source(node) if node is not None else None
         if before is None or (grids.is_layer(before, modules) and grids.norm_after(before, modules) is node):
             return "folded into the layer before it at export"

@@ -43,14 +43,16 @@ def load_state(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
             raise ModelError(f"{origin}: holds no {name!r}, {remedy}")
         given = found[name]
         if not isinstance(given, Tensor):
-            raise ModelError(f"{origin}: {name!r} is a {type(given).__name__}, expected a tensor; {remedy}")
+            raise ModelError(
+                f"{origin}: {name!r} is a {type(given).__name__}, expected a tensor; check the architecture"
+            )
         if given.shape != tensor.shape:
             shapes = f"{list(given.shape)}, expected {list(tensor.shape)}"
             raise ModelError(f"{origin}: {name!r} has shape {shapes}; check the architecture and its classes")
     unknown = [name for name in found if name not in expected]
     if unknown:
-        raise ModelError(f"{origin}: {unknown[0]!r} and {len(unknown) - 1} more are unknown, {remedy}"
-                         if len(unknown) > 1 else f"{origin}: {unknown[0]!r} is unknown, {remedy}")  # fmt: skip
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise ModelError(f"{origin}: {unknown[0]!r}{others} is unknown, {remedy}")
     check_numbers(found, origin)
     model.load_state_dict(found)
 

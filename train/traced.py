@@ -21,9 +21,8 @@ from torch import Tensor, fx, nn
 from runtime.errors import ModelError
 from train.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
 
-_LAYERS_AND_NORMS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
-)  # fmt: skip
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d
 }  # fmt: skip
@@ -192,7 +191,8 @@ def _compare(model: nn.Module, traced: fx.GraphModule, image_shape: tuple[int, .
     outputs: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: outputs.setdefault(name, []).append(output)
+        # A copy: a later layer may write in place.
+        return lambda module, inputs, output: outputs.setdefault(name, []).append(copy.deepcopy(output))
 
     def compare(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -264,7 +264,7 @@ def _asserting_lines(path: str) -> frozenset[int]:
 
 def _is_layer_by_another_name(module: nn.Module) -> bool:
     """Return whether a module's class is derived from a layer or norm of PyTorch and computes exactly as that."""
-    bases = [base for base in type(module).__mro__ if base in _LAYERS_AND_NORMS]
+    bases = [base for base in type(module).__mro__ if base in (*LAYERS, *NORMS)]
     computes = ("forward", "_conv_forward")
     return bool(bases) and all(
         getattr(type(module), name, None) is getattr(bases[0], name, None) for name in computes
