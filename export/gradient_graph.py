@@ -24,6 +24,8 @@ _CONSTANTS_APART = 4
 # What differentiation adds to a graph.
 _ADDED = ("target", "saliency", "gradient")
 _CHANNELS = (1, 3, 4)
+# What keeps its input's shape, and ONNX 1.23 infers none for.
+_WITHOUT_INFERENCE = "GroupNormalization"
 # By what an image's first transposition tells: NHWC to NCHW, and the way back.
 _CHANNEL_AXES = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}
 
@@ -129,6 +131,19 @@ def channel_axis(model: onnx.ModelProto, tape: Tape, source: str) -> int:
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy with every shape that can be inferred, strictly where the model allows it."""
+    stand_in = onnx.ModelProto()
+    stand_in.CopyFrom(model)
+    for node in stand_in.graph.node:
+        if node.op_type == _WITHOUT_INFERENCE:
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    inferred = _inferred(stand_in)
+    del inferred.graph.node[:]
+    inferred.graph.node.extend(model.graph.node)
+    return inferred
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError:
@@ -211,13 +226,13 @@ def join_gradient(
     values = {v.name: v for v in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)}
     shape = [d.dim_param or d.dim_value or None for d in values[source].type.tensor_type.shape.dim]
     size = [size for axis, size in enumerate(shape) if axis not in (0, channels)]
-    # An input of fewer axes has no batch; the logits have.
-    first = values[source if len(shape) > 1 else result].type.tensor_type.shape.dim[0]
-    batch = first.dim_param or first.dim_value or None
+    # One target a row of logits. Where inference lost their batch, it is the image's.
+    rows, *_ = values[result].type.tensor_type.shape.dim
+    batch = rows.dim_param or rows.dim_value or next(iter(shape), None)
     graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [batch]))
     if result not in [o.name for o in graph.output]:
         graph.output.insert(0, values[result])
-    forms = {"saliency": (TensorProto.FLOAT, [batch, *size]), "gradient": (tape.type(source), shape)}
+    forms = {"saliency": (TensorProto.FLOAT, [*shape[:1], *size]), "gradient": (tape.type(source), shape)}
     graph.output.extend(helper.make_tensor_value_info(name, *forms[name]) for name in outputs)
     graph.node.extend(tape.nodes)
     graph.initializer.extend(tape.initializers)

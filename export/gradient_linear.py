@@ -16,8 +16,7 @@ import onnx
 from export.gradient_layout import Places, lay_out, place_on_grid
 from export.gradient_pointwise import Pairs, Rule, unbroadcast
 from export.gradient_precision import factors
-from export.gradient_tape import Tape, attributes, describe
-from runtime.errors import ModelError
+from export.gradient_tape import Tape, attributes
 
 
 class Axis(NamedTuple):
@@ -183,14 +182,27 @@ def _matmul(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """dA = dY B^T and dB = A^T dY, summed over the batch axes that were broadcast."""
     a, b = node.input
     if min(t.rank(a), t.rank(b)) < 2:
-        raise ModelError(
-            f"{describe(node)}: multiplies a vector, expected matrices; reshape it to a row or a column"
-        )
+        yield from _vector_product(t, a, b, dy)
+        return
     if a in t.active:
         by, other = _factors(t, dy, b, 0) if t.value(b) is not None else (dy, _transposed(t, b))
         yield a, unbroadcast(t, t.op("MatMul", by, other), a, y)
     if b in t.active:
         yield b, unbroadcast(t, t.op("MatMul", _transposed(t, a), dy), b, y)
+
+
+def _vector_product(t: Tape, a: str, b: str, dy: str) -> Pairs:
+    """The same where a is a vector [I], taken as a row, or b is one, taken as a column."""
+    row, column = t.rank(a) == 1, t.rank(b) == 1
+    dy = t.op("Unsqueeze", dy, [0, 1] if row and column else [-1 if column else -2])
+    if a in t.active:
+        turned = t.op("Unsqueeze", b, [0]) if column else _transposed(t, b)
+        da = t.op("MatMul", dy, turned)
+        yield a, t.op("ReduceSum", t.op("Reshape", da, [-1, *t.sizes(a, [0])]), [0], keepdims=0) if row else da
+    if b in t.active:
+        turned = t.op("Unsqueeze", a, [1]) if row else _transposed(t, a)
+        db = t.op("MatMul", turned, dy)
+        yield b, t.op("ReduceSum", t.op("Reshape", db, [-1, *t.sizes(b, [0])]), [0], keepdims=0) if column else db
 
 
 def _factors(t: Tape, dy: str, matrix: str, turned: int) -> tuple[str, str]:

@@ -61,10 +61,14 @@ def _steepness(t: Tape, x: str) -> float:
 
 
 def _unary(derivative: Derivative) -> Rule:
-    """Return the rule dx = dy * derivative(x, y) of an operator that works element by element."""
+    """Return the rule dx = dy * derivative(x, y) of an operator that works element by element.
+
+    An operator's second input, a power or a slope, may repeat the first: PRelu's does not, Pow's does.
+    """
 
     def rule(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-        yield node.input[0], t.op("Mul", dy, derivative(t, node, node.input[0], y))
+        x = node.input[0]
+        yield x, unbroadcast(t, t.op("Mul", dy, derivative(t, node, x, y)), x, y)
 
     return rule
 
