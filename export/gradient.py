@@ -42,6 +42,7 @@ from export.gradient_graph import (
 from export.gradient_pointwise import Rule
 from export.gradient_precision import calibrate
 from export.gradient_tape import TARGET_SCOPE, Tape, describe
+from export.ort_lowering import hold_signed_codes
 from runtime.command import parser, run
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import read_bytes, write_atomically
@@ -264,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
+    hold_signed_codes(explained)
     write_atomically(output, explained.SerializeToString())
     added = len(explained.graph.node) - len(model.graph.node)
     print(f"{output}: {len(model.graph.node)} nodes, and {added} of the gradient")

@@ -30,11 +30,13 @@ from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differ
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
 from export.engine_run import EngineRun, run_on_engine
 from export.gradient import GATES
+from export.gradient_graph import prune
 from export.layer_constants import give_layers_their_constants
 from export.openvino_lowering import average_exactly, keep_rounding
 from export.operators import OPSET, TARGETS, translations
 from export.ort_lowering import (
     clip_after_pooling,
+    hold_signed_codes,
     keep_float,
     move_codes,
     store_float_weights,
@@ -166,6 +168,7 @@ def export(
     del model.graph.value_info[:]
     for lower in lowerings(target, int8=int8):
         lower(model)
+    prune(model.graph)  # of what lowering left without a reader
     resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
     manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
@@ -207,6 +210,7 @@ def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], No
             clip_after_pooling,
             keep_float,
             move_codes,
+            hold_signed_codes,
         ]
     return [move_codes] if target == "ort" else []
 

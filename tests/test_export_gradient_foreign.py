@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import GraphOptimizationLevel
 
-from export.gradient import OUTPUTS, append_input_gradient
+from export.gradient import OUTPUTS, append_input_gradient, main
 from runtime.errors import ModelError
 
 rng = np.random.default_rng(0)
@@ -176,3 +178,40 @@ def test_an_input_of_one_axis() -> None:
     feeds = {"x": np.ones(8, np.float32), "target": np.array([6])}
     (gradient,) = session.run(["gradient"], feeds)
     assert np.allclose(gradient, matrix[:, 6])
+
+
+@pytest.mark.parametrize("opset", [13, 18, 21, 22])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+@pytest.mark.parametrize("pooling", [{"kernel_shape": [2, 2], "strides": [2, 2]}, {"kernel_shape": [3, 3]}])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_pooled_codes_run_with_every_optimization(
+    opset: int, kind: type, pooling: dict[str, Any], quantized: bool, tmp_path: Path
+) -> None:
+    """ONNX Runtime moves signed codes past a pooling or a slice and then refuses what it made."""
+    pooled = [node("QuantizeLinear", "p scale zero", "pq"), node("DequantizeLinear", "pq scale zero", "before")]
+    kernel = WEIGHT[:, :, :4, :4] if "strides" in pooling else WEIGHT[:, :, :6, :6]
+    model = made(
+        [
+            node("QuantizeLinear", "x scale zero", "q"), node("DequantizeLinear", "q scale zero", "d"),
+            node("MaxPool", "d", "p" if quantized else "before", **pooling), *(pooled if quantized else ()),
+            node("Conv", "before kernel", "c"), node("Flatten", "c", "logits"),
+        ],
+        {"scale": np.float32(0.05), "zero": kind(0), "kernel": kernel},
+        opset=opset, ir=8 if opset < 21 else 10,
+    )  # fmt: skip
+    onnx.save(model, tmp_path / "model.onnx")
+    main([str(tmp_path / "model.onnx"), "--raw"])
+    differentiated = onnx.load(tmp_path / "model_saliency.onnx")
+    x = np.random.default_rng(3).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    feeds = {"x": x, "target": np.array([1, 2])}
+    found = []
+    for level in (GraphOptimizationLevel.ORT_DISABLE_ALL, GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(
+            differentiated.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        found.append(session.run(["logits", "gradient"], feeds))
+    assert np.abs(found[0][1]).max() > 0.1
+    for plain, optimized in zip(*found, strict=True):
+        assert np.allclose(plain, optimized, atol=1e-4)
