@@ -25,7 +25,7 @@ _BEGINNINGS = (
 )  # fmt: skip
 _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 # Folders that systems make beside images, for their own copies of them.
-_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+_SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
 # Pillow's names of what shows an image upright that has this EXIF orientation.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",

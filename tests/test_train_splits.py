@@ -55,6 +55,50 @@ def test_a_folders_own_split_is_kept(tmp_path: Path) -> None:
     assert split.part("val")[0][0] == str(tmp_path / "own" / "valid" / "cat" / "000.png")
 
 
+def listed(split: splits.Split) -> set[str]:
+    return {name for part in split.files.values() for names in part.values() for name in names}
+
+
+def test_no_image_vanishes_and_none_sneaks_in(folder: Path, tmp_path: Path) -> None:
+    two = folder / "two"
+    image = next((folder / "zero").iterdir())
+    used = ["photo.jfif", "photo.JPE", "photo.tga", "photo.jp2", "photo.avif", "photo.heic", "without_suffix"]
+    hidden = [".thumbs/1.png", ".ipynb_checkpoints/000.png", "__MACOSX/1.png", "@eaDir/1.png", ".DS_Store.png"]
+    for name in (*used, *hidden, "below/deeper/1.png", "notes.txt.orig"):
+        (two / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, two / name)
+    (two / "notes.txt").write_text("which digits these are")
+    (two / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    elsewhere = write_digits(tmp_path / "elsewhere", {"more": 2}) / "more"
+    (two / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "again").symlink_to(two, target_is_directory=True)  # a circle
+    write_digits(folder, {"_background": 4})
+    split = splits.find(f"folder:{folder}")
+    assert split.classes == ("_background", "one", "two", "zero")
+    found = {name.removeprefix("two/") for name in listed(split) if name.startswith("two/")}
+    assert found == {
+        *used, "000.png", "001.png", "002.png", "below/deeper/1.png", "notes.txt.orig", "broken.png",
+        "linked/000.png", "linked/001.png",
+    }  # fmt: skip
+
+
+def test_a_class_without_images_and_a_part_of_two_names_are_errors(folder: Path, tmp_path: Path) -> None:
+    (folder / "three").mkdir()
+    (folder / "three" / "notes.txt").write_text("to come")
+    with pytest.raises(FileError, match="three: 0 images, expected 3 at least"):
+        splits.find(f"folder:{folder}")
+    for part in ("train", "val", "valid", "test"):
+        write_digits(tmp_path / "own" / part, {"cat": 3, "dog": 3})
+    with pytest.raises(
+        FileError, match=r"own: val/ and valid/ are one part; merge them, or move one of them away"
+    ):
+        splits.find(f"folder:{tmp_path / 'own'}")
+    assert splits.find(f"folder:{write_digits(tmp_path / 'v', {'val': 3, 'valid': 3})}").classes == (
+        "val",
+        "valid",
+    )
+
+
 def test_train_may_be_a_class(tmp_path: Path) -> None:
     split = splits.find(f"folder:{write_digits(tmp_path / 'v', {'car': 3, 'train': 3})}")
     assert (split.classes, split.seed) == (("car", "train"), 0)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes, write_atomically
-from runtime.images import SUFFIXES
+from runtime.images import is_hidden, is_image_file
 
 PREFIX = "folder:"
 SPLIT_NAME = "split.json"
@@ -173,6 +174,10 @@ def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
     path = place_of(data, root)
     folders = _class_folders(path)
     parts = {_OTHER_NAMES.get(name.lower(), name.lower()): name for name in folders}
+    twice = sorted(name for name in folders if name not in parts.values())
+    if twice and data.startswith(PREFIX) and "train" in parts:
+        same = parts[_OTHER_NAMES.get(twice[0].lower(), twice[0].lower())]
+        raise FileError(f"{path}: {twice[0]}/ and {same}/ are one part; merge them, or move one of them away")
     others = sorted(parts.keys() - {*PARTS})
     if others and {"train", "test"} <= parts.keys():
         raise FileError(f"{path}: {others[0]}/ stands beside train/ and test/, {_LAYOUTS}; move it away")
@@ -287,16 +292,30 @@ def _class_folders(path: Path) -> list[str]:
         raise FileError(f"{path}: no such folder, {_LAYOUTS}; check the path") from None
     except OSError as error:
         raise FileError(f"{path}: cannot be listed ({error.strerror}), {_LAYOUTS}") from None
-    folders = sorted(entry.name for entry in inside if entry.is_dir() and entry.name[0] not in "._")
-    if not folders and any(entry.suffix.lower() in SUFFIXES for entry in inside):
+    folders = sorted(entry.name for entry in inside if entry.is_dir() and not is_hidden(entry.name))
+    if not folders and any(map(is_image_file, inside)):
         raise FileError(f"{path}: holds images but no class folders, {_LAYOUTS}")
     return folders
 
 
 def _images(root: Path, folder: Path) -> tuple[str, ...]:
-    """Return the image files in a folder and below it, relative to `root`, sorted."""
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
-    return tuple(sorted(p.relative_to(root).as_posix() for p in found))
+    """Return what is meant as an image in a folder and below it, relative to `root`, sorted.
+
+    Links to folders are followed, each folder once. Hidden files and folders are an editor's or a system's. What
+    is meant as an image and cannot be read, a broken link too, is found here and named when it is read.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    for where, inside, names in os.walk(folder, followlinks=True):
+        inside[:] = sorted(name for name in inside if not is_hidden(name))
+        real = os.path.realpath(where)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        paths = (Path(where, name) for name in names if not is_hidden(name))
+        found += [path.relative_to(root).as_posix() for path in paths if is_image_file(path)]
+    return tuple(sorted(found))
 
 
 def _shares(names: tuple[str, ...], seed: int) -> tuple[tuple[str, ...], ...]:
