@@ -47,19 +47,26 @@ def stream(
             that `train.data` knows, which needs torchvision.
         root: folder of the data set's original files.
         size: height and width of the model's images, to which those of a folder are cropped and resized.
-        classes: the model's, which a folder has to have.
+        classes: the model's, which the labels number in the result; empty: as the data number theirs.
         trained_on: the data set that the model names as its own.
 
     Raises:
         FileError: the file is missing or of another kind, or the data set is not there.
-        OptionError: no such data set, torchvision is not installed, or a folder whose split made here would mix
-            training images of the model into the test.
+        OptionError: no such data set, torchvision is not installed, classes that the model has not, or a folder
+            whose split made here would mix training images of the model into the test.
     """
+    found = _found(name, root, size, tuple(classes), trained_on)
+    _check_classes(name, found.classes, tuple(classes))
+    return found.renumbered(tuple(classes)) if classes else found
+
+
+def _found(name: str, root: str, size: tuple[int, int], classes: tuple[str, ...], trained_on: str) -> ImageStream:
     if name.endswith(".npz"):
         return in_npz(Path(name))
     if splits.is_folder(name) or name.endswith(".json"):
         split = splits.read(name) if name.endswith(".json") else splits.find(name, root)
-        _check_split(name, split, tuple(classes), trained_on)
+        _check_classes(name, split.classes, classes)
+        _check_split(name, split, trained_on)
         return in_files(split, size)
     try:
         from train import data
@@ -70,7 +77,7 @@ def stream(
         ) from None
     loaded = data.load(name, root)
     images = loaded.test_images[:].permute(0, 2, 3, 1).contiguous().numpy()
-    return in_memory(loaded.name, images, loaded.test_labels.numpy())
+    return in_memory(loaded.name, images, loaded.test_labels.numpy(), loaded.classes)
 
 
 def load(
@@ -106,12 +113,16 @@ def check_fits(data: ImageStream | LabelledImages, size: tuple[int, int], channe
         )
 
 
-def _check_split(name: str, split: Split, classes: tuple[str, ...], trained_on: str) -> None:
-    if classes and split.classes != classes:
+def _check_classes(name: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    strange = sorted(set(found) - set(classes))
+    if classes and strange:
         raise OptionError(
-            f"--data {name}: classes {_few(split.classes)}, expected {_few(classes)} as the model has; "
-            "name the data it was trained on"
+            f"--data {name}: classes {_few(found)}, expected {_few(classes)} as the model has; it has no "
+            f"{strange[0]!r}; name the data it was trained on"
         )
+
+
+def _check_split(name: str, split: Split, trained_on: str) -> None:
     # Another folder with a split of its own is a fair test; a split made here may hold out other images.
     if split.seed is not None and "@" in trained_on and split.name != trained_on:
         raise OptionError(

@@ -111,6 +111,11 @@ def stream_for(networks: Sequence[Network], name: str, root: str) -> ImageStream
                 f"{network.name}: trained on {network.data}, but {first.name} on {first.data}; "
                 "compare networks of one data set"
             )
+        if network.classes != first.classes:
+            raise OptionError(
+                f"{network.name}: classes {', '.join(network.classes[:3])} ..., expected those of {first.name} in "
+                f"their order, {', '.join(first.classes[:3])} ...; compare networks of the same classes"
+            )
     test = data.stream(name, root, size=first.shape[:2], classes=first.classes, trained_on=first.data)
     if not name.endswith((".npz", ".json")) and not is_folder(name) and name != first.data:
         raise OptionError(f"--data {name}: {first.name} was trained on {first.data}; use --data {first.data}")

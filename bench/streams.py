@@ -40,6 +40,7 @@ class ImageStream:
         labels: of all its images, int64 [N].
         positions: of those that are read, ascending, int64 [n].
         read: positions -> their batches, in order; images that cannot be read are left out.
+        classes: names of the classes that the labels number; empty where the data do not name them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ImageStream:
     labels: np.ndarray
     positions: np.ndarray
     read: Callable[[np.ndarray], Iterator[Batch]]
+    classes: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[Batch]:
         """Yield all images that are read."""
@@ -69,7 +71,20 @@ class ImageStream:
         return replace(self, positions=np.arange(count) * n // count)
 
 
-def in_memory(name: str, images: np.ndarray, labels: np.ndarray) -> ImageStream:
+    def renumbered(self, classes: tuple[str, ...]) -> ImageStream:
+        """Return the same images, whose labels number `classes`; every name of its own has to be among them."""
+        if self.classes in ((), classes):
+            return self
+        number = np.array([classes.index(name) for name in self.classes], np.int64)
+
+        def read(positions: np.ndarray) -> Iterator[Batch]:
+            for images, labels in self.read(positions):
+                yield images, number[labels]
+
+        return replace(self, labels=number[self.labels], read=read, classes=classes)
+
+
+def in_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] = ()) -> ImageStream:
     """Return images uint8 [N, H, W, C] and labels int64 [N] as a stream."""
 
     def read(positions: np.ndarray) -> Iterator[Batch]:
@@ -77,7 +92,7 @@ def in_memory(name: str, images: np.ndarray, labels: np.ndarray) -> ImageStream:
             yield images[part], labels[part]
 
     height, width, channels = images.shape[1:]
-    return ImageStream(name, (height, width, channels), labels, np.arange(len(labels)), read)
+    return ImageStream(name, (height, width, channels), labels, np.arange(len(labels)), read, classes)
 
 
 def in_npz(path: Path) -> ImageStream:
@@ -92,6 +107,10 @@ def in_npz(path: Path) -> ImageStream:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             with archive.open("labels.npy") as member:
                 labels = npy.read_array(member, allow_pickle=False)
+            classes: tuple[str, ...] = ()
+            if "classes.npy" in archive.namelist():
+                with archive.open("classes.npy") as member:
+                    classes = tuple(map(str, npy.read_array(member, allow_pickle=False)))
             with archive.open("images.npy") as member:
                 dtype, shape, rows = _header(member)
         if dtype.hasobject:
@@ -107,6 +126,11 @@ def in_npz(path: Path) -> ImageStream:
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise FileError(f"{path}: labels {labels.dtype}, {_EXPECTED}: class numbers from 0; write it again")
+    if classes and (len(set(classes)) < len(classes) or labels.max() >= len(classes)):
+        raise FileError(
+            f"{path}: labels up to {labels.max()} and {len(classes)} class names, {_EXPECTED}: a name of its own "
+            "for every label; write it again"
+        )
     if not rows:
         raise FileError(f"{path}: images in column-major order, {_EXPECTED}; write it again")
     labels = labels.astype(np.int64)
@@ -122,7 +146,7 @@ def in_npz(path: Path) -> ImageStream:
         except Exception:
             raise _damaged(path) from None
 
-    return ImageStream(path.name, (shape[1], shape[2], shape[3]), labels, np.arange(len(labels)), read)
+    return ImageStream(path.name, (shape[1], shape[2], shape[3]), labels, np.arange(len(labels)), read, classes)
 
 
 def in_files(split: Split, size: tuple[int, int]) -> ImageStream:
@@ -151,7 +175,7 @@ def in_files(split: Split, size: tuple[int, int]) -> ImageStream:
         if failures:
             print(f"skipped {len(failures)} images, such as {failures[0]}", file=sys.stderr)
 
-    return ImageStream(split.name, (*size, 3), labels, np.arange(len(labels)), read)
+    return ImageStream(split.name, (*size, 3), labels, np.arange(len(labels)), read, split.classes)
 
 
 def cores() -> int:

@@ -212,6 +212,42 @@ def test_labels_beyond_the_models_classes_are_refused(digits_models: dict[str, P
         main([str(digits_models["ort"]), "--data", str(path)])
 
 
+def test_classes_are_compared_by_name(
+    digits_models: dict[str, Path], digits: ImageData, digits_checkpoint: Checkpoint, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    images, labels = digits.test_images[:].permute(0, 2, 3, 1).numpy(), digits.test_labels.numpy()
+
+    def measured(keep: np.ndarray, numbers: list[int]) -> dict[str, Any]:
+        """Return the scores on some images, of a file that numbers the digits in an order of its own."""
+        path = saved(
+            tmp_path / "own.npz", images=images[keep],
+            labels=np.array([numbers.index(label) for label in labels[keep]]),
+            classes=np.array([str(number) for number in numbers]),
+        )  # fmt: skip
+        main([str(digits_models["openvino"]), "--data", str(path), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    everything = np.ones(len(labels), bool)
+    permuted = measured(everything, [3, 1, 4, 5, 9, 2, 6, 8, 7, 0])
+    assert permuted["accuracy"] == pytest.approx(digits_checkpoint.test_accuracy)
+    assert permuted["classes"] == list("0123456789")
+    assert np.array_equal(np.sum(permuted["confusion"], 1), np.bincount(labels))
+    some = np.isin(labels, (7, 2))
+    assert measured(some, [7, 2])["accuracy"] > 80
+    path = saved(
+        tmp_path / "cats.npz", images=images, labels=labels, classes=np.array([f"cat {n}" for n in range(10)])
+    )
+    with pytest.raises(
+        OptionError, match=r"classes cat 0, cat 1, .*, expected 0, 1, .* it has no 'cat 0'; name the"
+    ):
+        main([str(digits_models["openvino"]), "--data", str(path)])
+    for names in (["0"] * 10, list("012")):
+        path = saved(tmp_path / "few.npz", images=images, labels=labels, classes=np.array(names))
+        with pytest.raises(FileError, match=r"expected .*: a name of its own for every label; write it again"):
+            main([str(digits_models["openvino"]), "--data", str(path)])
+
+
 def test_a_device_without_torch_measures_npz_and_is_told_so_for_names(
     digits_models: dict[str, Path], npz: Path
 ) -> None:

@@ -53,10 +53,14 @@ def run(digits_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def text(run: Path) -> str:
+def text(run: Path, digits: ImageData, digits_checkpoint: Checkpoint) -> str:
     results = Path(__file__).parents[1] / "bench" / "results"
-    output = run / "report.html"
-    main([str(run), str(results), "--data", "digits", "--samples", "64", "--images", "4", "-o", str(output)])
+    output, test = run / "report.html", run.parent / "digits_test.npz"
+    np.savez(
+        test, images=digits.test_images[:].permute(0, 2, 3, 1).numpy(), labels=digits.test_labels.numpy(),
+        classes=np.array([HOSTILE, *digits_checkpoint.classes[1:]]),
+    )  # fmt: skip
+    main([str(run), str(results), "--data", str(test), "--samples", "64", "--images", "4", "-o", str(output)])
     return output.read_text()
 
 
@@ -142,7 +146,7 @@ def test_curves_are_measured_on_the_samples(page: Element) -> None:
     described = curves.find("desc")[0].text
     assert "1: digits-run, float: " in described
     assert "3: digits-run/ckpt.onnx, INT8 on OpenVINO: " in described
-    assert "64 images of digits, removed pixels black" in curves.find("figcaption")[0].text
+    assert "64 images of digits_test.npz, removed pixels black" in curves.find("figcaption")[0].text
 
 
 def test_layers_have_their_grids_and_times(page: Element, digits_checkpoint: Checkpoint) -> None:
