@@ -44,9 +44,8 @@ def check_outputs(outputs: Iterable[AnyPath | None], *, inputs: Iterable[AnyPath
             raise FileError(f"{output}: lies in {inside}, whose files are read; name a file outside of it")
         for identity in (*_identities(output), _folded(output)):
             if identity in written:
-                raise FileError(
-                    f"{output}: would be written twice, also as {written[identity]}; name another file or folder"
-                )
+                also = f", also as {written[identity]}" if written[identity] != output else ""
+                raise FileError(f"{output}: would be written twice{also}; name another file or folder")
         written |= dict.fromkeys((*_identities(output), _folded(output)), output)
     for output in wanted:
         check_writable(output)
