@@ -29,7 +29,7 @@ PASSES = {
     "openvino": ["_to_onnx", "differentiate", "average_exactly", "keep_rounding"],
     "ort": [
         "_to_onnx", "store_float_weights", "differentiate", "take_pixels_as_codes", "clip_after_pooling",
-        "keep_float", "move_codes",
+        "keep_float", "move_codes", "hold_signed_codes",
     ],
     "tensorrt": ["_to_onnx", "differentiate"],
 }  # fmt: skip
@@ -119,7 +119,7 @@ def test_the_passes_are_all_there_are(digits_checkpoint: Checkpoint, target: str
     assert exported.model == onnx.load_model_from_string(exported.data)
     of_target = [getattr(p, "func", p).__name__ for p in exporter.lowerings(target, int8=True)]
     assert of_target == PASSES[target][-len(of_target) :] or not of_target
-    assert len(of_target) == {"openvino": 2, "ort": 4, "tensorrt": 0}[target]
+    assert len(of_target) == {"openvino": 2, "ort": 5, "tensorrt": 0}[target]
 
 
 @pytest.mark.usefixtures("made")
