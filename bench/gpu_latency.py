@@ -21,9 +21,9 @@ import numpy as np
 
 from bench.statistics import SETTLE_MS
 from runtime import command
-from runtime.cuda import Resources
-from runtime.tensorrt_session import TensorRTSession
-from runtime.tensorrt_worker import Worker
+from runtime.engines.tensorrt.cuda import Resources
+from runtime.engines.tensorrt.session import TensorRTSession
+from runtime.engines.tensorrt.worker import Worker
 
 PHASES = ("enqueue", "h2d", "compute", "d2h", "end_to_end")
 TITLES = {"enqueue": "enqueue", "h2d": "H2D", "compute": "compute", "d2h": "D2H", "end_to_end": "end to end"}

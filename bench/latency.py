@@ -17,11 +17,12 @@ import numpy as np
 from bench import gpu_latency, layer_profile, power, startup
 from bench.environment import describe, environment, peak_memory_bytes
 from bench.statistics import Latency, batch_sizes, check_seconds, measure, summarize
-from runtime import command, tensorrt_session
+from runtime import command
+from runtime.engines.tensorrt import session as tensorrt_session
+from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.session import ENGINES, PLAN_SUFFIX, Session, open_session
-from runtime.tensorrt_session import TensorRTSession
 
 EXAMPLES = """
   python -m bench.latency model.onnx

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.tensorrt_session import TensorRTSession
+from runtime.engines.tensorrt.session import TensorRTSession
 
 # How the inspector of different releases writes types: "Row major linear FP16 format", "Int8 NC/32HW32", "Half".
 _PRECISIONS = (

@@ -70,7 +70,6 @@ class ImageStream:
             raise OptionError(f"--images {count}: expected a whole number from 1 to {n}")
         return replace(self, positions=np.arange(count) * n // count)
 
-
     def renumbered(self, classes: tuple[str, ...]) -> ImageStream:
         """Return the same images, whose labels number `classes`; every name of its own has to be among them."""
         if self.classes in ((), classes):

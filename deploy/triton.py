@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runtime import command
+from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.plan import PlanSidecar, read_sidecar
 
 EXAMPLES = """
   python -m deploy.triton engine.plan --repository models                   # class and map

@@ -13,10 +13,10 @@ import onnx
 
 from export.reference import reference_run
 from runtime.agreement import spearman
+from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path
 from runtime.errors import ModelError
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.plan import PlanSidecar, sidecar_path
 from runtime.session import Session, open_session
 
 _WARM_UPS, _RUNS = 20, 200

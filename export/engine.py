@@ -27,12 +27,12 @@ from export.engine_lowering import ISLANDS, Lowered, lower
 from export.gpu import GPU, find_gpu
 from export.plan_builder import BuildOptions, Built, build, check_options, load_bindings, parse
 from runtime import command
+from runtime.engines.tensorrt.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
 from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from runtime.outputs import check_outputs
-from runtime.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
 from train import factory
 
 _MEBIBYTE = 1 << 20

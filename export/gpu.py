@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.cuda import Cuda
-from runtime.tensorrt_engine import import_first
+from runtime.engines.tensorrt.cuda import Cuda
+from runtime.engines.tensorrt.engine import import_first
 
 
 @dataclass(frozen=True)

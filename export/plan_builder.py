@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from runtime.engines.tensorrt.plan import BUILDERS
 from runtime.errors import EngineError, ModelError, OptionError
-from runtime.plan import BUILDERS
 
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "clearpact[tensorrt]", "tensorrt_rtx": "clearpact[tensorrt-aot]"}
@@ -33,7 +33,7 @@ class BuildOptions:
         workspace_bytes: most memory one kernel may use while it runs; None leaves it to the builder.
         level: effort of the builder, 0 to 5; more takes longer and may give a faster plan.
         version_compatible: later releases can run it, too; a little slower.
-        hardware: GPUs it runs on, one of runtime.plan.HARDWARE.
+        hardware: GPUs it runs on, one of runtime.engines.tensorrt.plan.HARDWARE.
         dla_core: core of a Jetson's deep learning accelerator; what it cannot compute goes to the GPU.
     """
 
@@ -64,7 +64,7 @@ class Built:
 
 
 def load_bindings(builder: str) -> tuple[ModuleType, str]:
-    """Return NVIDIA's bindings and which of runtime.plan.BUILDERS they are.
+    """Return NVIDIA's bindings and which of runtime.engines.tensorrt.plan.BUILDERS they are.
 
     Args:
         builder: one of BUILDERS, or "auto": the first that is installed.
@@ -104,7 +104,7 @@ def build(
 
     Args:
         trt: NVIDIA's bindings.
-        builder_name: which they are, one of runtime.plan.BUILDERS.
+        builder_name: which they are, one of runtime.engines.tensorrt.plan.BUILDERS.
         model: ONNX graph that the passes of export/engine.py made ready.
         source: its name, for messages.
         options: what the plan is to be.

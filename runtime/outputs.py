@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from runtime.engines.tensorrt.plan import sidecar_path
 from runtime.errors import FileError
 from runtime.files import check_writable
-from runtime.plan import sidecar_path
 
 AnyPath = str | os.PathLike[str]
 

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.compiled_cache import CompiledCache
+from runtime.engines.compiled_cache import CompiledCache
 from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes
 from runtime.manifest import Manifest, read_manifest
 
 # Engine name -> (module of its session, package it needs, extra that installs it).
 ENGINES = {
-    "openvino": ("runtime.openvino_session", "openvino", "clearpact[openvino]"),
-    "ort": ("runtime.ort_session", "onnxruntime", "clearpact[ort]"),
+    "openvino": ("runtime.engines.openvino", "openvino", "clearpact[openvino]"),
+    "ort": ("runtime.engines.ort", "onnxruntime", "clearpact[ort]"),
 }
 # TensorRT runs plans only, and plans run on nothing else.
 PLAN_ENGINE = "tensorrt"
@@ -83,7 +83,7 @@ def open_session(
         threads: CPU threads of one inference; None leaves the number to the engine.
         parallel_runs: of several threads that call at the same time, so many are served at once by OpenVINO on the
             CPU, each on `threads` (1 where that is None); others wait. ONNX Runtime and plans serve all of them.
-        cache: folder of your own where compiled models are kept (see `runtime.compiled_cache`), so that the same
+        cache: folder of your own where compiled models are kept (see engines/compiled_cache.py), so that the same
             model starts faster the next time. OpenVINO on the CPU uses it; the others do without.
         stream: for a plan, the app's CUDA stream (PyCUDA, CuPy, PyTorch, cuda.core, or its handle).
         context: for a plan, the app's PyCUDA context.
@@ -97,7 +97,7 @@ def open_session(
     if not isinstance(model, bytes) and Path(model).suffix == PLAN_SUFFIX:
         if engine not in (None, PLAN_ENGINE):
             raise OptionError(f"engine {engine!r}: {model} is a TensorRT plan; leave the engine out")
-        planned: Session = importlib.import_module("runtime.tensorrt_session").open(
+        planned: Session = importlib.import_module("runtime.engines.tensorrt.session").open(
             model, device=device or "cuda", stream=stream, context=context
         )
         return planned

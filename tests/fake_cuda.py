@@ -1,4 +1,4 @@
-"""A strict model of the part of the CUDA runtime that `runtime.cuda` uses, for machines without a GPU.
+"""A strict model of the part of the CUDA runtime that runtime/engines uses, for machines without a GPU.
 
 Work given to a stream is done only when somebody waits for it, as late as CUDA allows: a result read too early is
 stale. Wrong order, use after release, release of memory that enqueued work needs, copies beyond a buffer, calls

@@ -1,4 +1,4 @@
-"""A strict model of the part of TensorRT that `runtime.tensorrt_session` uses, on top of `tests.fake_cuda`.
+"""A strict model of the part of TensorRT that runtime/engines uses, on top of `tests.fake_cuda`.
 
 A plan is JSON. Its network is linear, logits = W pixels, so that logits and gradient are known exactly.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path, this_platform
 from runtime.manifest import ImageInput, Manifest
-from runtime.plan import PlanSidecar, sidecar_path, this_platform
 from tests.fake_cuda import FakeGpu, Operation
 
 VERSION = "10.16.1.11"

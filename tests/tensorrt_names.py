@@ -56,9 +56,9 @@ def names_of_the_builder() -> set[str]:
 def names_of_the_session() -> set[str]:
     """Return the names that running plans uses."""
     files = (
-        "runtime/tensorrt_engine.py",
-        "runtime/tensorrt_worker.py",
-        "runtime/tensorrt_session.py",
+        "runtime/engines/tensorrt/engine.py",
+        "runtime/engines/tensorrt/worker.py",
+        "runtime/engines/tensorrt/session.py",
         "bench/layer_profile.py",
     )
     names = set().union(*(used_names((ROOT / file).read_text()) for file in files))

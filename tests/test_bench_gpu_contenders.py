@@ -20,9 +20,9 @@ from bench.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name
 from bench.gpu_explainers import explain_in_torch, gpu_explainers
 from bench.plans import build_plan, in_plans
 from export.deploy_form import deploy_form
+from runtime.engines.tensorrt.plan import read_sidecar
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import read_manifest
-from runtime.plan import read_sidecar
 from runtime.session import open_session
 from tests import fake_tensorrt
 from tests.fake_cuda import FakeGpu

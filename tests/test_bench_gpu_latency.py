@@ -11,8 +11,8 @@ import pytest
 from bench import power
 from bench.gpu_latency import PHASES, phase_samples, streams_images_per_second
 from bench.latency import main
+from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import EngineError, ModelError, OptionError
-from runtime.tensorrt_session import open as open_plan
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import CHANNELS, CLASSES, KERNEL_MS, SIZE, write_plan
 

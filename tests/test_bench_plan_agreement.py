@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bench.plan_agreement import compare, main
+from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import ModelError, OptionError
 from runtime.session import open_session
-from runtime.tensorrt_session import open as open_plan
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import CHANNELS, SIZE, write_plan
 

@@ -7,9 +7,9 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from deploy.triton import main
+from runtime.engines.tensorrt.plan import read_sidecar
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.manifest import Manifest
-from runtime.plan import read_sidecar
 from tests.fake_tensorrt import CHANNELS, CLASSES, SIZE, write_plan
 
 _F = descriptor_pb2.FieldDescriptorProto

@@ -13,9 +13,9 @@ import pytest
 from export import autotune, engine
 from export.autotune import Budget, Measured
 from export.gpu import GPU, find_gpu
+from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.errors import ClearpactError, EngineError, FileError, ModelError, OptionError
 from runtime.onnx_bytes import output_names, without_gradient
-from runtime.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.session import open_session
 from tests.fake_cuda import FakeGpu
 from tests.qdq_models import conv_model

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from runtime.cuda import Cuda
+from runtime.engines.tensorrt.cuda import Cuda
 from tests.fake_cuda import FakeGpu, Violation, cudaError_t
 
 

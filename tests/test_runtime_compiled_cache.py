@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import Classifier
-from runtime.compiled_cache import SUFFIX, CompiledCache, cache_key, processor_features
+from runtime.engines.compiled_cache import SUFFIX, CompiledCache, cache_key, processor_features
 from runtime.errors import FileError, OptionError
 from runtime.session import Session, open_session
 from train.data import ImageData

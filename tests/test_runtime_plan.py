@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar, sidecar_path, this_platform
 from runtime.errors import ModelError
-from runtime.plan import PlanSidecar, read_sidecar, sidecar_path, this_platform
 from tests.test_runtime_manifest import EXAMPLE as MANIFEST
 
 PLAN = b"ftrt and what follows"

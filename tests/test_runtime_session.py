@@ -15,8 +15,8 @@ import torch
 
 from export.deploy_form import FoldedQuantizer, deploy_form, folded_layers
 from runtime import ClearpactError
+from runtime.engines.openvino import _MAX_SHAPES
 from runtime.errors import EngineError, FileError, ModelError, OptionError
-from runtime.openvino_session import _MAX_SHAPES
 from runtime.session import ENGINES, Session, open_session
 from train.checkpoint import Checkpoint
 from train.data import ImageData

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import Classifier
-from runtime.cuda import Cuda
+from runtime.engines.tensorrt.cuda import Cuda
+from runtime.engines.tensorrt.plan import read_sidecar, sidecar_path
+from runtime.engines.tensorrt.session import TensorRTSession
+from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import ClearpactError, EngineError, ImageError, ModelError, OptionError
-from runtime.plan import read_sidecar, sidecar_path
 from runtime.session import open_session
-from runtime.tensorrt_session import TensorRTSession
-from runtime.tensorrt_session import open as open_plan
 from tests.fake_cuda import FakeGpu, all_failures
 from tests.fake_tensorrt import (
     CHANNELS,
@@ -317,7 +317,7 @@ def every_kind_of_run(session: TensorRTSession, gpu: FakeGpu) -> None:
 def life(path: Path, gpu: FakeGpu) -> None:
     """Open, run in every way and close a session, as an app with a `with` statement does."""
     cuda = Cuda(gpu)
-    from runtime.plan import read_sidecar
+    from runtime.engines.tensorrt.plan import read_sidecar
 
     session = TensorRTSession(
         path.read_bytes(), read_sidecar(path), "engine.plan", trt=fake_tensorrt(gpu), cuda=cuda

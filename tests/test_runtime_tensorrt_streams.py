@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from runtime import Classifier
-from runtime.cuda import Cuda, stream_handle
-from runtime.device_array import DeviceArray
+from runtime.engines.tensorrt.cuda import Cuda, stream_handle
+from runtime.engines.tensorrt.device_array import DeviceArray
+from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import EngineError
-from runtime.tensorrt_session import open as open_plan
 from tests.fake_cuda import FakeContext, FakeGpu, on_host, to_device
 from tests.fake_tensorrt import (
     images,

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from runtime.cuda import Cuda, stream_handle
-from runtime.device_array import DeviceArray, DeviceView, device_view
+from runtime.engines.tensorrt.cuda import Cuda, stream_handle
+from runtime.engines.tensorrt.device_array import DeviceArray, DeviceView, device_view
+from runtime.engines.tensorrt.engine import Engine, import_first
+from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar
+from runtime.engines.tensorrt.worker import Worker
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.files import read_bytes
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.plan import BUILDERS, PlanSidecar, read_sidecar
-from runtime.tensorrt_engine import Engine, import_first
-from runtime.tensorrt_worker import Worker
 
 # Builder in the sidecar -> the modules that run its plans, the first one installed is taken.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -259,7 +259,7 @@ def open(
     Args:
         path: of the plan; its sidecar lies beside it.
         device: "cuda", or "cuda:1" for the second GPU.
-        stream: the app's stream, see `runtime.cuda.stream_handle`; None makes one for each thread.
+        stream: the app's stream, see `stream_handle` of cuda.py; None makes one for each thread.
         context: the app's PyCUDA context.
         graphs: record repeated shapes into CUDA graphs.
         spin: wait for the GPU on a busy core instead of asleep.

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.device_array import DeviceView
+from runtime.engines.tensorrt.device_array import DeviceView
+from runtime.engines.tensorrt.plan import PlanSidecar
 from runtime.errors import EngineError, ImageError, ModelError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.plan import PlanSidecar
 
 _PROFILE = 0
 _NO_REASON = "no reason given"

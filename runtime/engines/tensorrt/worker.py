@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.cuda import LEGACY_STREAMS, Cuda, Resources
-from runtime.device_array import DeviceView
+from runtime.engines.tensorrt.cuda import LEGACY_STREAMS, Cuda, Resources
+from runtime.engines.tensorrt.device_array import DeviceView
+from runtime.engines.tensorrt.engine import Engine, Tensor
 from runtime.errors import EngineError
-from runtime.tensorrt_engine import Engine, Tensor
 
 _MAX_GRAPHS = 8
 

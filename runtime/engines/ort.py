@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from runtime.compiled_cache import CompiledCache
+from runtime.engines.compiled_cache import CompiledCache
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names, without_gradient

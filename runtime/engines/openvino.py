@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.compiled_cache import CompiledCache, cache_key, processor_features
+from runtime.engines.compiled_cache import CompiledCache, cache_key, processor_features
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names

@@ -1,0 +1,1 @@
+"""One inference engine a module, imported only when a model is opened with it."""

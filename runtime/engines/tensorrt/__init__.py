@@ -1,0 +1,1 @@
+"""TensorRT: plans, their sidecars, and the CUDA runtime beneath them."""
