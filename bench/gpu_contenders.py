@@ -19,7 +19,7 @@ from bench.first_prediction import Loading
 from bench.networks import Network, open_networks
 from bench.plans import build_plan, in_plans
 from export.deploy_form import deploy_form
-from export.gpu import find_gpu
+from export.engine.gpu import find_gpu
 from runtime.classifier import MAX_BATCH
 from runtime.errors import EngineError, ModelError
 from runtime.session import PLAN_ENGINE, open_session

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.peers import Classify
-from export import engine
+from export.engine import __main__ as engine
 from runtime.classifier import MAX_BATCH
 from runtime.manifest import INPUT_NAME
 from runtime.session import Session
@@ -23,7 +23,7 @@ def build_plan(model: Path, plan: Path, *, batch: int, precision: str) -> Path:
         model: ONNX file lowered for TensorRT.
         plan: to write; the sidecar is put beside it, and a timing cache that the next plan reuses.
         batch: images.
-        precision: one of export.engine_layers.PRECISIONS.
+        precision: one of export.engine.layers.PRECISIONS.
 
     Raises:
         EngineError: TensorRT is not installed, or its builder fails.

@@ -26,25 +26,30 @@ import torch
 from torch import nn
 
 from export import calibration
-from export.agreement import PRECISIONS, Differentiated, ExportAgreement, differentiate, export_agreement
 from export.deploy_form import DeployForm, FoldedQuantizer, deploy_form
-from export.engine_run import EngineRun, run_on_engine
-from export.gradient import GATES
-from export.gradient_graph import prune
-from export.layer_constants import give_layers_their_constants
-from export.openvino_lowering import average_exactly, keep_rounding
+from export.gradient.walk import GATES
+from export.graph import prune
 from export.operators import OPSET, TARGETS, translations
-from export.ort_lowering import (
-    clip_after_pooling,
-    hold_signed_codes,
-    keep_float,
-    move_codes,
-    store_float_weights,
-    take_pixels_as_codes,
+from export.passes.average_exactly import average_exactly
+from export.passes.clip_after_pooling import clip_after_pooling
+from export.passes.hold_signed_codes import hold_signed_codes
+from export.passes.keep_float import keep_float
+from export.passes.keep_rounding import keep_rounding
+from export.passes.layer_constants import give_layers_their_constants
+from export.passes.move_codes import move_codes
+from export.passes.store_float_weights import store_float_weights
+from export.passes.take_pixels_as_codes import take_pixels_as_codes
+from export.verification.agreement import (
+    PRECISIONS,
+    Differentiated,
+    ExportAgreement,
+    differentiate,
+    export_agreement,
 )
-from export.probes import CODES_SUFFIX, UNCLIPPED_SUFFIX, probe
-from export.verify import MAX_TIED_SHARE, Verification, verify
-from export.verify_gradient import GradientVerification, verify_gradient
+from export.verification.engine_run import EngineRun, run_on_engine
+from export.verification.forward import MAX_TIED_SHARE, Verification, verify
+from export.verification.gradient import GradientVerification, verify_gradient
+from export.verification.probes import CODES_SUFFIX, UNCLIPPED_SUFFIX, probe
 from runtime import command
 from runtime.errors import ModelError, OptionError
 from runtime.files import read_bytes, write_atomically
@@ -118,7 +123,7 @@ def export(
             logits alone does not compute them.
         gate: of the gradient at quantized activations, see `export.gradient.append_input_gradient`.
         saliency_precision: "float32"; "int8": gradients of layers with int8 weights are products of codes, see
-            export/gradient_precision.py; "auto": int8 on OpenVINO, unless its maps agree less than 0.99 (mean
+            export/gradient/int8.py; "auto": int8 on OpenVINO, unless its maps agree less than 0.99 (mean
             Spearman) with float32's, else float32. (ONNX Runtime multiplies codes only between two grids.)
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES; None: what

@@ -47,10 +47,10 @@ def used_names(source: str) -> set[str]:
 
 def names_of_the_builder() -> set[str]:
     """Return the names that building plans uses, with those it composes at run time."""
-    from export import plan_builder
+    from export.engine import builder as plan_builder
 
     composed = {f"HardwareCompatibilityLevel.{name}" for name in plan_builder._HARDWARE.values()}
-    return used_names((ROOT / "export" / "plan_builder.py").read_text()) | composed
+    return used_names((ROOT / "export" / "engine" / "builder.py").read_text()) | composed
 
 
 def names_of_the_session() -> set[str]:

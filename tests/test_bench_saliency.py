@@ -18,8 +18,8 @@ from bench.networks import Network, open_networks
 from bench.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
 from bench.streams import ImageStream, in_memory
-from export.agreement import export_agreement
 from export.onnx import export
+from export.verification.agreement import export_agreement
 from runtime.agreement import spearman, top_overlap
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import write_atomically

@@ -13,9 +13,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export import onnx as exporter
-from export.agreement import Differentiated
-from export.engine_run import run_on_engine
 from export.operators import TARGETS
+from export.verification.agreement import Differentiated
+from export.verification.engine_run import run_on_engine
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
 from tests.toy_models import move_alphas

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from export import autotune, engine
-from export.autotune import Budget, Measured
-from export.gpu import GPU, find_gpu
+from export.engine import __main__ as engine
+from export.engine import autotune
+from export.engine.autotune import Budget, Measured
+from export.engine.gpu import GPU, find_gpu
 from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.errors import ClearpactError, EngineError, FileError, ModelError, OptionError
 from runtime.onnx_bytes import output_names, without_gradient

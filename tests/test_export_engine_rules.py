@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from export.engine_rules import check_qdq
+from export.engine.rules import check_qdq
 from runtime.errors import ModelError
 from tests.qdq_models import conv_model, model
 

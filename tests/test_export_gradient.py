@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.gradient import append_input_gradient
+from export.gradient.walk import append_input_gradient
 from tests.reference_operators import EXACT
 
 CLASSES = 3

@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.gradient import RULES, append_input_gradient, main
+from export.gradient.__main__ import main
+from export.gradient.walk import RULES, append_input_gradient
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
 
 ROOT = Path(__file__).parent.parent
@@ -232,11 +233,3 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {path}: ")
     assert done.stderr.count("\n") == 1
-
-
-def test_run_as_a_script_it_names_the_module() -> None:
-    done = command(ROOT / "export" / "gradient.py", "model.onnx")
-    assert done.returncode != 0
-    assert done.stderr == (
-        "error: export/gradient.py is part of a package; run: python -m export.gradient model.onnx\n"
-    )

@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel
 
-from export.gradient import OUTPUTS, append_input_gradient, main
+from export.gradient.__main__ import main
+from export.gradient.walk import OUTPUTS, append_input_gradient
 from runtime.errors import ModelError
 
 rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from onnx.reference import ReferenceEvaluator
 
-from export.gradient import append_input_gradient
+from export.gradient.walk import append_input_gradient
 from tests.reference_operators import EXACT
 from train.models import build
 from train.vision_transformer import VisionTransformer

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 
-from export.gradient import RULES, append_input_gradient
+from export.gradient.walk import RULES, append_input_gradient
 from runtime.errors import ModelError
 
 FLOAT = TensorProto.FLOAT

@@ -22,8 +22,8 @@ from torch import nn
 
 from export.onnx import export
 from export.operators import TARGETS
-from export.probes import CODES_SUFFIX, zero_points_of
-from export.reference import reference_run
+from export.verification.probes import CODES_SUFFIX, zero_points_of
+from export.verification.reference import reference_run
 from tests.code_gate import with_code_gate
 from tests.toy_models import move_alphas, randomize_norms
 from train import loop

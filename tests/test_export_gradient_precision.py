@@ -14,8 +14,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch.nn import functional as F
 
-from export.gradient import append_input_gradient
-from export.gradient_precision import HELD_SHARE
+from export.gradient.int8 import HELD_SHARE
+from export.gradient.walk import append_input_gradient
 
 SIZE, CLASSES = 8, 5
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export.gradient import append_input_gradient
+from export.gradient.walk import append_input_gradient
 from runtime.errors import ModelError
 
 SIZE = 8

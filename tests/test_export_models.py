@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from export.engine_lowering import lower
+from export.engine.builder import BuildOptions, build
+from export.engine.lowering import lower
 from export.onnx import Exported, export
-from export.plan_builder import BuildOptions, build
-from export.probes import CODES_SUFFIX
-from export.reference import reference_run
+from export.verification.probes import CODES_SUFFIX
+from export.verification.reference import reference_run
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME

@@ -16,11 +16,11 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from export import agreement
 from export.deploy_form import deploy_form, fold_weight, folded_layers
-from export.gradient import append_input_gradient
+from export.gradient.walk import append_input_gradient
 from export.onnx import NORMALIZED, export, main
-from export.verify import verify
+from export.verification import agreement
+from export.verification.forward import verify
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.errors import ModelError, OptionError
@@ -241,7 +241,7 @@ def test_a_failed_check_writes_nothing(
         layers["conv1"].codes = codes + 1
         return layers
 
-    monkeypatch.setattr("export.verify.folded_layers", tampered)
+    monkeypatch.setattr("export.verification.forward.folded_layers", tampered)
     with pytest.raises(ModelError, match=r"weight conv1\.codes"):
         main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
     assert output.read_bytes() == b"before"

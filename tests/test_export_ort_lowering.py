@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.ort_lowering import clip_after_pooling, move_codes, take_pixels_as_codes
+from export.passes.clip_after_pooling import clip_after_pooling
+from export.passes.move_codes import move_codes
+from export.passes.take_pixels_as_codes import take_pixels_as_codes
 
 MIDDLE = np.uint8(128)
 IMAGES = np.arange(256, dtype=np.uint8).reshape(2, 16, 8, 1)

@@ -10,10 +10,10 @@ from typing import Any
 import onnx
 import pytest
 
-from export.engine_layers import layers
-from export.engine_lowering import lower
+from export.engine.builder import BuildOptions, build, check_options, load_bindings, parse, reported_products
+from export.engine.layers import layers
+from export.engine.lowering import lower
 from export.onnx import export
-from export.plan_builder import BuildOptions, build, check_options, load_bindings, parse, reported_products
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.onnx_bytes import without_gradient
 from tests.qdq_models import conv_model
@@ -129,7 +129,7 @@ def test_gradients_multiply_float16(trt: ModuleType, digits_models: dict[str, Pa
     assert gradients == [{"Half"}] * 4
 
 
-# What the rules of export/engine_rules.py are for: NVIDIA's own words and deeds, without them.
+# What the rules of export/engine/rules.py are for: NVIDIA's own words and deeds, without them.
 
 
 def test_a_uint8_grid_would_pass_with_a_warning_and_be_read_as_int8(trt: ModuleType) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.verify import TIE_STEPS, _in_float64, check_ties, nearly_tied, run_layer_by_layer
+from export.verification.forward import TIE_STEPS, _in_float64, check_ties, nearly_tied, run_layer_by_layer
 from runtime.errors import ModelError
 from train.quant import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
 

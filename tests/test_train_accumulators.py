@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from export.deploy_form import deploy_form, folded_layers
-from export.ort_lowering import keep_float
+from export.passes.keep_float import keep_float
 from tests.toy_models import FunctionalNet
 from train.accumulators import LARGEST_SUM, accumulators, biases_on_grid, put_biases_on_grid
 from train.data import InputSpec

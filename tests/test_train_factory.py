@@ -13,8 +13,8 @@ import torch
 from bench import compare as bench_compare
 from bench import gradient_price as bench_gradient_price
 from bench import saliency as bench_saliency
-from export import engine as export_engine
 from export import onnx as export_onnx
+from export.engine import __main__ as export_engine
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import read_manifest
 from train import __main__ as train

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from export import gradient_quantized
+from export.gradient.rules import quantized as gradient_quantized
 from train import quantizers
 from train.quantizers import (
     BELOW_ZERO_STEPS,

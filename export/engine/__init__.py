@@ -1,0 +1,1 @@
+"""TensorRT plans from ONNX files: `python -m export.engine`."""

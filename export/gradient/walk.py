@@ -1,0 +1,193 @@
+"""Append the input gradient to an ONNX classifier: reverse-mode differentiation, ONNX in and ONNX out.
+
+Inference engines have no autograd, so the gradient becomes part of the graph. The forward graph is walked
+backwards from the logits to the image, and each node's rule appends the nodes of its gradient; see README.md
+in this folder.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from export.gradient.int8 import calibrate
+from export.gradient.joining import channel_axis, find_logits, find_source, join_gradient, prepare_model
+from export.gradient.rules import layout as gradient_layout
+from export.gradient.rules import linear as gradient_linear
+from export.gradient.rules import normalization as gradient_normalization
+from export.gradient.rules import pointwise as gradient_pointwise
+from export.gradient.rules import pooling as gradient_pooling
+from export.gradient.rules import quantized as gradient_quantized
+from export.gradient.rules.pointwise import Rule
+from export.gradient.tape import TARGET_SCOPE, Tape
+from export.graph import describe, infer_shapes
+from runtime.errors import ModelError, OptionError
+
+RULES: dict[str, Rule] = {
+    **gradient_layout.RULES,
+    **gradient_linear.RULES,
+    **gradient_normalization.RULES,
+    **gradient_pointwise.RULES,
+    **gradient_pooling.RULES,
+    **gradient_quantized.RULES,
+}
+
+GATES = ("code", "ste")
+OUTPUTS = ("saliency", "gradient")
+
+# Operators whose result does not change with small changes of their input: no gradient, and none needed.
+_LOCALLY_CONSTANT = {
+    "ArgMax",
+    "ArgMin",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "IsInf",
+    "IsNaN",
+    "Less",
+    "LessOrEqual",
+    "NonZero",
+    "Shape",
+    "Size",
+}
+
+
+def append_input_gradient(
+    model: onnx.ModelProto,
+    *,
+    input: str | None = None,
+    logits: str | None = None,
+    outputs: Sequence[str] = ("saliency",),
+    gate: str = "code",
+    int8_samples: Mapping[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    """Return a copy of a classifier that also computes the gradient of one logit by the image.
+
+    The result has one more input, `target` int64 [N]: the class whose logit is differentiated, -1 for the
+    predicted one. Its logits are named `logits` [N, K], and more outputs are, as asked for: `gradient`,
+    d logits[n, target[n]] / d input, of the input's own shape and type; `saliency` float32 [N, H, W], the
+    maximum over the channels of its magnitude. A target that is no class gives a map of zeros. All else in the
+    model stays as it was.
+
+    Args:
+        model: any ONNX classifier whose operators have rules (`RULES`); not changed.
+        input: the tensor to differentiate by, float [N, C, H, W] or, where the graph transposes it first,
+            [N, H, W, C], inside the graph or an input of it.
+            Default: the tensor named "normalized" where there is one, else the model's only input.
+        logits: the tensor to differentiate, float [N, K]. Default: the model's only 2-D float output.
+        outputs: one or both of OUTPUTS. Engines compute all of them unless told otherwise.
+        gate: where a quantized activation lets the gradient through: "code", where its code is strictly
+            inside its range, or "ste", where the float before it is (0 <= x < alpha, as in the PACT paper).
+        int8_samples: the result's inputs, real images and their targets [n, ...]. Where a layer's weight is one of
+            int8 codes, its gradient is then a product of codes too, on a grid that holds these images' gradients
+            (gradient_precision.py). None: all gradients are computed in the model's own floats.
+
+    Raises:
+        ModelError: an operator has no rule, the model has control flow, several inputs or no logits, is
+            already differentiated, or a shape or weight that must be known at export is not.
+        OptionError: `gate` or an output is not one of the two.
+    """
+    if gate not in GATES:
+        raise OptionError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
+    if not outputs or not set(outputs) <= set(OUTPUTS):
+        raise OptionError(f"outputs: got {list(outputs)}, expected one or both of {', '.join(OUTPUTS)}")
+    model = prepare_model(model)
+    inferred = infer_shapes(model)
+    tape = Tape(inferred, gate, int8=int8_samples is not None)
+    source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
+    if "saliency" in outputs and tape.rank(source) != 4:
+        raise ModelError(
+            f"input {source!r}: has {tape.rank(source)} axes, expected [N, C, H, W]; ask for the raw gradient"
+        )
+    _mark_active(inferred, tape, source)
+    gradient = _backward(inferred, tape, source, result)
+    channels = channel_axis(inferred, tape, source) if "saliency" in outputs else 1
+
+    tape.scope = "saliency"
+    if "gradient" in outputs:
+        tape.op("Identity", gradient)
+        tape.nodes[-1].output[0] = "gradient"
+    if "saliency" in outputs:
+        strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [channels], keepdims=0)
+        if tape.type(strongest) != TensorProto.FLOAT:
+            tape.op("Cast", strongest, to=TensorProto.FLOAT)
+        tape.nodes[-1].output[0] = "saliency"
+    join_gradient(model, inferred, tape, source, result, outputs, channels)
+    if int8_samples is not None:
+        calibrate(model, int8_samples)
+    return model
+
+
+def _mark_active(model: onnx.ModelProto, tape: Tape, source: str) -> None:
+    """Mark the tensors that change with the source."""
+    tape.source = source
+    tape.active.add(source)
+    for node in model.graph.node:
+        if node.op_type not in _LOCALLY_CONSTANT and not tape.active.isdisjoint(node.input):
+            tape.active.update(filter(None, node.output))
+
+
+def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> str:
+    """Emit the gradient of the chosen logit by the source and return its name."""
+    if result not in tape.active or result == source:
+        raise ModelError(f"logits {result!r} do not depend on input {source!r}; name another tensor")
+    parts: dict[str, list[str]] = defaultdict(list)
+    parts[result] = [_one_hot(tape, result)]
+    for node in _path(model, tape, source, result):
+        for y in filter(parts.__contains__, node.output):
+            if y != node.output[0] and node.op_type != "Split":
+                raise ModelError(f"{describe(node)}: its output {y!r} has no gradient rule, only its first has")
+            tape.scope = node.name or y
+            dy = reduce(lambda a, b: tape.op("Add", a, b), parts.pop(y))
+            pairs = list(RULES[node.op_type](tape, node, y, dy))
+            for x, dx in pairs:
+                if x in tape.active:
+                    parts[x].append(dx)
+            _check_complete(tape, node, {x for x, _ in pairs})
+    if source not in parts:
+        raise ModelError(
+            f"logits {result!r} have no gradient by input {source!r}: only comparisons and shapes lie "
+            "between them; name another tensor"
+        )
+    tape.scope = "saliency"
+    return reduce(lambda a, b: tape.op("Add", a, b), parts[source])
+
+
+def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[onnx.NodeProto]:
+    """Return the nodes between source and result, last first; refuse one that has no rule."""
+    path, reached = [], {result}
+    for node in reversed(model.graph.node):
+        if reached.isdisjoint(node.output) or source in node.output:
+            continue
+        if node.op_type not in RULES or node.domain not in ("", "ai.onnx"):
+            supported = ", ".join(sorted(RULES))
+            raise ModelError(f"{describe(node)}: has no gradient rule; supported are {supported}")
+        reached.update(tape.active.intersection(node.input))
+        path.append(node)
+    return path
+
+
+def _check_complete(tape: Tape, node: onnx.NodeProto, reached: set[str]) -> None:
+    """Refuse a node with an input, such as a weight, that the image changes and its rule holds constant."""
+    # The gradient of a quantizer may skip the Clip before it, a Slice's the Slice before: both are accounted for.
+    left = [x for x in node.input if x in tape.active and x not in reached]
+    if left and not (node.op_type in ("QuantizeLinear", "Slice") and left == [node.input[0]]):
+        raise ModelError(
+            f"{describe(node)}: its input {left[0]!r} is computed from the image, expected a constant; "
+            "it has no gradient rule"
+        )
+
+
+def _one_hot(tape: Tape, logits: str) -> str:
+    """Return 1 at each image's target class and 0 elsewhere, of the logits' shape and type."""
+    tape.scope = TARGET_SCOPE
+    (classes,) = tape.sizes(logits, [1])
+    wanted = tape.op("Unsqueeze", "target", [1])
+    predicted = tape.op("ArgMax", logits, axis=1, keepdims=1)
+    target = tape.op("Where", tape.op("Less", wanted, np.asarray(0, np.int64)), predicted, wanted)
+    return tape.op("Cast", tape.op("Equal", target, np.arange(classes)[None]), to=tape.type(logits))

@@ -1,0 +1,1 @@
+"""Proof, before a file is written, that it computes and explains what was trained."""

@@ -1,0 +1,313 @@
+"""Proof, before a file is written, that its graph computes the network that was trained.
+
+Four comparisons, each of which names what differs: the weight codes in the file against the checkpoint's; the
+codes of every activation on real images, each layer given the same input codes; the logits and classes, likewise;
+and the classes of the two networks, each running freely from the pixels.
+
+Graph and network add up in float32, in different orders. Where a sum lies within float32's rounding of the border
+between two codes, it may go to either: at such a tie, and nowhere else, a code may differ, by one. The network in
+float64 decides what is a tie. Networks that were just quantized have many, since their clips and their sums are
+multiples of the same steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
+from export.operators import along
+from export.verification.probes import probe
+from runtime.errors import ModelError
+from train.data import InputSpec
+from train.quant import weight_quantizer
+from train.quantizers import PACT, InputQuantizer
+
+# How far from the border between two codes, in steps, float32 may take a sum for one on the other side. Of the
+# codes that differed in ResNet-18, MobileNetV2 and DeiT-tiny, fresh from `quantize`, the farthest was at 5e-5.
+TIE_STEPS = 2.0**-10
+MAX_LOGIT_STEPS = 1.0
+# Running freely, one code that differs changes all that follows: of the images with such a code, this share of all
+# images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
+# in the trained network itself.
+MAX_CHANGED_SHARE = 0.02
+# Of values anywhere, 0.002 lie so near a border. In networks fresh from `quantize`, whose clips are multiples of
+# the steps before them, many more of one quantizer's do: every engine rounds those otherwise, and nothing counts
+# but the comparison layer by layer.
+MAX_TIED_SHARE = 0.02
+_IMAGES_AT_ONCE, _IMAGES_FOR_TIES = 32, 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison found.
+
+    Args:
+        samples: number of real images compared.
+        weight_codes: number of integer weight codes compared, all equal.
+        activation_codes: number of activation codes compared, layer by layer on the same input codes.
+        flipped_codes: how many of them differ, each by one step and at a tie.
+        tied_share: of the values of that quantizer which has most at ties.
+        max_logit_steps: largest difference of a logit on the same input codes, in steps of the last layer: its
+            input's scale times its weight's.
+        changed_classes: images that change class when both run freely from the pixels, each after a flipped code.
+        undecided_classes: those of them whose two best logits are closer than rounding moves them in the network.
+        max_logit_difference: largest difference of a logit in that case, in the logits' unit.
+        reference: what ran the graph.
+    """
+
+    samples: int
+    weight_codes: int
+    activation_codes: int
+    flipped_codes: int
+    tied_share: float
+    max_logit_steps: float
+    changed_classes: int
+    undecided_classes: int
+    max_logit_difference: float
+    reference: str
+
+    def __str__(self) -> str:
+        tied = f"all but {self.changed_classes} ({self.undecided_classes} of them nearly tied)"
+        classes = tied if self.changed_classes else "all"
+        return (
+            f"{self.weight_codes:,} weight codes equal; on {self.samples} images {self.flipped_codes} of "
+            f"{self.activation_codes:,} activation codes differ, at ties, logits by {self.max_logit_steps:.2f} "
+            f"steps ({self.max_logit_difference:.2g} from the pixels on), {classes} classes equal "
+            f"({self.reference})"
+        )
+
+
+def verify(
+    model: onnx.ModelProto, form: DeployForm, network: nn.Module, input_spec: InputSpec, images: Tensor
+) -> Verification:
+    """Compare an exported graph with the trained network.
+
+    Args:
+        model: the ONNX graph, without its gradient.
+        form: deploy form the graph was made from.
+        network: the fake-quantized network of the checkpoint, in evaluation mode.
+        input_spec: of the network.
+        images: real images, uint8 [n, C, H, W].
+
+    Raises:
+        ModelError: something differs; the text names the tensor.
+    """
+    weight_codes = _compare_weights(model, form)
+    probed = probe(model, form)
+    exact = _in_float64(network)
+    logits, same_codes, flipped, compared, tied_share = [], [], [], 0, 0.0
+    free: list[Tensor] = []
+    for part in images.split(_IMAGES_AT_ONCE):
+        found = probed.run({"image": part.permute(0, 2, 3, 1).contiguous().numpy()})
+        codes = probed.codes(found)
+        x = input_spec.normalize(part)
+        expected, logits_of_codes = run_layer_by_layer(network, network, x, codes)
+        if not free:
+            few = {name: code[:_IMAGES_FOR_TIES] for name, code in codes.items()}
+            values = run_layer_by_layer(exact, network, x[:_IMAGES_FOR_TIES].double(), few)[0]
+            tied_share = largest_tied_share(network, values)
+        difference = {name: (code - expected[name].round()).abs() for name, code in codes.items()}
+        if any(d.any() for d in difference.values()):
+            check_ties(difference, run_layer_by_layer(exact, network, x.double(), codes)[0])
+        flipped.append(sum((d.flatten(1) > 0).sum(1) for d in difference.values()) + torch.zeros(len(part)))
+        compared += sum(d.numel() for d in difference.values())
+        logits.append(torch.from_numpy(found["logits"]))
+        same_codes.append(logits_of_codes)
+        with torch.no_grad():
+            free.append(network(x))
+    ours, of_codes, trained, flips = (torch.cat(parts) for parts in (logits, same_codes, free, flipped))
+    steps = float(((ours - of_codes).abs() / _logit_step(form, of_codes)).max())
+    if not steps <= MAX_LOGIT_STEPS:
+        raise ModelError(
+            f"logits: differ from the trained network's by up to {steps:.1f} steps of the last layer, expected "
+            f"{MAX_LOGIT_STEPS} at most; the export is not exact"
+        )
+    changed = ours.argmax(1) != trained.argmax(1)
+    undecided = torch.zeros_like(changed)
+    if changed.any():
+        with torch.no_grad():
+            parts = images.split(_IMAGES_AT_ONCE)
+            in_float64 = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
+        undecided = nearly_tied(trained, in_float64)
+    unexplained = ((ours.argmax(1) != of_codes.argmax(1)) | (changed & (flips == 0))) & ~undecided
+    many = (changed & ~undecided).sum() > MAX_CHANGED_SHARE * len(images) and tied_share <= MAX_TIED_SHARE
+    if unexplained.any() or many:
+        raise ModelError(
+            f"logits: {changed.sum()} of {len(images)} images fall into another class than in the trained network "
+            f"({unexplained.sum()} without a differing code, {(changed & undecided).sum()} nearly tied), expected "
+            "none; the export is not exact"
+        )
+    return Verification(
+        samples=len(images),
+        weight_codes=weight_codes,
+        activation_codes=compared,
+        flipped_codes=int(flips.sum()),
+        tied_share=tied_share,
+        max_logit_steps=steps,
+        changed_classes=int(changed.sum()),
+        undecided_classes=int((changed & undecided).sum()),
+        max_logit_difference=float((ours - trained).abs().max()),
+        reference=probed.reference,
+    )
+
+
+def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
+    """Compare every quantized weight in the file with the checkpoint's codes, bit for bit; return how many codes.
+
+    A weight is codes and scales, or, where the engine runs its layer in float, their products.
+    """
+    in_file = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    compared = 0
+    for name, layer in folded_layers(form).items():
+        if layer.codes is None:
+            continue
+        assert layer.scale is not None
+        parts = {"codes": layer.codes, "scale": layer.scale}
+        if f"network.{name}.weight" in in_file:
+            parts = {"weight": layer.codes * along(layer.scale, layer.axis, layer.codes.ndim)}
+        for part, expected in parts.items():
+            found = in_file.get(f"network.{name}.{part}")
+            if (
+                found is None
+                or found.dtype != expected.numpy().dtype
+                or not np.array_equal(found, expected.numpy())
+            ):
+                raise ModelError(f"weight {name}.{part}: differs from the checkpoint's; the export is not exact")
+        compared += layer.codes.numel()
+    return compared
+
+
+class _Constant(nn.Module):
+    """In the place of a weight's quantizer: what it gives."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self.weight
+
+
+def _in_float64(network: nn.Module) -> nn.Module:
+    """Return a copy that computes in float64, with the weights that the network has in float32."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        if weight_quantizer(module) is not None:
+            weight: Any = module.weight
+            quantizers: Any = module.parametrizations
+            quantizers["weight"][0] = _Constant(weight.detach())
+    return copied.double()
+
+
+@torch.no_grad()
+def run_layer_by_layer(
+    network: nn.Module, trained: nn.Module, x: Tensor, codes: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run a network with every quantizer's output replaced by the graph's codes: no difference is passed on.
+
+    Args:
+        network: the trained network, or its copy in float64.
+        trained: the trained network, whose scales count.
+        x: normalized images [n, C, H, W], of the network's type.
+        codes: of the graph, by quantizer.
+
+    Returns:
+        what each quantizer would have given, in steps of its grid: of the trained network its codes, of the copy
+        in float64 the values before they are rounded; and the logits [n, K].
+    """
+    given: dict[str, Tensor] = {}
+
+    def replace(name: str) -> Callable[..., Tensor]:
+        quantizer = trained.get_submodule(name)
+        assert isinstance(quantizer, PACT | InputQuantizer)
+        scale = quantizer.scale.to(x.dtype)
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given[name] = (output if network is trained else inputs[0]) / scale
+            return codes[name].to(x.dtype) * scale
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(replace(name)) for name in codes]
+    try:
+        logits: Tensor = network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given, logits
+
+
+def check_ties(difference: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Refuse codes that differ where no tie explains it.
+
+    Args:
+        difference: by quantizer, how far each code is from the trained network's.
+        exact: the values they were rounded from, in steps, computed in float64.
+
+    Raises:
+        ModelError: a code differs by more than one, or where its value is not on the border between two codes.
+    """
+    for name, steps in difference.items():
+        tied = _tied(exact[name])
+        wrong = int(((steps > 1) | ((steps > 0) & ~tied)).sum())
+        if wrong:
+            raise ModelError(
+                f"activation {name}: {wrong} of {steps.numel()} codes differ from the trained network's, by up to "
+                f"{int(steps.max())}, where no rounding explains it; the export is not exact"
+            )
+
+
+def largest_tied_share(network: nn.Module, exact: Mapping[str, Tensor]) -> float:
+    """Return which share of a quantizer's values lies at ties, of that quantizer which has most.
+
+    Args:
+        network: the trained network.
+        exact: by quantizer, the values that it rounds, in steps, computed in float64; clipped ones do not count.
+    """
+    shares = [0.0]
+    for name, values in exact.items():
+        quantizer = network.get_submodule(name)
+        assert isinstance(quantizer, PACT | InputQuantizer)
+        inside = values[(values > quantizer.qmin - 1) & (values < quantizer.qmax + 1) & (values != 0)]
+        if len(inside):
+            shares.append(float(_tied(inside).double().mean()))
+    return max(shares)
+
+
+def _tied(values: Tensor) -> Tensor:
+    """Return which values, in steps, lie at the border between two codes."""
+    return (values - values.floor() - 0.5).abs() < TIE_STEPS
+
+
+def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:
+    """Return of which images [n] the two best logits lie closer than rounding moves logits: bool."""
+    moved = (trained - in_float64).abs().max()
+    best = trained.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1] <= 2 * moved
+
+
+def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
+    """Return the value of an accumulator step of the last layer, [K] or []; in float, 1e-4 of a large logit."""
+    name, last = list(folded_layers(form).items())[-1]
+    graph: Any = form.network.graph
+    nodes = list(graph.nodes)
+    before = nodes[: next(i for i, node in enumerate(nodes) if node.target == name)]
+    modules = dict(form.network.named_modules())
+    called = [modules[str(node.target)] for node in before if node.op == "call_module"]
+    scales = [module.scale for module in called if isinstance(module, FoldedQuantizer)]
+    if last.scale is None or not scales:
+        return 1e-4 * logits.abs().max().clamp_min(1)
+    steps = scales[-1] * last.scale
+    # What comes after it may have other channels.
+    return steps if steps.numel() == logits.shape[1] else steps.max()
