@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import data
-from bench.environment import describe, environment, peak_memory_bytes
-from bench.streams import Batch, ImageStream, cores, in_parallel
+from bench.measure import data
+from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.streams import Batch, ImageStream, cores, in_parallel
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import OptionError

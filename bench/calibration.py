@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.environment import describe, environment
-from bench.record import append
+from bench.measure.environment import describe, environment
+from bench.measure.record import append
 from export.calibration import SAMPLES, accuracy, calibrate, load_images, spec_of, training_sample
 from runtime import command
 from runtime.errors import OptionError

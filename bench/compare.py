@@ -1,8 +1,8 @@
 """`python -m bench.compare`: one checkpoint on several engines, measured in turns in one process.
 
 The contenders get the same pixels and give logits: the float network on PyTorch, ONNX Runtime and OpenVINO, our
-INT8 exports, and what other makers offer (bench/contenders.py); with an NVIDIA GPU, also on CUDA and TensorRT
-(bench/gpu_contenders.py).
+INT8 exports, and what other makers offer (peers/contenders.py); with an NVIDIA GPU, also on CUDA and TensorRT
+(peers/gpu_contenders.py).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import data
-from bench.contenders import OURS, Contender, Found, contenders, explaining_networks
-from bench.environment import describe, environment
-from bench.explainers import OURS_WITH_MAP, explainers
-from bench.first_prediction import first_predictions
-from bench.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
-from bench.gpu_explainers import gpu_explainers
-from bench.networks import Network
-from bench.peers import PTQ
-from bench.qualities import map_qualities, qualities
-from bench.record import append, missing_by_reason
-from bench.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, ratio, summarize
-from bench.streams import ImageStream, cores
+from bench.measure import data
+from bench.measure.environment import describe, environment
+from bench.measure.first_prediction import first_predictions
+from bench.measure.qualities import map_qualities, qualities
+from bench.measure.record import append, missing_by_reason
+from bench.measure.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, ratio, summarize
+from bench.measure.streams import ImageStream, cores
+from bench.networks.opened import Network
+from bench.peers.contenders import OURS, Contender, Found, contenders, explaining_networks
+from bench.peers.cpu import PTQ
+from bench.peers.explainers import OURS_WITH_MAP, explainers
+from bench.peers.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
+from bench.peers.gpu_explainers import gpu_explainers
 from runtime import command
 from runtime.errors import EngineError, OptionError
 from runtime.outputs import check_outputs
@@ -53,7 +53,7 @@ EXAMPLES = """
   python -m bench.compare ckpt.pt --record bench/results/latency.jsonl
 """
 
-# Until the threads of the contender before have stopped spinning, mostly: see bench.statistics.measure.
+# Until the threads of the contender before have stopped spinning, mostly: see bench.measure.statistics.measure.
 _REST_MS = 100.0
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench import data
 from bench.accuracy import confusion_matrix, score
-from bench.statistics import measure, summarize
+from bench.measure import data
+from bench.measure.statistics import measure, summarize
 from export.onnx import main as export_main
 from runtime import command
 from runtime.classifier import Classifier, Prediction

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.data import HELP, LabelledImages, collected
-from bench.networks import Network, display_name, find, open_networks, stream_for
-from bench.removal import MASKED_PERCENTS, PERCENTS, TARGETS
+from bench.measure.data import HELP, LabelledImages, collected
+from bench.measure.removal import MASKED_PERCENTS, PERCENTS, TARGETS
+from bench.networks.opened import Network, display_name, find, open_networks, stream_for
 from runtime import command
 from runtime.classifier import MAX_BATCH, softmax
 from runtime.errors import OptionError
@@ -100,7 +100,7 @@ def draw_maps(
         networks: to explain, all of the images' size.
         test: the images, at most runtime.classifier.MAX_BATCH.
         path: PNG file.
-        target: class that is explained, one of bench.removal.TARGETS.
+        target: class that is explained, one of bench.measure.removal.TARGETS.
         scale: of the colours, one of SCALES: with "shared", brightness can be compared between networks; with
             "network", the shapes of maps can whose gradients differ by magnitudes, as after a penalty on them.
     """

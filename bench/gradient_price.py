@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import data
-from bench.environment import describe, environment
-from bench.record import append
+from bench.measure import data
+from bench.measure.environment import describe, environment
+from bench.measure.record import append
 from export.onnx import export
 from runtime import command
 from runtime.agreement import spearman, top_overlap

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bench.engine_graph import executed
+from bench.layers.engine_graph import executed
 from runtime import command
 from runtime.files import read_bytes
 from runtime.manifest import Manifest, read_manifest

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import gpu_latency, layer_profile, power, startup
-from bench.environment import describe, environment, peak_memory_bytes
-from bench.statistics import Latency, batch_sizes, check_seconds, measure, summarize
+from bench import startup
+from bench.layers import profile as layer_profile
+from bench.measure import gpu_latency, power
+from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
 from runtime import command
 from runtime.engines.tensorrt import session as tensorrt_session
 from runtime.engines.tensorrt.session import TensorRTSession

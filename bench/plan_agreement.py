@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import data
-from bench.environment import describe, environment
+from bench.measure import data
+from bench.measure.environment import describe, environment
 from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.classifier import MAX_BATCH

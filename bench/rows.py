@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from bench import record
-from bench.environment import describe, environment
-from bench.model_card import card
+from bench.evidence.cards import card
+from bench.measure import record
+from bench.measure.environment import describe, environment
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically

@@ -1,7 +1,7 @@
 """`python -m bench.saliency`: how well explanations find what a network relies on, and how much they agree.
 
-Three curves of every network (bench.removal): accuracy without the most salient pixels, and the probability of the
-explained class without them (deletion) and with them alone (insertion). Between any two networks: rank correlation
+Three curves of every network (measure/removal.py): accuracy without the most salient pixels, and the probability of
+the explained class without them (deletion) and with them alone (insertion). Between any two networks: rank correlation
 and overlap of the maps of the same image (runtime.agreement).
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.data import HELP
-from bench.environment import describe, environment, peak_memory_bytes
-from bench.networks import Network, find, open_networks, stream_for
-from bench.record import append
-from bench.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
-from bench.streams import Batch, ImageStream, cores, in_parallel
+from bench.measure.data import HELP
+from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.record import append
+from bench.measure.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
+from bench.measure.streams import Batch, ImageStream, cores, in_parallel
+from bench.networks.opened import Network, find, open_networks, stream_for
 from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.errors import OptionError
@@ -93,7 +93,7 @@ def measure(
     Args:
         networks: to measure, on the same images.
         test: the images, of the networks' size.
-        fill: see `bench.removal.removal_curves`.
+        fill: see `bench.measure.removal.removal_curves`.
         canvas: likewise.
         target: likewise; two networks that predict different classes then explain different ones.
         workers: batches that are measured at the same time.

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import data
-from bench.bit_budget import LayerCost, assign, memory_bits
-from bench.checkpoint_networks import as_network
-from bench.data import LabelledImages
-from bench.environment import describe as describe_environment
-from bench.environment import environment
-from bench.record import append
+from bench.layers.bit_budget import LayerCost, assign, memory_bits
+from bench.measure import data
+from bench.measure.data import LabelledImages
+from bench.measure.environment import describe as describe_environment
+from bench.measure.environment import environment
+from bench.measure.record import append
+from bench.networks.checkpoint import as_network
 from runtime import command
 from runtime.agreement import spearman
 from runtime.classifier import MAX_BATCH

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.environment import describe, environment
-from bench.record import append
+from bench.measure.environment import describe, environment
+from bench.measure.record import append
 from runtime import command
 from runtime.errors import ModelError, OptionError
 from runtime.outputs import check_outputs

@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import record, speed_summary, summary
-from bench.record import Record
+from bench.evidence import accuracy_tables as summary
+from bench.evidence import speed_tables as speed_summary
+from bench.measure import record
+from bench.measure.record import Record
 from runtime import command
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
@@ -46,7 +48,7 @@ def rewritten(text: str, records: Sequence[Record], source: str) -> tuple[str, l
 
     Args:
         text: Markdown with marked tables.
-        records: from `bench.record.read`.
+        records: from `bench.measure.record.read`.
         source: name of the text, for messages.
 
     Raises:

@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from bench import record
-from bench.environment import describe, environment, peak_memory_bytes
-from bench.statistics import check_seconds, measure, summarize
+from bench.measure import record
+from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.statistics import check_seconds, measure, summarize
 from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs

@@ -59,7 +59,7 @@ def names_of_the_session() -> set[str]:
         "runtime/engines/tensorrt/engine.py",
         "runtime/engines/tensorrt/worker.py",
         "runtime/engines/tensorrt/session.py",
-        "bench/layer_profile.py",
+        "bench/layers/profile.py",
     )
     names = set().union(*(used_names((ROOT / file).read_text()) for file in files))
     # There a tensor is one of ours.

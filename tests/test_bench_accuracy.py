@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from bench import data as bench_data
 from bench.accuracy import confusion_matrix, confusions, main, score
-from bench.environment import environment
+from bench.measure import data as bench_data
+from bench.measure.environment import environment
 from export.onnx import main as export_main
 from runtime import Classifier
 from runtime.errors import FileError, OptionError

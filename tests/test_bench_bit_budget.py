@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.bit_budget import LayerCost, assign, memory_bits
+from bench.layers.bit_budget import LayerCost, assign, memory_bits
 from runtime.errors import OptionError
 
 BITS = (2, 3, 4, 8)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bench.compare import main
-from bench.contenders import OURS, contenders
-from bench.explainers import OURS_WITH_MAP, explainers
-from bench.first_prediction import first_predictions
-from bench.record import append, missing_by_reason
-from bench.statistics import Ratio, ratio
+from bench.measure.first_prediction import first_predictions
+from bench.measure.record import append, missing_by_reason
+from bench.measure.statistics import Ratio, ratio
+from bench.peers.contenders import OURS, contenders
+from bench.peers.explainers import OURS_WITH_MAP, explainers
 from runtime.agreement import spearman
 from runtime.errors import FileError, ModelError, OptionError
 from tests.fake_cuda import FakeGpu

@@ -8,10 +8,10 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from bench.data import LabelledImages
 from bench.figures import draw_maps, draw_removal_curves, main, one_of_each_class
-from bench.networks import open_networks
-from bench.removal import MASKED_PERCENTS, PERCENTS
+from bench.measure.data import LabelledImages
+from bench.measure.removal import MASKED_PERCENTS, PERCENTS
+from bench.networks.opened import open_networks
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import compare, gpu_contenders
-from bench.checkpoint_networks import as_network
-from bench.contenders import Found, contenders, in_torch, write_export
-from bench.first_prediction import Loading
-from bench.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name, torch_on_cuda
-from bench.gpu_explainers import explain_in_torch, gpu_explainers
-from bench.plans import build_plan, in_plans
+from bench import compare
+from bench.measure.first_prediction import Loading
+from bench.networks.checkpoint import as_network
+from bench.peers import gpu_contenders
+from bench.peers.contenders import Found, contenders, in_torch, write_export
+from bench.peers.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name, torch_on_cuda
+from bench.peers.gpu_explainers import explain_in_torch, gpu_explainers
+from bench.peers.plans import build_plan, in_plans
 from export.deploy_form import deploy_form
 from runtime.engines.tensorrt.plan import read_sidecar
 from runtime.errors import EngineError, ModelError

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import power
-from bench.gpu_latency import PHASES, phase_samples, streams_images_per_second
 from bench.latency import main
+from bench.measure import power
+from bench.measure.gpu_latency import PHASES, phase_samples, streams_images_per_second
 from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import EngineError, ModelError, OptionError
 from tests.fake_cuda import FakeGpu

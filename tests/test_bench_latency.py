@@ -13,8 +13,8 @@ import numpy as np
 import openvino
 import pytest
 
-from bench.environment import PACKAGES, describe, environment
 from bench.latency import main
+from bench.measure.environment import PACKAGES, describe, environment
 from runtime.errors import FileError, OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -116,13 +116,13 @@ def test_the_environment_names_what_a_number_depends_on() -> None:
 
 
 def test_a_record_names_the_command_that_made_it() -> None:
-    arguments = ["-c", "from bench.environment import environment; print(environment()['command'])", "a b"]
+    arguments = ["-c", "from bench.measure.environment import environment; print(environment()['command'])", "a b"]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == shlex.join(["python", *arguments])
 
 
 def test_peak_memory_holds_what_was_allocated_and_freed() -> None:
-    code = "from bench.environment import peak_memory_bytes; b = b'1' * 10**8; del b; "
+    code = "from bench.measure.environment import peak_memory_bytes; b = b'1' * 10**8; del b; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(peak_memory_bytes())"],
         cwd=ROOT,

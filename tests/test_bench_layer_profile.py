@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.layer_profile import Layer, inspected, profile, table
+from bench.layers.profile import Layer, inspected, profile, table
 from runtime.engines.tensorrt.session import open as open_plan
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import CHANNELS, LAYERS, SIZE

@@ -1,4 +1,4 @@
-"""Sensors, on text in the documented formats (bench/power.py says where they are documented)."""
+"""Sensors, on text in the documented formats (bench/measure/power.py says where they are documented)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.power import (
+from bench.measure.power import (
     Meter,
     ina_meter,
     measure_energy,

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 
-from bench.networks import Network
-from bench.removal import (
+from bench.measure.removal import (
     FILLS,
     MASKED_PERCENTS,
     PERCENTS,
@@ -21,6 +20,7 @@ from bench.removal import (
     removal_curves,
     salience_ranks,
 )
+from bench.networks.opened import Network
 
 
 def network(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from bench.measure.statistics import QUANTILE_PERCENTS
 from bench.report.__main__ import main
 from bench.report.charts import SERIES, chart, line_chart, spectrum
 from bench.report.page import Html, document, tag
 from bench.report.provenance import train_command
 from bench.report.sources import read
 from bench.report.speed import pareto_front
-from bench.statistics import QUANTILE_PERCENTS
 from runtime.errors import ClearpactError
 from tests.html_page import Element, assert_sound, read_page
 from train import __main__ as train

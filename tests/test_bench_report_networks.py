@@ -22,8 +22,8 @@ from torch import nn
 
 from bench.accuracy import checkpoint_classifier
 from bench.inspect import contents
-from bench.layer_statistics import activation_use, layer_statistics, weight_use
-from bench.layer_times import kernels
+from bench.layers.statistics import activation_use, layer_statistics, weight_use
+from bench.layers.times import kernels
 from bench.report.__main__ import main
 from bench.report.maps import picture
 from export.onnx import export

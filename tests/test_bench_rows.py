@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.environment import environment
-from bench.model_card import card
+from bench.evidence.cards import card
+from bench.measure.environment import environment
 from bench.rows import TABLES, Row, main, needed
 from runtime.errors import OptionError
 from train import __main__ as train

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.networks import Network, open_networks
-from bench.removal import Curves, removal_curves
+from bench.measure.removal import Curves, removal_curves
+from bench.measure.streams import ImageStream, in_memory
+from bench.networks.opened import Network, open_networks
 from bench.saliency import main, measure, summarize
-from bench.streams import ImageStream, in_memory
 from export.onnx import export
 from export.verification.agreement import export_agreement
 from runtime.agreement import spearman, top_overlap

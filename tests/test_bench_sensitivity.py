@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import data as bench_data
+from bench.measure import data as bench_data
 from bench.sensitivity import effect, layers_of, main, network_with_bits, own_answers
 from runtime.errors import OptionError
 from train import __main__ as train

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bench.statistics import SETTLE_MS, check_seconds, measure, summarize
+from bench.measure.statistics import SETTLE_MS, check_seconds, measure, summarize
 from runtime.errors import OptionError
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib import format as npy
 
-from bench.streams import in_memory, in_npz, in_parallel
+from bench.measure.streams import in_memory, in_npz, in_parallel
 from runtime.errors import FileError, OptionError
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from bench import record
-from bench.published import PUBLISHED
+from bench.evidence.accuracy_tables import results, saliency
+from bench.evidence.published import PUBLISHED
+from bench.evidence.speed_tables import against_ptq, environment, latency
+from bench.measure import record
 from bench.rows import TABLES as ROWS
-from bench.speed_summary import against_ptq, environment, latency
-from bench.summary import results, saliency
 from bench.tables import ROOT, STALE, TABLES, main, rewritten
 from runtime.errors import FileError
 from train.recipes import PUBLISHED_RUNS

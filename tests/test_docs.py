@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -53,6 +54,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def is_package(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_pages_commands_exist_with_their_options(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for _, text in blocks(page, "sh") for line in text.splitlines()]
@@ -61,7 +67,7 @@ def test_the_pages_commands_exist_with_their_options(page: Path, capsys: pytest.
         python, dash, module, *arguments = shlex.split(line, comments=True)
         assert (python, dash) == ("python", "-m")
         with pytest.raises(SystemExit):
-            importlib.import_module("train.__main__" if module == "train" else module).main(["--help"])
+            importlib.import_module(f"{module}.__main__" if is_package(module) else module).main(["--help"])
         known = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", capsys.readouterr().out))
         assert {word for word in arguments if word.startswith("-")} <= known, line
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.engine_graph import executed
+from bench.layers.engine_graph import executed
 from export.onnx import export
 from runtime.errors import OptionError
 from tests.toy_models import randomize_norms

@@ -10,9 +10,10 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.data import LabelledImages, collected
-from bench.environment import environment
-from bench.networks import stream_for
+from bench.measure.data import LabelledImages, collected
+from bench.measure.environment import environment
+from bench.measure.streams import ImageStream
+from bench.networks.opened import stream_for
 from bench.report.confusion import confusion_section
 from bench.report.curves import curves_section
 from bench.report.glance import glance_section
@@ -25,7 +26,6 @@ from bench.report.sources import Sources, files_of, read
 from bench.report.speed import front_section, latency_section
 from bench.report.subjects import Subject, open_subjects, own_samples
 from bench.report.training import training_section
-from bench.streams import ImageStream
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import write_atomically

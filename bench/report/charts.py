@@ -122,7 +122,7 @@ def range_chart(
     """Return the distribution of each contender's times on one logarithmic axis.
 
     Args:
-        rows: name -> fields of `bench.statistics.Latency`; quantiles_ms may be missing.
+        rows: name -> fields of `bench.measure.statistics.Latency`; quantiles_ms may be missing.
         title: of the picture.
         ours: names of the contenders that stand out.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.data import LabelledImages
+from bench.measure.data import LabelledImages
 from bench.report.page import Content, Html, Section, join, missing, paragraph, table, tag
 from bench.report.sources import Sources, reading
 from bench.report.speed import milliseconds
@@ -19,8 +19,8 @@ from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from bench.inspect import Product
-    from bench.layer_statistics import GridUse, LayerStatistics
-    from bench.layer_times import Kernel
+    from bench.layers.statistics import GridUse, LayerStatistics
+    from bench.layers.times import Kernel
 
 _CPU_ENGINES = ("openvino", "ort")
 
@@ -71,7 +71,7 @@ def look_into(subject: Subject, samples: LabelledImages | None, *, engine: str |
     if subject.run is not None and samples is not None:
         import torch
 
-        from bench.layer_statistics import layer_statistics
+        from bench.layers.statistics import layer_statistics
 
         command.status(f"layers of {subject.name} ...")
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2)
@@ -105,7 +105,7 @@ def layers_section(found: Sequence[Layers], sources: Sources) -> Section:
 def _executed(subject: Subject, engine: str) -> dict[str, Executed]:
     try:
         from bench.inspect import contents
-        from bench.layer_times import kernels
+        from bench.layers.times import kernels
     except ImportError as error:
         raise OptionError(
             f"{subject.name}: the layers of a file need {error.name}; pip install 'clearpact[export]'"

@@ -9,12 +9,12 @@ import numpy as np
 
 from bench import saliency
 from bench.accuracy import Classify, confusions, score
-from bench.data import LabelledImages
-from bench.networks import Network
-from bench.removal import MASKED_PERCENTS, PERCENTS
+from bench.measure.data import LabelledImages
+from bench.measure.removal import MASKED_PERCENTS, PERCENTS
+from bench.measure.streams import ImageStream, in_memory
+from bench.networks.opened import Network
 from bench.report.sources import Record
 from bench.report.subjects import Subject, role
-from bench.streams import ImageStream, in_memory
 
 _SOURCE = "measured for this report"
 _FILL, _CANVAS, _TARGET = "black", "blur", "predicted"
@@ -29,7 +29,7 @@ def measurements(
         subject: with networks.
         test: all images.
         samples: some of them.
-        where: from `bench.environment.environment`.
+        where: from `bench.measure.environment.environment`.
     """
     if not subject.networks:
         return

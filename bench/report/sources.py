@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.networks import CHECKPOINT_NAME, display_name
+from bench.networks.opened import CHECKPOINT_NAME, display_name
 from bench.report.page import legible
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes
@@ -46,7 +46,7 @@ class Run:
     """A training run.
 
     Args:
-        name: from `bench.networks.display_name`.
+        name: from `bench.networks.opened.display_name`.
         file: its checkpoint, for messages and commands.
         sha256: of that file, which the files exported from it name.
         checkpoint: its contents.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.record import missing_by_reason
+from bench.measure.record import missing_by_reason
 from bench.report.charts import front_chart, range_chart
 from bench.report.page import Content, Html, Section, figure, folded, join, missing, paragraph, table, tag
 from bench.report.sources import Record, Sources, reading

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from bench.data import LabelledImages
-from bench.networks import Network, exported_network, open_networks
+from bench.measure.data import LabelledImages
+from bench.networks.opened import Network, exported_network, open_networks
 from bench.report.sources import Model, Run, Sources
 from runtime import command
 from runtime.errors import OptionError

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.statistics import SETTLE_MS
+from bench.measure.statistics import SETTLE_MS
 from runtime import command
 from runtime.engines.tensorrt.cuda import Resources
 from runtime.engines.tensorrt.session import TensorRTSession

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.engine_graph import openvino_kernel, openvino_names, ort_kernel, ort_name
+from bench.layers.engine_graph import openvino_kernel, openvino_names, ort_kernel, ort_name
 from runtime.errors import OptionError
 from runtime.manifest import INPUT_NAME
 from runtime.onnx_bytes import without_gradient

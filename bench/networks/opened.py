@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import data
-from bench.streams import ImageStream
+from bench.measure import data
+from bench.measure.streams import ImageStream
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
@@ -84,7 +84,7 @@ def open_networks(
     if file.suffix != ".pt":
         return [exported_network(file, name, engine=engine, threads=threads, parallel_runs=parallel_runs)]
     try:
-        from bench.checkpoint_networks import checkpoint_networks
+        from bench.networks.checkpoint import checkpoint_networks
     except ImportError as error:
         raise OptionError(
             f"{file}: a checkpoint needs {error.name}; pip install 'clearpact[train]', or name an exported file"
@@ -97,7 +97,7 @@ def stream_for(networks: Sequence[Network], name: str, root: str) -> ImageStream
 
     Args:
         networks: one at least.
-        name: data set or .npz file, see `bench.data.stream`.
+        name: data set or .npz file, see `bench.measure.data.stream`.
         root: folder of the data set's files.
 
     Raises:

@@ -26,7 +26,7 @@ threads, image = int(threads), np.zeros(tuple(map(int, shape)), np.uint8)
 
 _END = """
 milliseconds = 1000 * (time.perf_counter() - began)
-from bench.environment import peak_memory_bytes
+from bench.measure.environment import peak_memory_bytes
 print(milliseconds, peak_memory_bytes())
 """
 
@@ -58,12 +58,12 @@ with torch.inference_mode():
 """,
     "onnxruntime": """
 from pathlib import Path
-from bench.peers import run_on_onnx_runtime
+from bench.peers.cpu import run_on_onnx_runtime
 run_on_onnx_runtime(Path(path).read_bytes(), threads)(image)
 """,
     "openvino": """
 import openvino
-from bench.peers import run_on_openvino
+from bench.peers.cpu import run_on_openvino
 run_on_openvino(openvino.Core().read_model(path), threads, precision=engine)(image)
 """,
 }  # fmt: skip
@@ -116,7 +116,7 @@ def first_predictions(
         arguments = map(str, (loading.path, loading.engine, loading.device, threads, 1, *shape))
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program, *arguments],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         if done.returncode:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]

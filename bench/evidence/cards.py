@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.environment import describe
+from bench.measure.environment import describe
 
 _FILL = "black"
 
@@ -15,7 +15,7 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
 
     Args:
         result: of `bench.rows.result`.
-        records: from `bench.record.read`; the newest of `bench.saliency` on a run of the row's name is shown.
+        records: from `record.read`; the newest of `bench.saliency` on a run of the row's name is shown.
         n_bytes: size of the shipped file.
     """
     recipe = result["recipe"]

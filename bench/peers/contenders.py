@@ -1,6 +1,6 @@
 """Who is compared on the CPU: the same checkpoint, made ready by us and by others.
 
-bench/gpu_contenders.py adds those that need a GPU.
+bench/peers/gpu_contenders.py adds those that need a GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.checkpoint_networks import as_network
-from bench.first_prediction import Loading
-from bench.networks import CHECKPOINT_NAME, Network, open_networks
-from bench.peers import (
+from bench.measure.first_prediction import Loading
+from bench.networks.checkpoint import as_network
+from bench.networks.opened import CHECKPOINT_NAME, Network, open_networks
+from bench.peers.cpu import (
     Classify,
     nncf_ptq,
     onnx_runtime_ptq,

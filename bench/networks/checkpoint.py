@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bench.networks import Network
+from bench.networks.opened import Network
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ def checkpoint_networks(file: Path, name: str, *, threads: int | None, with_floa
         file: checkpoint.
         name: of the networks.
         threads: CPU threads of torch; None leaves the number as it is.
-        with_float: see `bench.networks.open_networks`.
+        with_float: see `bench.networks.opened.open_networks`.
 
     Raises:
         FileError: no checkpoint of this project.

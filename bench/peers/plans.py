@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers import Classify
+from bench.peers.cpu import Classify
 from export.engine import __main__ as engine
 from runtime.classifier import MAX_BATCH
 from runtime.manifest import INPUT_NAME

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.contenders import INSTALL_PEERS, Found
-from bench.gpu_contenders import OURS_ON_GPU_WITH_MAP, found_on_gpu, plan_with_map, torch_on_cuda
+from bench.peers.contenders import INSTALL_PEERS, Found
+from bench.peers.gpu_contenders import OURS_ON_GPU_WITH_MAP, found_on_gpu, plan_with_map, torch_on_cuda
 from export.deploy_form import deploy_form
 from runtime.errors import EngineError
 from runtime.manifest import INPUT_NAME, TARGET_NAME

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bench.contenders import OURS
+from bench.peers.contenders import OURS
 from export.deploy_form import deploy_form
 from export.onnx import export
 from runtime.classifier import Classifier

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.streams import ImageStream, in_files, in_memory, in_npz
+from bench.measure.streams import ImageStream, in_files, in_memory, in_npz
 from runtime import command
 from runtime.errors import OptionError
 from train import splits

@@ -9,9 +9,9 @@ import numpy as np
 
 from bench import saliency
 from bench.accuracy import confusion_matrix, score
-from bench.contenders import Contender
-from bench.networks import Network
-from bench.streams import ImageStream
+from bench.measure.streams import ImageStream
+from bench.networks.opened import Network
+from bench.peers.contenders import Contender
 from runtime import command
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.markdown import markdown
-from bench.peers import PTQ
-from bench.record import Record
+from bench.evidence.markdown import markdown
+from bench.measure.record import Record
+from bench.peers.cpu import PTQ
 
 NETWORK = "resnet20"  # whose latency is shown
 PORTABLE = "0..127"  # codes of every engine

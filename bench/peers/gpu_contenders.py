@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_export
-from bench.first_prediction import Loading
-from bench.networks import Network, open_networks
-from bench.plans import build_plan, in_plans
+from bench.measure.first_prediction import Loading
+from bench.networks.opened import Network, open_networks
+from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_export
+from bench.peers.plans import build_plan, in_plans
 from export.deploy_form import deploy_form
 from export.engine.gpu import find_gpu
 from runtime.classifier import MAX_BATCH
@@ -41,7 +41,7 @@ def gpu_contenders(
 
     Args:
         checkpoint: quantized.
-        folder: where `bench.contenders.contenders` has written its files; plans are added.
+        folder: where `bench.peers.contenders.contenders` has written its files; plans are added.
         batches: a plan is built for each of these numbers of images.
         threads: CPU threads of one inference of ONNX Runtime.
         peers: also PyTorch and ONNX Runtime.

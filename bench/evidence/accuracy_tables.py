@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.markdown import markdown
-from bench.published import PUBLISHED
-from bench.record import Record
-from bench.speed_summary import ENGINES
+from bench.evidence.markdown import markdown
+from bench.evidence.published import PUBLISHED
+from bench.evidence.speed_tables import ENGINES
+from bench.measure.record import Record
 
 FLOAT_BITS = 32
 

@@ -1,0 +1,1 @@
+"""What this repository shows of its own: tables of results, published figures, cards."""

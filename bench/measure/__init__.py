@@ -1,0 +1,1 @@
+"""How something is measured, and where: images, samples, statistics, power, the record."""
