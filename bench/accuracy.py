@@ -19,7 +19,7 @@ from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
 from runtime.session import ENGINES
-from train import factory
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.accuracy ckpt.onnx --data mnist --data-root data

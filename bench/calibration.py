@@ -16,10 +16,10 @@ from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import factory
-from train.calibration import MSE
-from train.quant import QUANTIZED_BITS
-from train.splits import sources_of
+from train.data.splits import sources_of
+from train.models import factory
+from train.post_training.clipping import MSE
+from train.quantization.quantize import QUANTIZED_BITS
 
 EXAMPLES = """
   python -m bench.calibration runs/float/ckpt.pt --data-root data

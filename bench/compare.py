@@ -26,24 +26,24 @@ import torch
 from bench.measure import data
 from bench.measure.environment import describe, environment
 from bench.measure.first_prediction import first_predictions
-from bench.measure.qualities import map_qualities, qualities
 from bench.measure.record import append, missing_by_reason
 from bench.measure.statistics import SETTLE_MS, batch_sizes, check_seconds, measure, ratio, summarize
 from bench.measure.streams import ImageStream, cores
-from bench.networks.opened import Network
+from bench.networks.network import Network
 from bench.peers.contenders import OURS, Contender, Found, contenders, explaining_networks
 from bench.peers.cpu import PTQ
 from bench.peers.explainers import OURS_WITH_MAP, explainers
 from bench.peers.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
 from bench.peers.gpu_explainers import gpu_explainers
+from bench.peers.qualities import map_qualities, qualities
 from runtime import command
 from runtime.errors import EngineError, OptionError
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import factory
 from train.checkpoint import Checkpoint
-from train.quantizers import activation_range
-from train.splits import sources_of
+from train.data.splits import sources_of
+from train.models import factory
+from train.quantization.quantizers import activation_range
 
 EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt

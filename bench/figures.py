@@ -18,14 +18,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.measure.data import HELP, LabelledImages, collected
-from bench.measure.removal import MASKED_PERCENTS, PERCENTS, TARGETS
-from bench.networks.opened import Network, display_name, find, open_networks, stream_for
+from bench.networks.network import Network, display_name, find
+from bench.networks.opened import open_networks, stream_for
+from bench.networks.removal import MASKED_PERCENTS, PERCENTS, TARGETS
 from runtime import command
 from runtime.classifier import MAX_BATCH, softmax
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
-from train import factory
+from train.data.splits import sources_of
 from train.figures import (
     COLORS,
     History,
@@ -36,7 +37,7 @@ from train.figures import (
     save_figure,
     tidy,
 )
-from train.splits import sources_of
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.figures alpha runs/mnist-cnn2-8bit-sgt runs/cifar10-resnet20-4bit-sgt -o alpha.png
@@ -100,7 +101,7 @@ def draw_maps(
         networks: to explain, all of the images' size.
         test: the images, at most runtime.classifier.MAX_BATCH.
         path: PNG file.
-        target: class that is explained, one of bench.measure.removal.TARGETS.
+        target: class that is explained, one of bench.networks.removal.TARGETS.
         scale: of the colours, one of SCALES: with "shared", brightness can be compared between networks; with
             "network", the shapes of maps can whose gradients differ by magnitudes, as after a penalty on them.
     """

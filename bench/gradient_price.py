@@ -26,9 +26,9 @@ from runtime.errors import OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import factory
 from train.checkpoint import Checkpoint
-from train.splits import sources_of
+from train.data.splits import sources_of
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.gradient_price ckpt.pt --data mnist --data-root data

@@ -1,8 +1,8 @@
 """`python -m bench.saliency`: how well explanations find what a network relies on, and how much they agree.
 
-Three curves of every network (measure/removal.py): accuracy without the most salient pixels, and the probability of
-the explained class without them (deletion) and with them alone (insertion). Between any two networks: rank correlation
-and overlap of the maps of the same image (runtime.agreement).
+Three curves of every network (measure/removal.py): accuracy without the most salient pixels, and the probability
+of the explained class without them (deletion) and with them alone (insertion). Between any two networks: rank
+correlation and overlap of the maps of the same image (runtime.agreement).
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import numpy as np
 from bench.measure.data import HELP
 from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.record import append
-from bench.measure.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
-from bench.networks.opened import Network, find, open_networks, stream_for
+from bench.networks.network import Network, find
+from bench.networks.opened import open_networks, stream_for
+from bench.networks.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
-from train import factory
-from train.splits import sources_of
+from train.data.splits import sources_of
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.saliency ckpt.onnx --data mnist_test.npz          # without torch
@@ -93,7 +94,7 @@ def measure(
     Args:
         networks: to measure, on the same images.
         test: the images, of the networks' size.
-        fill: see `bench.measure.removal.removal_curves`.
+        fill: see `bench.networks.removal.removal_curves`.
         canvas: likewise.
         target: likewise; two networks that predict different classes then explain different ones.
         workers: batches that are measured at the same time.

@@ -33,10 +33,10 @@ from runtime.errors import OptionError
 from runtime.files import write_atomically
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import factory
 from train.checkpoint import Checkpoint
-from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec, describe, float_weight, start_alphas
-from train.splits import sources_of
+from train.data.splits import sources_of
+from train.models import factory
+from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec, describe, float_weight, start_alphas
 
 EXAMPLES = """
   python -m bench.sensitivity ckpt.pt --data mnist

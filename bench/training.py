@@ -16,15 +16,17 @@ from bench.measure.statistics import check_seconds, measure, summarize
 from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
-from train import data, loop
+from train import loop
+from train.data import datasets
+from train.data.folders import Reading
+from train.data.images import ImageData
+from train.data.splits import sources_of
 from train.device import PRECISIONS, in_precision, place
-from train.image_folder import Reading
-from train.methods import new_guidance
-from train.models import ARCHITECTURES
-from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+from train.losses.methods import new_guidance
+from train.losses.saliency import LossTerms, filling
+from train.models.build import ARCHITECTURES
+from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
 from train.recipe import METHODS, Recipe, default_recipe
-from train.saliency import LossTerms, filling
-from train.splits import sources_of
 from train.step import compute_gradients, new_optimizer, update
 
 EXAMPLES = """
@@ -34,7 +36,7 @@ EXAMPLES = """
 """
 
 
-def step_of(images: data.ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> Callable[[], LossTerms]:
+def step_of(images: ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> Callable[[], LossTerms]:
     """Return a function that takes one training step on the CPU, always on the same batch of real images.
 
     The learning rate is zero, so that the batch is never learned by heart, however often it comes.
@@ -62,7 +64,9 @@ def step_of(images: data.ImageData, arch: str, quant: QuantSpec, recipe: Recipe)
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the time of a step of every method and its ratio to a plain one, all measured in turns."""
     parser = command.parser("bench.training", "Measure training steps of all methods, in turns.", EXAMPLES)
-    parser.add_argument("--data", type=data.check_name, default="mnist", help=f"{data.EXPECTED} (default: mnist)")
+    parser.add_argument(
+        "--data", type=datasets.check_name, default="mnist", help=f"{datasets.EXPECTED} (default: mnist)"
+    )
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
     parser.add_argument("--bits", type=int, choices=(*QUANTIZED_BITS, FLOAT_BITS), default=8, help="default: 8")
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     torch.set_num_threads(options.threads)
     reading = Reading(default_recipe(options.data).image_size, workers=None)
-    images, quant = data.load(options.data, options.data_root, reading), QuantSpec(options.bits)
+    images, quant = datasets.load(options.data, options.data_root, reading), QuantSpec(options.bits)
     steps = {}
     for method in METHODS:
         recipe = replace(

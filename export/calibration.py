@@ -17,12 +17,15 @@ from torch import Tensor
 
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
-from train import data, loop
-from train.calibration import SEARCHES, correct_biases, search_alphas
+from train import loop
 from train.checkpoint import Checkpoint, new_network
-from train.equalization import equalize
-from train.image_folder import reading_of
-from train.quant import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+from train.data import datasets
+from train.data.images import ImageData
+from train.post_training.bias import correct_biases
+from train.post_training.clipping import SEARCHES, search_alphas
+from train.post_training.equalization import equalize
+from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+from train.resuming import reading_of
 
 SAMPLES = 512
 _BATCH = 64
@@ -73,7 +76,7 @@ def calibrate(
         checkpoint: trained in float.
         images: of the training split, uint8 [n, C, H, W]; a few hundred are enough.
         quant: bits; None: 8.
-        search: of the alphas, one of train.calibration.SEARCHES.
+        search: of the alphas, one of train.post_training.clipping.SEARCHES.
         equalizes: cross-layer equalization (section 4.1).
         corrects_biases: bias correction (section 4.2).
         status: told what is being done, step by step.
@@ -119,7 +122,7 @@ def spec_of(bits: int) -> QuantSpec:
     return QuantSpec(bits, "absmax" if bits == 8 else "sawb")
 
 
-def training_sample(images: data.ImageData, count: int, seed: int = 0) -> Tensor:
+def training_sample(images: ImageData, count: int, seed: int = 0) -> Tensor:
     """Return `count` training images uint8 [n, C, H, W], or all there are, drawn without regard to class.
 
     Raises:
@@ -131,7 +134,7 @@ def training_sample(images: data.ImageData, count: int, seed: int = 0) -> Tensor
     return images.train_images[order[:count]]
 
 
-def accuracy(checkpoint: Checkpoint, images: data.ImageData) -> float:
+def accuracy(checkpoint: Checkpoint, images: ImageData) -> float:
     """Return the accuracy of a checkpoint on the test split, in percent."""
     return loop.evaluate(checkpoint, checkpoint.network(), images.test_images, images.test_labels)
 
@@ -150,7 +153,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
 
 
-def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str) -> data.ImageData:
+def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str) -> ImageData:
     """Return the images a checkpoint was trained on, of a folder with the run's own split.
 
     Args:
@@ -165,7 +168,7 @@ def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str)
     """
     recipe = checkpoint.recipe
     reading = reading_of(recipe, path.parent if name in (None, recipe.data) else None)
-    images = data.load(name or recipe.data, root, replace(reading, workers=None))
+    images = datasets.load(name or recipe.data, root, replace(reading, workers=None))
     if recipe.split and (images.split is None or images.split.digest != recipe.split):
         raise OptionError(f"--data {name}: {images.name}, expected the images of training, {recipe.data_name}")
     expected = (checkpoint.input.channels, *checkpoint.input.size)

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from export.operators import dequantize_weight, fake_quantize
-from train.data import InputSpec
-from train.grids import grid_source, is_layer, norm_after
-from train.quant import float_weight, weight_quantizer
-from train.quantizers import PACT, InputQuantizer
-from train.traced import source, trace
+from train.input_spec import InputSpec
+from train.quantization.grids import grid_source, is_layer, norm_after
+from train.quantization.quantize import float_weight, weight_quantizer
+from train.quantization.quantizers import PACT, InputQuantizer
+from train.quantization.tracing import source, trace
 
 
 class FoldedLayer(nn.Module):

@@ -57,11 +57,11 @@ from runtime.manifest import INPUT_NAME, METADATA_KEY, RESIZES, ImageInput, Mani
 from runtime.onnx_bytes import without_gradient
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import factory
-from train.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
 from train.checkpoint import Checkpoint
-from train.quant import FLOAT_BITS, describe, warnings_of
-from train.splits import is_folder, sources_of
+from train.data.splits import is_folder, sources_of
+from train.models import factory
+from train.quantization.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
+from train.quantization.quantize import FLOAT_BITS, describe, warnings_of
 
 NORMALIZED = "normalized"
 _NOT_RUN = {"tensorrt": "python -m export.engine builds a plan and checks its layers"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.quantizers import PACT
+from train.quantization.quantizers import PACT
 
 
 class _Gated(torch.autograd.Function):

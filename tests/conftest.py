@@ -18,9 +18,11 @@ from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import install, write_plan
 from tests.toy_models import randomize_norms
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.quant import QuantSpec
+from train.data import datasets
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 # Started in the background of a script, this process and its children would ignore Ctrl-C, which tests send.
@@ -33,12 +35,12 @@ settings.load_profile("clearpact")
 
 
 @pytest.fixture(scope="session")
-def digits() -> data.ImageData:
-    return data.load("digits")
+def digits() -> ImageData:
+    return datasets.load("digits")
 
 
 @pytest.fixture(scope="session")
-def digits_checkpoint_path(digits: data.ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_checkpoint_path(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """cnn2 on digits, 8 bits, saliency-guided, trained for six epochs: accurate enough to have real margins."""
     path = tmp_path_factory.mktemp("digits") / "ckpt.pt"
     recipe = dataclasses.replace(default_recipe("digits"), epochs=6)
@@ -68,7 +70,7 @@ def digits_models(digits_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def resnet_checkpoint(digits: data.ImageData) -> Checkpoint:
+def resnet_checkpoint(digits: ImageData) -> Checkpoint:
     """resnet20 at 4 bits on digits' images, not trained, with BatchNorm statistics as if it were."""
     checkpoint = loop.start("resnet20", digits, QuantSpec(4), default_recipe("digits"))
     model = checkpoint.network()

@@ -21,7 +21,7 @@ from runtime.agreement import spearman
 from runtime.errors import FileError, ModelError, OptionError
 from tests.fake_cuda import FakeGpu
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 PEERS = ["torch.compile FP32", "OpenVINO bf16", "ONNX Runtime PTQ", "NNCF PTQ"]
 NAMES = ["PyTorch FP32", "ONNX Runtime FP32", "OpenVINO FP32", "ONNX Runtime INT8", OURS]

@@ -10,12 +10,12 @@ from PIL import Image
 
 from bench.figures import draw_maps, draw_removal_curves, main, one_of_each_class
 from bench.measure.data import LabelledImages
-from bench.measure.removal import MASKED_PERCENTS, PERCENTS
 from bench.networks.opened import open_networks
+from bench.networks.removal import MASKED_PERCENTS, PERCENTS
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 from train.figures import COLORS, draw_alphas, draw_mask_shares, draw_training_curves
 
 

@@ -29,7 +29,7 @@ from tests import fake_tensorrt
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import network, write_plan
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 TENSORRT = ["TensorRT FP16", "TensorRT INT8"]
 ON_GPU = ["PyTorch CUDA FP32", "ONNX Runtime CUDA FP32", *TENSORRT]

@@ -12,7 +12,7 @@ from runtime.agreement import spearman, top_overlap
 from runtime.errors import OptionError
 from tests.code_gate import with_code_gate
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 
 def test_the_price_of_the_gate_is_that_in_torch(

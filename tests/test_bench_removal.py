@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 
-from bench.measure.removal import (
+from bench.networks.network import Network
+from bench.networks.removal import (
     FILLS,
     MASKED_PERCENTS,
     PERCENTS,
@@ -20,7 +21,6 @@ from bench.measure.removal import (
     removal_curves,
     salience_ranks,
 )
-from bench.networks.opened import Network
 
 
 def network(

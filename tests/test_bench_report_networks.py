@@ -32,8 +32,8 @@ from runtime.files import write_atomically
 from tests.html_page import Element, assert_sound, read_page
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, float_weight, quantize, quantizers
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>document.title='taken'</script>\"'&"

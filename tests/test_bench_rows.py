@@ -14,8 +14,9 @@ from bench.rows import TABLES, Row, main, needed
 from runtime.errors import OptionError
 from train import __main__ as train
 from train import checkpoint as checkpoints
-from train import data, loop
-from train.quant import FLOAT_BITS, describe
+from train import loop
+from train.data.images import ImageData
+from train.quantization.quantize import FLOAT_BITS, describe
 
 ROWS = [row for table in TABLES.values() for row in table]
 
@@ -51,7 +52,7 @@ def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> Non
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
     labels = torch.arange(64) % 10
-    few = data.ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
+    few = ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
     for row in TABLES[table]:
         arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
         (tmp_path / row.name).mkdir()

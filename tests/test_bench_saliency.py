@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.measure.removal import Curves, removal_curves
 from bench.measure.streams import ImageStream, in_memory
-from bench.networks.opened import Network, open_networks
+from bench.networks.network import Network
+from bench.networks.opened import open_networks
+from bench.networks.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
 from export.onnx import export
 from export.verification.agreement import export_agreement
@@ -25,8 +26,8 @@ from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import write_atomically
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.data import main as write_data
+from train.data.datasets import main as write_data
+from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"fill": "black", "canvas": "blur", "target": "predicted"}

@@ -15,8 +15,8 @@ from train import __main__ as train
 from train import checkpoint as checkpoints
 from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, describe, quantizers
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec, describe, quantizers
 from train.recipe import default_recipe
 
 LAYERS = ["conv1", "conv2", "fc1", "fc2"]

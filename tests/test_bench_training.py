@@ -8,8 +8,8 @@ import torch
 
 from bench.training import main, step_of
 from runtime.errors import OptionError
-from train import data
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 
@@ -27,7 +27,7 @@ def test_command_prints_and_records_every_method(tmp_path: Path, capsys: pytest.
     assert row["environment"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_a_timed_step_leaves_the_network_as_it_was(digits: data.ImageData) -> None:
+def test_a_timed_step_leaves_the_network_as_it_was(digits: ImageData) -> None:
     """Otherwise the last rounds would time a batch known by heart."""
     step = step_of(digits, "cnn2", QuantSpec(8), default_recipe("digits"))
     losses = [step().cross_entropy.item() for _ in range(6)]  # type: ignore[attr-defined]

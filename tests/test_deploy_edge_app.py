@@ -15,7 +15,7 @@ from PIL import Image
 from deploy.edge_app import FrameTimes, main
 from runtime import Classifier
 from runtime.errors import EngineError, FileError, OptionError
-from train.data import ImageData
+from train.data.images import ImageData
 
 
 @pytest.fixture

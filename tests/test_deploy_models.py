@@ -8,7 +8,7 @@ import pytest
 
 from export.onnx import export
 from train import checkpoint as checkpoints
-from train.quant import FLOAT_BITS
+from train.quantization.quantize import FLOAT_BITS
 
 MODELS = sorted((Path(__file__).parents[1] / "deploy" / "models").glob("*.pt"))
 every_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

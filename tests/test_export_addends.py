@@ -10,8 +10,8 @@ from runtime.errors import OptionError
 from tests.toy_models import randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, start_alphas
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec, start_alphas
 from train.recipe import default_recipe
 
 

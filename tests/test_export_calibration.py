@@ -15,15 +15,16 @@ from export.onnx import export, main
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.__main__ import main as train_main
 from train.checkpoint import Checkpoint
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 
 @pytest.fixture(scope="module")
-def float_path(digits: data.ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def float_path(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("float") / "ckpt.pt"
     recipe = dataclasses.replace(default_recipe("digits", "plain"), epochs=6)
     loop.fit(loop.start("cnn2", digits, QuantSpec(32), recipe), digits, path)
@@ -35,7 +36,7 @@ def floating(float_path: Path) -> Checkpoint:
     return checkpoints.load(float_path)
 
 
-def test_a_calibrated_checkpoint_exports_exactly(floating: Checkpoint, digits: data.ImageData) -> None:
+def test_a_calibrated_checkpoint_exports_exactly(floating: Checkpoint, digits: ImageData) -> None:
     found = calibrate(floating, training_sample(digits, 256))
     assert (found.equalized, found.uncorrected, found.samples) == (3, [], 256)
     assert found.checkpoint.quant == QuantSpec(8)
@@ -45,7 +46,7 @@ def test_a_calibrated_checkpoint_exports_exactly(floating: Checkpoint, digits: d
     assert exported.verification.weight_codes > 30_000
 
 
-def test_calibration_beats_a_blind_start_at_few_bits(floating: Checkpoint, digits: data.ImageData) -> None:
+def test_calibration_beats_a_blind_start_at_few_bits(floating: Checkpoint, digits: ImageData) -> None:
     sample, spec = training_sample(digits, 256), QuantSpec(2, "sawb")
     model = checkpoints.new_network(floating.arch, spec, floating.input, floating.float_state())
     blind = dataclasses.replace(floating, quant=spec, state_dict=model.state_dict())
@@ -54,7 +55,7 @@ def test_calibration_beats_a_blind_start_at_few_bits(floating: Checkpoint, digit
     assert accuracy(found, digits) > floating.test_accuracy - 10
 
 
-def test_each_part_can_be_switched_off(floating: Checkpoint, digits: data.ImageData) -> None:
+def test_each_part_can_be_switched_off(floating: Checkpoint, digits: ImageData) -> None:
     sample = training_sample(digits, 64)
     plain = calibrate(floating, sample, search="mse", equalizes=False, corrects_biases=False)
     assert (plain.equalized, plain.uncorrected, list(plain.errors)) == (0, None, ["mse"])

@@ -19,10 +19,11 @@ from export.verification.engine_run import run_on_engine
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
 from tests.toy_models import move_alphas
-from train import factory, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.models import factory
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 PASSES = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from export.engine.layers import layers, set_precision
-from export.verification.reference import reference_run
+from export.reference import reference_run
 from runtime.errors import OptionError
 from tests.qdq_models import conv_model, model
 

@@ -17,10 +17,11 @@ from torch.nn.utils import parametrizations
 
 from export.onnx import export
 from runtime.errors import ModelError
-from train import factory, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, describe
+from train.data.images import ImageData
+from train.models import factory
+from train.quantization.quantize import QuantSpec, describe
 from train.recipe import default_recipe
 
 

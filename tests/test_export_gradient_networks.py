@@ -23,8 +23,8 @@ from onnx.reference import ReferenceEvaluator
 
 from export.gradient.walk import append_input_gradient
 from tests.reference_operators import EXACT
-from train.models import build
-from train.vision_transformer import VisionTransformer
+from train.models.build import build
+from train.models.vision_transformer import VisionTransformer
 
 CLASSES = 10
 BAR = 1e-4

@@ -22,15 +22,15 @@ from torch import nn
 
 from export.onnx import export
 from export.operators import TARGETS
+from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX, zero_points_of
-from export.verification.reference import reference_run
 from tests.code_gate import with_code_gate
 from tests.toy_models import move_alphas, randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, start_alphas
-from train.quantizers import BELOW_ZERO_STEPS, PACT
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec, start_alphas
+from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT
 from train.recipe import default_recipe
 
 BAR = 1e-4

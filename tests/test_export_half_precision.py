@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from export.engine.half_precision import cast_image_first, half_precision
 from export.engine.layers import layers
 from export.gradient.walk import append_input_gradient
-from export.verification.reference import reference_run
+from export.reference import reference_run
 from runtime.agreement import spearman
 from runtime.errors import ModelError
 from tests.qdq_models import conv_model, model

@@ -19,18 +19,19 @@ from torch import nn
 from export.engine.builder import BuildOptions, build
 from export.engine.lowering import lower
 from export.onnx import Exported, export
+from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX
-from export.verification.reference import reference_run
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from tests.code_gate import with_code_gate
 from tests.toy_models import move_alphas, randomize_norms
-from train import factory, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
-from train.quant import QuantSpec, start_alphas
-from train.quantizers import PACT
+from train.data.images import ImageData
+from train.models import factory
+from train.quantization.quantize import QuantSpec, start_alphas
+from train.quantization.quantizers import PACT
 from train.recipe import default_recipe
 
 OWN = tuple(f"tests.toy_models:{name}" for name in ("mobile_net", "two_branches", "patch_mlp", "attention"))

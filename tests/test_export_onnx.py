@@ -28,8 +28,8 @@ from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
-from train.data import InputSpec
-from train.quant import QuantSpec, float_weight, quantize, start_alphas, weight_quantizer
+from train.input_spec import InputSpec
+from train.quantization.quantize import QuantSpec, float_weight, quantize, start_alphas, weight_quantizer
 
 ROOT = Path(__file__).parents[1]
 SPEC = InputSpec((12, 12), 3, (128 / 255,) * 3, (0.25,) * 3)

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.passes.average_exactly import average_exactly
 from export.passes.keep_rounding import keep_rounding
-from export.verification.reference import reference_run
+from export.reference import reference_run
 
 CHANNELS, SIDE = 8, 8
 # No sum of these steps lies on the border between two codes of another one's.

@@ -19,9 +19,10 @@ from runtime.onnx_bytes import without_gradient
 from tests.qdq_models import conv_model
 from tests.toy_models import randomize_norms
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def exported(checkpoint: Checkpoint) -> bytes:
     return export(checkpoint, target="tensorrt").model.SerializeToString()
 
 
-def checkpoint(name: str, digits: data.ImageData, bits: int) -> Checkpoint:
+def checkpoint(name: str, digits: ImageData, bits: int) -> Checkpoint:
     """Return an untrained network with BatchNorm statistics as if it were trained."""
     made = loop.start(name, digits, QuantSpec(bits), default_recipe("digits"))
     model = made.network()
@@ -95,13 +96,13 @@ def test_shipped_models_multiply_int8_where_it_was_chosen(trt: ModuleType, path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits", "forward"), [("cnn2", 4, 4), ("resnet20", 8, 20)])
 def test_the_other_networks_multiply_int8_where_it_was_chosen(
-    trt: ModuleType, digits: data.ImageData, name: str, bits: int, forward: int
+    trt: ModuleType, digits: ImageData, name: str, bits: int, forward: int
 ) -> None:
     assert_as_chosen(trt, exported(checkpoint(name, digits, bits)), forward)
 
 
 @pytest.mark.slow
-def test_int8_gradients_multiply_int8_too(trt: ModuleType, digits: data.ImageData) -> None:
+def test_int8_gradients_multiply_int8_too(trt: ModuleType, digits: ImageData) -> None:
     made = export(checkpoint("resnet20", digits, 8), target="tensorrt", saliency_precision="int8")
     found = int8_by_layer(trt, made.model.SerializeToString())
     assert all(("Int8" in types) == (precision == "INT8") for precision, types in found.values())

@@ -8,7 +8,7 @@ from torch import nn
 
 from export.verification.forward import TIE_STEPS, _in_float64, check_ties, nearly_tied, run_layer_by_layer
 from runtime.errors import ModelError
-from train.quant import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
+from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
 
 
 @pytest.fixture

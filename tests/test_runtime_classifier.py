@@ -12,7 +12,7 @@ from runtime import Classifier, ClearpactError, Prediction
 from runtime.classifier import MAX_BATCH, finite, softmax
 from runtime.errors import EngineError, ImageError, ModelError, OptionError
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 BOTH = pytest.mark.parametrize("engine", ["openvino", "ort"])
 

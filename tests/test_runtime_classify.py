@@ -15,7 +15,7 @@ from runtime import Classifier
 from runtime.classify import main
 from runtime.command import USER_ERROR
 from runtime.errors import ClearpactError, ModelError
-from train.data import ImageData
+from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]
 

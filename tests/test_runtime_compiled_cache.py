@@ -13,7 +13,7 @@ from runtime import Classifier
 from runtime.engines.compiled_cache import SUFFIX, CompiledCache, cache_key, processor_features
 from runtime.errors import FileError, OptionError
 from runtime.session import Session, open_session
-from train.data import ImageData
+from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]
 BOTH = ("logits", "saliency")

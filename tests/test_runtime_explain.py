@@ -20,7 +20,7 @@ from runtime.errors import ImageError, ModelError, OptionError
 from runtime.session import open_session
 from tests.code_gate import with_code_gate
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 
 @pytest.fixture(scope="module")

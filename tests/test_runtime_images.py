@@ -11,7 +11,7 @@ from PIL import Image
 from runtime.errors import FileError, ImageError
 from runtime.images import SUFFIXES, list_images, load_image, middle, resize, to_batch
 from runtime.manifest import ImageInput
-from train.decoding import decode
+from train.data.decoding import decode
 
 GREY = ImageInput((6, 5), 1, (0.5,), (0.25,))
 RGB = ImageInput((6, 5), 3, (0.5,) * 3, (0.25,) * 3)

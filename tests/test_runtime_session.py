@@ -19,7 +19,7 @@ from runtime.engines.openvino import _MAX_SHAPES
 from runtime.errors import EngineError, FileError, ModelError, OptionError
 from runtime.session import ENGINES, Session, open_session
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("engine", ["openvino", "ort"])

@@ -12,9 +12,9 @@ from torch import nn
 from export.deploy_form import deploy_form, folded_layers
 from export.passes.keep_float import keep_float
 from tests.toy_models import FunctionalNet
-from train.accumulators import LARGEST_SUM, accumulators, biases_on_grid, put_biases_on_grid
-from train.data import InputSpec
-from train.quant import QuantSpec, quantize, start_alphas
+from train.input_spec import InputSpec
+from train.quantization.accumulators import LARGEST_SUM, accumulators, biases_on_grid, put_biases_on_grid
+from train.quantization.quantize import QuantSpec, quantize, start_alphas
 
 IMAGE = (3, 12, 12)
 SPEC = InputSpec(IMAGE[1:], 3, (128 / 255,) * 3, (0.25,) * 3)

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.onnx import export
-from train import data, loop
-from train.adaptive_threshold import loss_gradient
-from train.models import CNN2, ResNet20
-from train.quant import QuantSpec, quantize, start_alphas
-from train.quantizers import PACT
+from train import loop
+from train.data.images import ImageData
+from train.losses.adaptive_threshold import loss_gradient
+from train.losses.saliency import AdaptiveThreshold, start_threshold
+from train.models.cnn2 import CNN2
+from train.models.resnet20 import ResNet20
+from train.quantization.quantize import QuantSpec, quantize, start_alphas
+from train.quantization.quantizers import PACT
 from train.recipe import default_recipe
-from train.saliency import AdaptiveThreshold, start_threshold
 
 LAMBDA1, LAMBDA2, ETA, GAMMA = 0.3, 0.02, 0.05, 0.01
 
@@ -159,7 +161,7 @@ def test_threshold_never_becomes_negative() -> None:
     assert threshold.metrics() == {"threshold": 0.0}
 
 
-def test_a_model_trained_so_is_accurate_and_exports(digits: data.ImageData, tmp_path: Path) -> None:
+def test_a_model_trained_so_is_accurate_and_exports(digits: ImageData, tmp_path: Path) -> None:
     recipe = dataclasses.replace(default_recipe("digits", "asg"), epochs=6, lr=3e-3)
     checkpoint = loop.fit(loop.start("cnn2", digits, QuantSpec(4), recipe), digits, tmp_path / "a.pt")
     first, last = checkpoint.history[0], checkpoint.history[-1]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.augment import Augmentation, crop, erase, jitter, warp
+from train.data.augment import Augmentation, crop, erase, jitter, warp
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import data, loop
-from train.balance import balanced_batches, class_weights
-from train.guidance import cross_entropy_loss
-from train.quant import QuantSpec
+from train import loop
+from train.data.balance import balanced_batches, class_weights
+from train.data.images import ImageData
+from train.losses.guidance import cross_entropy_loss
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 
@@ -48,7 +49,7 @@ def test_balanced_batches_draw_rare_classes_as_often() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_weights_its_cross_entropy(digits: data.ImageData, tmp_path: Path, method: str) -> None:
+def test_every_method_weights_its_cross_entropy(digits: ImageData, tmp_path: Path, method: str) -> None:
     few = dataclasses.replace(digits, train_images=digits.train_images[:64], train_labels=digits.train_labels[:64])
     recipe = dataclasses.replace(default_recipe("digits", method), epochs=1, batch_size=64)
     losses = []
@@ -60,7 +61,7 @@ def test_every_method_weights_its_cross_entropy(digits: data.ImageData, tmp_path
     assert losses[1]["train_cross_entropy"] == pytest.approx(losses[0]["train_cross_entropy"], rel=0.1)
 
 
-def test_balanced_sampling_finds_a_rare_class(digits: data.ImageData, tmp_path: Path) -> None:
+def test_balanced_sampling_finds_a_rare_class(digits: ImageData, tmp_path: Path) -> None:
     rare = torch.where(digits.train_labels == 8)[0][5:]
     kept = torch.ones(len(digits.train_labels), dtype=torch.bool).index_fill_(0, rare, False)
     few = dataclasses.replace(

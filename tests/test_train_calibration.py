@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.toy_models import DepthwiseNet, randomize_norms
-from train.calibration import MSE, correct_biases, search_alphas
-from train.grids import is_layer
-from train.quant import QuantSpec, quantize, quantizers
-from train.quantizers import PACT
+from train.post_training.bias import correct_biases
+from train.post_training.clipping import MSE, search_alphas
+from train.quantization.grids import is_layer
+from train.quantization.quantize import QuantSpec, quantize, quantizers
+from train.quantization.quantizers import PACT
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

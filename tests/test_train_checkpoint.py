@@ -8,9 +8,10 @@ import torch
 
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 
@@ -36,7 +37,7 @@ def test_accuracy_of_the_samples_is_that_of_real_digits(digits_checkpoint: Check
 def test_samples_of_large_images_stay_small() -> None:
     images = torch.zeros(300, 3, 200, 200, dtype=torch.uint8)
     labels = torch.zeros(300, dtype=torch.int64)
-    large = data.ImageData("digits", ("a", "b"), images, labels, images, labels)
+    large = ImageData("digits", ("a", "b"), images, labels, images, labels)
     checkpoint = loop.start("resnet20", large, QuantSpec(32), default_recipe("digits"))
     assert checkpoint.samples["images"].numel() <= 4 << 20
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from train.cpu_layers import use_fast_layers
-from train.models import CNN2, ResNet20
-from train.quant import QuantSpec, quantize
+from train.models.cnn2 import CNN2
+from train.models.resnet20 import ResNet20
+from train.quantization.quantize import QuantSpec, quantize
 
 
 @given(

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
-from train import data
-from train.data import InputSpec, batches
+from train.data import datasets
+from train.data.__main__ import main
+from train.data.images import ImageData, batches, hold_out
+from train.input_spec import InputSpec
 
 
-def test_digits_are_split_without_overlap(digits: data.ImageData) -> None:
+def test_digits_are_split_without_overlap(digits: ImageData) -> None:
     assert digits.train_images.shape == (1437, 1, 8, 8)
     assert digits.test_images.shape == (360, 1, 8, 8)
     assert digits.train_images.dtype == torch.uint8
@@ -55,16 +57,16 @@ def test_batches_visit_every_index_once_and_drop_the_rest() -> None:
 
 def test_unknown_data_set_is_refused() -> None:
     with pytest.raises(OptionError, match="data set 'imagenet': expected one of digits, mnist"):
-        data.load("imagenet")
+        datasets.load("imagenet")
 
 
 def test_absent_data_without_network_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An address that refuses at once stands for a machine without network.
-    from torchvision import datasets
+    from torchvision import datasets as torchvision_data
 
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(torchvision_data.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(FileError, match=r"holds no mnist and it could not be downloaded .*--data-root"):
-        data.load("mnist", tmp_path)
+        datasets.load("mnist", tmp_path)
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -80,14 +82,14 @@ def test_mnist_is_read_from_its_original_files(tmp_path: Path) -> None:
     for prefix, n in (("train", 5), ("t10k", 3)):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", images[:n])
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(n))
-    loaded = data.load("mnist", tmp_path)
+    loaded = datasets.load("mnist", tmp_path)
     assert np.array_equal(loaded.train_images[:, 0].numpy(), images)
     assert loaded.test_labels.tolist() == [0, 1, 2]
     assert loaded.classes == tuple("0123456789")
 
 
-def test_command_writes_a_split_that_needs_no_torch(tmp_path: Path, digits: data.ImageData) -> None:
-    data.main(["digits", "-o", str(tmp_path / "d.npz")])
+def test_command_writes_a_split_that_needs_no_torch(tmp_path: Path, digits: ImageData) -> None:
+    main(["digits", "-o", str(tmp_path / "d.npz")])
     with np.load(tmp_path / "d.npz", allow_pickle=False) as archive:
         assert archive["images"].shape == (360, 8, 8, 1)
         assert np.array_equal(archive["labels"], digits.test_labels.numpy())
@@ -110,14 +112,16 @@ def write_cifar100(folder: Path, rng: np.random.Generator) -> dict[str, str]:
 def test_cifar100_is_read_from_files_whose_content_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision import datasets
+    from torchvision import datasets as torchvision_data
 
-    folder = tmp_path / datasets.CIFAR100.base_folder
+    folder = tmp_path / torchvision_data.CIFAR100.base_folder
     known = write_cifar100(folder, np.random.default_rng(0))
-    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", known["train"]]])
-    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", known["test"]]])
-    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": known["meta"]})
-    loaded = data.load("cifar100", tmp_path)
+    monkeypatch.setattr(torchvision_data.CIFAR100, "train_list", [["train", known["train"]]])
+    monkeypatch.setattr(torchvision_data.CIFAR100, "test_list", [["test", known["test"]]])
+    monkeypatch.setattr(
+        torchvision_data.CIFAR100, "meta", {**torchvision_data.CIFAR100.meta, "md5": known["meta"]}
+    )
+    loaded = datasets.load("cifar100", tmp_path)
     assert loaded.train_images.shape == (6, 3, 32, 32)
     assert loaded.test_labels.tolist() == [0, 1, 2, 3]
     assert (len(loaded.classes), loaded.classes[7]) == (100, "class7")
@@ -135,32 +139,32 @@ class _Trap:
 def test_pickles_of_unknown_content_are_never_opened(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision import datasets
+    from torchvision import datasets as torchvision_data
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    kind = {"cifar10": torchvision_data.CIFAR10, "cifar100": torchvision_data.CIFAR100}[name]
     monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/")
     folder = tmp_path / kind.base_folder
     folder.mkdir()
     for file, _ in (*kind.train_list, *kind.test_list, (kind.meta["filename"], "")):
         (folder / file).write_bytes(pickle.dumps(_Trap(tmp_path / "executed")))
     with pytest.raises(FileError, match=f"holds no {name} and it could not be downloaded"):
-        data.load(name, tmp_path)
+        datasets.load(name, tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_command_writes_the_test_split_of_a_folder(tmp_path: Path) -> None:
     folder = write_digits(tmp_path / "mine", {"zero": 20, "one": 10})
-    data.main([f"folder:{folder}", "--image-size", "12", "-o", str(tmp_path / "d.npz")])
+    main([f"folder:{folder}", "--image-size", "12", "-o", str(tmp_path / "d.npz")])
     with np.load(tmp_path / "d.npz", allow_pickle=False) as archive:
         assert archive["images"].shape == (3, 12, 12, 3)
         assert archive["labels"].tolist() == [0, 1, 1]
         assert archive["classes"].tolist() == ["one", "zero"]
 
 
-def test_training_images_that_are_held_out_are_the_validation_split(digits: data.ImageData) -> None:
-    held = data.hold_out(digits, 200)
+def test_training_images_that_are_held_out_are_the_validation_split(digits: ImageData) -> None:
+    held = hold_out(digits, 200)
     assert (len(held.train_images), len(held.val_images)) == (1237, 200)  # type: ignore[arg-type]
-    again = data.hold_out(digits, 200)
+    again = hold_out(digits, 200)
     assert torch.equal(held.val_images[:], again.val_images[:])  # type: ignore[index]
     # Every training image is in one of both, with its label.
     both = torch.cat([held.train_images[:], held.val_images[:]]).flatten(1).double()  # type: ignore[index]
@@ -170,8 +174,8 @@ def test_training_images_that_are_held_out_are_the_validation_split(digits: data
     theirs = torch.stack([digits.train_images.flatten(1).double() @ weights, digits.train_labels.double()], 1)
     assert torch.equal(ours[ours[:, 0].argsort()], theirs[theirs[:, 0].argsort()])
     assert torch.equal(held.test_images[:], digits.test_images[:])
-    assert data.hold_out(digits, 0) is digits
+    assert hold_out(digits, 0) is digits
     with pytest.raises(
         OptionError, match="validation 1437: expected fewer than the 1437 training images of digits"
     ):
-        data.hold_out(digits, 1437)
+        hold_out(digits, 1437)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.image_folders import write_digits
-from train.decoding import Decoder, decode, read_all
+from train.data.decoding import Decoder, decode, read_all
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def test_worker_processes_give_the_same_pixels_in_the_same_order(paths: list[str
 def test_workers_end_with_a_killed_process(paths: list[str]) -> None:
     code = f"""
 import time
-from train.decoding import Decoder
+from train.data.decoding import Decoder
 if __name__ == "__main__":
     decoder = Decoder((8, 8), 2)
     list(decoder.batches([{paths[:4]!r}]))

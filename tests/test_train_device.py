@@ -6,13 +6,13 @@ from torch import Tensor
 
 from train import loop
 from train.checkpoint import Checkpoint
-from train.data import ImageData
+from train.data.images import ImageData
 from train.device import arrange, in_precision, place
-from train.methods import new_guidance
-from train.quant import QuantSpec
-from train.quantizers import PACT
+from train.losses.methods import new_guidance
+from train.losses.saliency import filling
+from train.quantization.quantize import QuantSpec
+from train.quantization.quantizers import PACT
 from train.recipe import METHODS, default_recipe
-from train.saliency import filling
 from train.step import compute_gradients
 
 

@@ -8,10 +8,11 @@ import torch
 
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.distillation import distillation_loss, load_teacher
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.losses.distillation import distillation_loss, load_teacher
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 
@@ -29,7 +30,7 @@ def test_loss_is_the_divergence_written_out() -> None:
 
 
 def test_a_student_of_the_teacher_alone_learns_what_the_teacher_says(
-    digits: data.ImageData, digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path
+    digits: ImageData, digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path
 ) -> None:
     """Its labels are all wrong, and have no weight: what it knows, it has from the teacher."""
     wrong = dataclasses.replace(digits, train_labels=(digits.train_labels + 1) % 10)

@@ -8,11 +8,12 @@ import torch
 
 from runtime.errors import TrainingError
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.__main__ import main
+from train.data.images import ImageData
 from train.divergence import diverged, where_it_diverged
-from train.models import CNN2
-from train.quant import QuantSpec, float_weight, quantize
+from train.models.cnn2 import CNN2
+from train.quantization.quantize import QuantSpec, float_weight, quantize
 from train.recipe import default_recipe
 
 
@@ -58,7 +59,7 @@ def test_without_a_nan_the_largest_output_is_named() -> None:
     )
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_epoch(digits: data.ImageData, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_and_keeps_the_last_good_epoch(digits: ImageData, tmp_path: Path) -> None:
     recipe = dataclasses.replace(default_recipe("digits"), epochs=3)
     path = tmp_path / "ckpt.pt"
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.toy_models import FunctionalNet, randomize_norms
-from train.equalization import equalize, pairs
-from train.models import build
+from train.models.build import build
+from train.post_training.equalization import equalize, pairs
 
 
 class Chain(nn.Module):

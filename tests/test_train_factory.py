@@ -19,10 +19,12 @@ from runtime.errors import ModelError, OptionError
 from runtime.manifest import read_manifest
 from train import __main__ as train
 from train import checkpoint as checkpoints
-from train import data, factory, loop
+from train import loop
 from train.checkpoint import Checkpoint
-from train.models import build
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.models import factory
+from train.models.build import build
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 NAME = "tests.toy_models:small_convnet"
@@ -45,7 +47,7 @@ def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def own_checkpoint(digits: data.ImageData, tmp_path: Path) -> Path:
+def own_checkpoint(digits: ImageData, tmp_path: Path) -> Path:
     """One epoch of a network of the user's own."""
     factory.allow(NAME)
     recipe = dataclasses.replace(default_recipe("digits", "plain"), epochs=1)
@@ -71,7 +73,7 @@ def test_a_checkpoint_opens_for_those_who_name_its_factory_and_for_no_one_else(o
         with pytest.raises(
             OptionError,
             match=rf"architecture '{NAME}': is code of its own, which a file alone never runs; if you trust it, "
-            rf"name it: --arch {NAME} \(in Python: train\.factory\.allow\)$",
+            rf"name it: --arch {NAME} \(in Python: train\.models\.factory\.allow\)$",
         ):
             checkpoint.network()
     factory.allow(NAME)

@@ -13,13 +13,20 @@ from torch.optim import Adam
 
 from runtime.errors import ModelError
 from train.checkpoint import new_network
-from train.data import InputSpec
-from train.models import CNN2
-from train.quant import QuantSpec, all_zero_channels, float_weight, quantize, quantizers, start_alphas
-from train.quantizers import PACT, WeightQuantizer
-from train.signs import relu_bound
+from train.input_spec import InputSpec
+from train.models.cnn2 import CNN2
+from train.quantization.quantize import (
+    QuantSpec,
+    all_zero_channels,
+    float_weight,
+    quantize,
+    quantizers,
+    start_alphas,
+)
+from train.quantization.quantizers import PACT, WeightQuantizer
+from train.quantization.signs import relu_bound
+from train.quantization.tracing import trace
 from train.state import load_state
-from train.traced import trace
 
 SHAPE = (3, 8, 8)
 

@@ -10,9 +10,11 @@ import torch
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
-from train import data, loop, splits
+from train import loop
 from train.__main__ import main
-from train.image_folder import FileImages, Reading
+from train.data import datasets, splits
+from train.data.folders import Reading
+from train.data.images import FileImages, stream
 from train.recipe import Recipe, default_recipe
 
 COUNTS = {"zero": 60, "one": 40, "two": 20}
@@ -35,8 +37,8 @@ def arguments(folder: Path, runs: Path, *more: str) -> list[str]:
 
 
 def test_images_in_memory_and_in_files_are_the_same(folder: Path) -> None:
-    kept = data.load(f"folder:{folder}", reading=Reading(16))
-    streamed = data.load(f"folder:{folder}", reading=Reading(16, memory_bytes=0, workers=2))
+    kept = datasets.load(f"folder:{folder}", reading=Reading(16))
+    streamed = datasets.load(f"folder:{folder}", reading=Reading(16, memory_bytes=0, workers=2))
     assert isinstance(kept.train_images, torch.Tensor)
     assert isinstance(streamed.train_images, FileImages)
     assert kept.train_images.shape == streamed.train_images.shape == (len(kept.train_labels), 3, 16, 16)
@@ -45,26 +47,28 @@ def test_images_in_memory_and_in_files_are_the_same(folder: Path) -> None:
         assert torch.equal(getattr(kept, f"{part}_labels"), getattr(streamed, f"{part}_labels"))
     assert kept.input_spec() == streamed.input_spec()
     indices = [torch.tensor([3, 1, 1]), torch.tensor([50]), torch.arange(20)]
-    for (index, pixels), expected in zip(data.stream(streamed.train_images, indices), indices, strict=True):
+    for (index, pixels), expected in zip(stream(streamed.train_images, indices), indices, strict=True):
         assert torch.equal(index, expected)
         assert torch.equal(pixels, kept.train_images[expected])
     streamed.train_images.decoder.close()
 
 
 def test_unreadable_images_are_skipped_by_name_or_stop_the_run(folder: Path) -> None:
-    loaded = data.load(f"folder:{folder}", reading=Reading(16))
+    loaded = datasets.load(f"folder:{folder}", reading=Reading(16))
     assert loaded.split is not None
     assert loaded.split.skipped is not None
     assert set(loaded.split.skipped) == {"one/broken.png", "zero/cut.png"}
     labels = (loaded.train_labels, loaded.val_labels, loaded.test_labels)
     assert sum(len(part) for part in labels if part is not None) == sum(COUNTS.values())
     with pytest.raises(FileError, match=r"(broken|cut)\.png: .*; 2 such images; remove it, or leave out --strict"):
-        data.load(f"folder:{folder}", reading=Reading(16, strict=True))
+        datasets.load(f"folder:{folder}", reading=Reading(16, strict=True))
     # Those known from before are not tried again; a new one is no longer the same data.
-    assert data.load(f"folder:{folder}", reading=Reading(16, split=loaded.split, strict=True)).name == loaded.name
+    assert (
+        datasets.load(f"folder:{folder}", reading=Reading(16, split=loaded.split, strict=True)).name == loaded.name
+    )
     split = dataclasses.replace(loaded.split, skipped={"one/broken.png": ""})
     with pytest.raises(FileError, match=r"cut\.png: .*; 1 such images; restore it"):
-        data.load(f"folder:{folder}", reading=Reading(16, split=split))
+        datasets.load(f"folder:{folder}", reading=Reading(16, split=split))
 
 
 def test_a_class_without_readable_images_is_refused(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_a_class_without_readable_images_is_refused(tmp_path: Path) -> None:
     for path in (folder / "dog").iterdir():
         path.write_bytes(b"")
     with pytest.raises(FileError, match="mine: no readable training image of class 'dog', expected some"):
-        data.load(f"folder:{folder}", reading=Reading(16))
+        datasets.load(f"folder:{folder}", reading=Reading(16))
 
 
 EVERYTHING = [

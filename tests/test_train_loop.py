@@ -16,23 +16,24 @@ import torch
 
 from runtime.errors import EngineError, OptionError
 from train import checkpoint as checkpoints
-from train import data, loop
+from train import loop
 from train.__main__ import main
 from train.checkpoint import Checkpoint
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, Recipe, default_recipe
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def small(digits: data.ImageData) -> data.ImageData:
+def small(digits: ImageData) -> ImageData:
     return dataclasses.replace(
         digits, train_images=digits.train_images[:256], train_labels=digits.train_labels[:256]
     )
 
 
-def run(data_set: data.ImageData, path: Path, recipe: Recipe, bits: int = 4) -> Checkpoint:
+def run(data_set: ImageData, path: Path, recipe: Recipe, bits: int = 4) -> Checkpoint:
     return loop.fit(loop.start("cnn2", data_set, QuantSpec(bits), recipe), data_set, path)
 
 
@@ -44,7 +45,7 @@ def without_seconds(checkpoint: Checkpoint) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.history]
 
 
-def test_a_seed_makes_a_run_repeatable(small: data.ImageData, tmp_path: Path) -> None:
+def test_a_seed_makes_a_run_repeatable(small: ImageData, tmp_path: Path) -> None:
     recipe = dataclasses.replace(default_recipe("digits"), epochs=2, crop_padding=1, flip=True)
     first, second = (run(small, tmp_path / f"{i}.pt", recipe) for i in range(2))
     other = run(small, tmp_path / "other.pt", dataclasses.replace(recipe, seed=1))
@@ -63,7 +64,7 @@ EVERYTHING = {
     ("method", "options"), [*((method, {}) for method in METHODS), ("sgt", EVERYTHING), ("asg", EVERYTHING)]
 )
 def test_resuming_gives_the_same_parameters_bit_for_bit(
-    small: data.ImageData, digits_checkpoint_path: Path, tmp_path: Path, method: str, options: dict[str, Any]
+    small: ImageData, digits_checkpoint_path: Path, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
     if options:
         options = {**options, "init": str(digits_checkpoint_path), "teacher": str(digits_checkpoint_path)}
@@ -90,7 +91,7 @@ def test_resuming_gives_the_same_parameters_bit_for_bit(
 
 @pytest.mark.parametrize("weights", ["absmax", "lsq"])
 def test_a_run_starts_from_the_parameters_of_another_at_other_bits(
-    digits: data.ImageData, digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, weights: str
+    digits: ImageData, digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, weights: str
 ) -> None:
     recipe = dataclasses.replace(default_recipe("digits"), init=str(digits_checkpoint_path))
     started = loop.start("cnn2", digits, QuantSpec(4, weights), recipe)
@@ -108,7 +109,7 @@ def test_a_run_starts_from_the_parameters_of_another_at_other_bits(
 
 
 def test_a_run_that_starts_from_one_with_the_same_grids_takes_over_alphas_and_scales(
-    digits: data.ImageData, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     spec, path = QuantSpec(2, "lsq"), tmp_path / "first.pt"
     recipe = dataclasses.replace(default_recipe("digits", "plain"), epochs=1)
@@ -124,9 +125,7 @@ def test_a_run_that_starts_from_one_with_the_same_grids_takes_over_alphas_and_sc
     assert not any(torch.equal(other.state_dict[key], first.state_dict[key]) for key in scales)
 
 
-def test_a_start_from_another_architecture_is_refused(
-    digits: data.ImageData, digits_checkpoint_path: Path
-) -> None:
+def test_a_start_from_another_architecture_is_refused(digits: ImageData, digits_checkpoint_path: Path) -> None:
     recipe = dataclasses.replace(default_recipe("digits"), init=str(digits_checkpoint_path))
     with pytest.raises(OptionError, match=r"init .*: holds .*cnn2.*; name a run of the same architecture"):
         loop.start("resnet20", digits, QuantSpec(4), recipe)
@@ -152,7 +151,7 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adadelta"])
-def test_every_optimizer_learns_and_resumes(small: data.ImageData, tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizer_learns_and_resumes(small: ImageData, tmp_path: Path, optimizer: str) -> None:
     lr = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "adadelta": 1.0}[optimizer]
     recipe = dataclasses.replace(
         default_recipe("digits", "plain"), optimizer=optimizer, lr=lr, schedule="constant", epochs=4

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from train import checkpoint as checkpoints
-from train import data, loop
-from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
+from train import loop
+from train.data.images import ImageData
+from train.quantization.quantize import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, default_recipe
 
 
 @pytest.fixture(scope="module")
-def few_digits(digits: data.ImageData) -> data.ImageData:
+def few_digits(digits: ImageData) -> ImageData:
     return dataclasses.replace(
         digits, train_images=digits.train_images[:128], train_labels=digits.train_labels[:128]
     )
@@ -22,9 +23,7 @@ def few_digits(digits: data.ImageData) -> data.ImageData:
 
 @pytest.mark.parametrize("bits", [32, 8, 4, 3, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_at_every_width(
-    few_digits: data.ImageData, tmp_path: Path, method: str, bits: int
-) -> None:
+def test_every_method_trains_at_every_width(few_digits: ImageData, tmp_path: Path, method: str, bits: int) -> None:
     recipe = dataclasses.replace(default_recipe("digits", method), epochs=6, batch_size=32)
     checkpoint = loop.fit(loop.start("cnn2", few_digits, QuantSpec(bits), recipe), few_digits, tmp_path / "a.pt")
     first, last = checkpoint.history[0], checkpoint.history[-1]
@@ -38,7 +37,7 @@ def test_every_method_trains_at_every_width(
 @pytest.mark.parametrize("weights", WEIGHT_METHODS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_every_weight_quantizer_and_bits_of_single_layers(
-    few_digits: data.ImageData, tmp_path: Path, method: str, weights: str
+    few_digits: ImageData, tmp_path: Path, method: str, weights: str
 ) -> None:
     quant = QuantSpec(4, weights, layer_bits={"conv2": 3, "fc1": 2})
     recipe = dataclasses.replace(default_recipe("digits", method), epochs=6, batch_size=32)
@@ -48,7 +47,7 @@ def test_every_method_trains_with_every_weight_quantizer_and_bits_of_single_laye
     assert [row.bits for row in describe(checkpoint.network())] == [8, 3, 2, 8]
 
 
-def test_history_holds_what_a_method_learns(few_digits: data.ImageData, tmp_path: Path) -> None:
+def test_history_holds_what_a_method_learns(few_digits: ImageData, tmp_path: Path) -> None:
     learned = {}
     for method in METHODS:
         recipe = dataclasses.replace(default_recipe("digits", method), epochs=1, batch_size=32)

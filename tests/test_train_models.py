@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from runtime.errors import OptionError
-from train.models import ARCHITECTURES, build
-from train.quant import QuantSpec, describe, quantize, quantizers, start_alphas
-from train.vision_transformer import VisionTransformer
+from train.models.build import ARCHITECTURES, build
+from train.models.vision_transformer import VisionTransformer
+from train.quantization.quantize import QuantSpec, describe, quantize, quantizers, start_alphas
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -15,11 +15,12 @@ from torchvision.models import get_model_weights
 
 from runtime.errors import FileError, OptionError
 from tests.toy_models import randomize_norms
-from train import data, loop
-from train.data import InputSpec
-from train.models import build
-from train.pretrained import pretrained_state
-from train.quant import QuantSpec
+from train import loop
+from train.data.images import ImageData
+from train.input_spec import InputSpec
+from train.models.build import build
+from train.models.pretrained import pretrained_state
+from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 OURS = InputSpec((64, 64), 3, (128 / 255,) * 3, (0.25,) * 3)
@@ -84,7 +85,7 @@ def test_a_run_starts_from_them_and_quantizes_them(hub: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 32, 32), generator=generator).to(torch.uint8)
     labels = torch.arange(40) % 10
-    few = data.ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
+    few = ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
     recipe = dataclasses.replace(default_recipe("cifar10"), pretrained=True)
     started = loop.start("resnet18", few, QuantSpec(8), recipe)
     found = started.float_state()

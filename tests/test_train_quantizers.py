@@ -11,8 +11,8 @@ from scipy import stats
 from torch import nn
 
 from export.gradient.rules import quantized as gradient_quantized
-from train import quantizers
-from train.quantizers import (
+from train.quantization import quantizers
+from train.quantization.quantizers import (
     BELOW_ZERO_STEPS,
     PACT,
     SAWB_COEFFICIENTS,

@@ -9,8 +9,8 @@ from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
 from train import recipes
 from train.__main__ import _parser, _settings, main
-from train.models import ARCHITECTURES
-from train.quant import QuantSpec, describe
+from train.models.build import ARCHITECTURES
+from train.quantization.quantize import QuantSpec, describe
 from train.recipe import METHODS
 
 

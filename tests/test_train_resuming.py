@@ -15,8 +15,8 @@ import pytest
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
-from train import splits
 from train.__main__ import main
+from train.data import splits
 from train.ownership import LOCK_NAME, owned
 from train.recipe import default_recipe
 from train.resuming import with_options

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train.guidance import filling, frozen_statistics, least_salient
-from train.models import CNN2, ResNet20
-from train.quant import QuantSpec, quantize
-from train.saliency import plain_loss, sgt_loss
+from train.losses.guidance import filling, frozen_statistics, least_salient
+from train.losses.saliency import plain_loss, sgt_loss
+from train.models.cnn2 import CNN2
+from train.models.resnet20 import ResNet20
+from train.quantization.quantize import QuantSpec, quantize
 
 
 def literal_sgt(model: nn.Module, images: Tensor, labels: Tensor, share: float, kl_weight: float) -> Tensor:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train.models import CNN2
-from train.quant import QuantSpec, quantize
-from train.saliency import Smoot
+from train.losses.saliency import Smoot
+from train.models.cnn2 import CNN2
+from train.quantization.quantize import QuantSpec, quantize
 
 
 def literal_smoot(

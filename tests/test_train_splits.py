@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
-from train import splits
+from train.data import splits
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +200,7 @@ def test_splits_and_decoding_need_no_torch() -> None:
     code = """
 import sys
 sys.modules["torch"] = None
-import train.decoding, train.splits
+import train.data.decoding, train.data.splits
 print("imported")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

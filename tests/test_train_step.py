@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from train import loop
-from train.data import ImageData
-from train.methods import new_guidance
-from train.quant import QuantSpec
+from train.data.images import ImageData
+from train.losses.methods import new_guidance
+from train.losses.saliency import filling
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, default_recipe
-from train.saliency import filling
 from train.step import compute_gradients, loss_terms, new_optimizer, set_lr
 
 

@@ -1,4 +1,4 @@
-"""Small networks that share nothing with train.models; each holds what quantizing or folding can get wrong."""
+"""Small networks that share nothing with train/models; each holds what quantizing or folding can get wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.quantizers import PACT
+from train.quantization.quantizers import PACT
 
 
 class FunctionalNet(nn.Module):

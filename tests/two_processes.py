@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 
 from train import checkpoint as checkpoints
-from train import data, loop, processes
-from train.quant import QuantSpec
+from train import loop, processes
+from train.data import datasets
+from train.input_spec import InputSpec
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    in_single_precision = data.InputSpec.normalize
-    data.InputSpec.normalize = lambda spec, images: in_single_precision(spec, images).double()
+    in_single_precision = InputSpec.normalize
+    InputSpec.normalize = lambda spec, images: in_single_precision(spec, images).double()
     processes.join("cpu")
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     digits = dataclasses.replace(
         digits, train_images=digits.train_images[:64], train_labels=digits.train_labels[:64]
     )

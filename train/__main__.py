@@ -23,17 +23,21 @@ from runtime.errors import EngineError, FileError, OptionError
 from runtime.files import read_bytes, remove_leftovers, write_atomically
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
-from train import data, factory, loop, processes, recipes, resuming, splits
+from train import loop, processes, recipes, resuming
 from train.checkpoint import Checkpoint
+from train.data import datasets, splits
+from train.data.folders import MEMORY_BYTES
+from train.data.images import ImageData, hold_out
+from train.data.splits import SPLIT_NAME
 from train.device import PRECISIONS
 from train.figures import draw_alphas, draw_training_curves, has_alphas
-from train.guidance import FILLS
-from train.image_folder import MEMORY_BYTES, reading_of
-from train.models import ARCHITECTURES
+from train.losses.guidance import FILLS
+from train.models import factory
+from train.models.build import ARCHITECTURES
 from train.ownership import owned
-from train.quant import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe, warnings_of
+from train.quantization.quantize import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe, warnings_of
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
-from train.splits import SPLIT_NAME
+from train.resuming import reading_of
 
 CHECKPOINT_NAME = "ckpt.pt"
 FILES = (CHECKPOINT_NAME, "metrics.csv", "curves.png", "alpha.png", SPLIT_NAME)
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _started(
     options: argparse.Namespace, folder: Path, arch: str, quant: QuantSpec, recipe: Recipe
-) -> tuple[Checkpoint, data.ImageData, list[str]]:
+) -> tuple[Checkpoint, ImageData, list[str]]:
     """Return a run before its first epoch, its images, and no remarks."""
     if (folder / CHECKPOINT_NAME).exists() and not options.overwrite:
         raise OptionError(
@@ -107,7 +111,7 @@ def _started(
 
 def _resumed(
     options: argparse.Namespace, chosen: dict[str, Any], folder: Path
-) -> tuple[Checkpoint, data.ImageData, list[str]]:
+) -> tuple[Checkpoint, ImageData, list[str]]:
     """Return a run where it stopped, its images, and what is to be said about the options given with --resume."""
     checkpoint = checkpoints.load(folder / CHECKPOINT_NAME)
     checkpoint, notes = resuming.with_options(checkpoint, chosen, folder)
@@ -122,7 +126,7 @@ def _resumed(
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("train", "Train a quantized, saliency-guided image classifier.", EXAMPLES)
-    parser.add_argument("--data", type=data.check_name, metavar="NAME", help=data.EXPECTED)
+    parser.add_argument("--data", type=datasets.check_name, metavar="NAME", help=datasets.EXPECTED)
     parser.add_argument(
         "--recipe", metavar="NAME", help="a published experiment, or one of ours; other options override it"
     )
@@ -215,7 +219,7 @@ def _settings(options: argparse.Namespace) -> tuple[str, QuantSpec, Recipe]:
         arch, quant, recipe = run.arch, run.quant, run.recipe
     elif options.data is None:
         raise OptionError(
-            f"--data is missing: expected one of {data.EXPECTED}, or --recipe NAME, or --resume FOLDER"
+            f"--data is missing: expected one of {datasets.EXPECTED}, or --recipe NAME, or --resume FOLDER"
         )
     else:
         arch, quant = "cnn2", QuantSpec()
@@ -264,9 +268,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _print_run(
-    checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str, notes: Sequence[str]
-) -> None:
+def _print_run(checkpoint: Checkpoint, images: ImageData, folder: Path, device: str, notes: Sequence[str]) -> None:
     recipe, network = checkpoint.recipe, checkpoint.network()
     parameters = sum(p.numel() for p in network.parameters())
     print(f"run      {folder}  ({device}, {torch.get_num_threads()} threads)")
@@ -296,7 +298,7 @@ def _print_run(
         print(f"resumed  after epoch {done}")
 
 
-def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> data.ImageData:
+def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> ImageData:
     """Return the images of a recipe; of a run that is resumed, those it began with."""
     if options.workers is not None and options.workers < 0:
         raise OptionError(f"--workers {options.workers}: expected a whole number from 0")
@@ -311,11 +313,11 @@ def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) 
             reading, split=resuming.located(reading.split, recipe.data, options.data, options.data_root)
         )
     with processes.first_alone():
-        images = data.load(recipe.data, options.data_root, reading)
-    return data.hold_out(images, recipe.validation)
+        images = datasets.load(recipe.data, options.data_root, reading)
+    return hold_out(images, recipe.validation)
 
 
-def _train(checkpoint: Checkpoint, images: data.ImageData, folder: Path, device: str) -> None:
+def _train(checkpoint: Checkpoint, images: ImageData, folder: Path, device: str) -> None:
     if processes.rank() > 0:
         loop.fit(checkpoint, images, folder / CHECKPOINT_NAME, device=device)
         return

@@ -4,7 +4,7 @@ It is a dictionary written with torch.save and read with weights_only=True, so r
 
     format        "clearpact.checkpoint"
     version       1
-    arch          name and arguments of the architecture (train.models)
+    arch          name and arguments of the architecture (train.models.build)
     quant         the QuantSpec
     input         the InputSpec
     classes       class names
@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
-from train.accumulators import put_biases_on_grid
-from train.data import InputSpec
-from train.models import build
-from train.quant import QuantSpec, quantize
+from train.input_spec import InputSpec
+from train.models.build import build
+from train.quantization.accumulators import put_biases_on_grid
+from train.quantization.quantize import QuantSpec, quantize
 from train.recipe import Recipe
 from train.state import load_state, without_wrappers
 
@@ -70,7 +70,7 @@ class Checkpoint:
         Its biases are on their accumulators' grids, if the quantization says so.
 
         Raises:
-            OptionError: a factory made it, which runs for those alone who name it (train/factory.py).
+            OptionError: a factory made it, which runs for those alone who name it (train/models/factory.py).
         """
         model = self.training_network().eval()
         if self.quant.bias_grid:
@@ -110,11 +110,11 @@ def new_network(
     """Return a freshly initialized network, quantized by `quant`.
 
     Args:
-        arch: {"name": one of train.models.ARCHITECTURES, or a factory, **its arguments}.
+        arch: {"name": one of train.models.build.ARCHITECTURES, or a factory, **its arguments}.
         quant: bits and quantizers.
         input_spec: sets the grid of the input image.
         parameters: of the network before quantization, all (`Checkpoint.float_state`) or all but its last layer's
-            (`train.pretrained`), instead of random numbers.
+            (`train.models.pretrained`), instead of random numbers.
     """
     arguments = {key: value for key, value in arch.items() if key != "name"}
     model = build(arch["name"], **arguments)

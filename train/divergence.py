@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from train.guidance import frozen_statistics
-from train.quantizers import PACT
+from train.losses.guidance import frozen_statistics
+from train.quantization.quantizers import PACT
 
 # Far above anything a run recovers from: ten classes guessed at random cost 2.3.
 MAX_LOSS = 1e4

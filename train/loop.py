@@ -16,24 +16,25 @@ from runtime import command
 from runtime.errors import OptionError, TrainingError
 from train import checkpoint as checkpoints
 from train import processes
-from train.accumulators import biases_on_grid
-from train.balance import balanced_batches, class_weights
 from train.checkpoint import Checkpoint
-from train.data import ImageData, InputSpec, batches, stream
+from train.data.balance import balanced_batches, class_weights
+from train.data.images import ImageData, batches, stream
 from train.device import arrange, in_precision, place
-from train.distillation import load_teacher
 from train.divergence import diverged, is_finite, where_it_diverged
-from train.methods import Guidance, new_guidance, start_guidance
-from train.pretrained import pretrained_state
-from train.quant import QuantSpec, quantizers, start_alphas
-from train.quantizers import PACT
+from train.input_spec import InputSpec
+from train.losses.distillation import load_teacher
+from train.losses.methods import Guidance, new_guidance, start_guidance
+from train.losses.saliency import LossTerms, Smoot, filling
+from train.models.pretrained import pretrained_state
+from train.quantization.accumulators import biases_on_grid
+from train.quantization.quantize import QuantSpec, quantizers, start_alphas
+from train.quantization.quantizers import PACT
 from train.recipe import Recipe
-from train.saliency import LossTerms, Smoot, filling
 from train.state import load_state
 from train.step import compute_gradients, new_optimizer, set_lr, update
 
 if TYPE_CHECKING:
-    from train.data import Images
+    from train.data.images import Images
 
 # Images in one forward pass without gradients: so many, fewer of large ones, never fewer than the last number.
 _MOST_IMAGES, _MOST_VALUES, _FEWEST_IMAGES = 1000, 1 << 22, 32

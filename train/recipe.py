@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import OptionError
-from train.augment import Augmentation
-from train.data import DATA_SETS, EXPECTED
+from train.data.augment import Augmentation
+from train.data.datasets import DATA_SETS, EXPECTED
+from train.data.splits import PREFIX, data_name, is_folder
 from train.device import PRECISIONS
-from train.guidance import FILLS
-from train.splits import PREFIX, data_name, is_folder
+from train.losses.guidance import FILLS
 
 METHODS = ("plain", "sgt", "smoot", "asg")
 OPTIMIZERS = ("sgd", "adam", "adamw", "adadelta")
@@ -26,7 +26,7 @@ class Recipe:
         data: one of train.data.DATA_SETS, or "folder:PATH".
         image_size: side in pixels to which an image folder's images are cropped and resized; 0 for other data.
         split_seed: of the split of an image folder that has none of its own.
-        split: digest of an image folder's split, see train.splits; "" before the run has begun.
+        split: digest of an image folder's split, see train.data.splits; "" before the run has begun.
         validation: training images held out to choose among runs, where the data set has no such split; the same
             ones whatever the seed, so that what starts from a run or learns from it has not seen them either.
         method: one of METHODS.
@@ -41,12 +41,12 @@ class Recipe:
         alpha_lr: learning rate of alpha as a multiple of lr. Its gradient sums over every clipped activation of a
             batch, and can throw alpha below zero where lr suits the weights.
         label_smoothing: of the cross entropy.
-        flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels, color_jitter: see train.augment.
+        flip, crop_padding, rotate_degrees, zoom, elastic_pixels, erase_pixels, color_jitter: see data/augment.py.
         class_weights: weight the loss by the rarity of each image's class.
         balanced_sampling: draw every class equally often, with replacement.
         mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
         kl_weight: lambda (lambda_1 of asg), weight of the divergence between clean and masked outputs.
-        fill: what masked pixels hold, one of train.guidance.FILLS; asg always masks with zeros.
+        fill: what masked pixels hold, one of train.losses.guidance.FILLS; asg always masks with zeros.
         top1_weight: alpha of smoot, weight of the most probable class in what adapts the mask share.
         mask_speed: mu of smoot, percentage points of the mask share for a change of 1 in probability.
         saliency_weight: lambda_2 of asg, weight of ||S||_1.

@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
-from train.quant import FLOAT_BITS, QuantSpec
+from train.quantization.quantize import FLOAT_BITS, QuantSpec
 from train.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ class NamedRecipe:
         name: what `--recipe` takes.
         source: paper and table; empty for ours.
         figure: the published result; empty for ours.
-        arch: one of train.models.ARCHITECTURES.
+        arch: one of train.models.build.ARCHITECTURES.
         quant: bits and quantizers.
         recipe: data, method and hyperparameters.
         remark: what the paper leaves open, or what ours starts from.

@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import OptionError
+from runtime.errors import FileError, OptionError
 from train.checkpoint import Checkpoint
-from train.splits import NAMED, Split, data_name, is_folder, place_of
+from train.data import splits
+from train.data.folders import Reading
+from train.data.splits import NAMED, SPLIT_NAME, Split, data_name, is_folder, place_of
+from train.recipe import Recipe
 
 # They say how to run, not what: each time they may be others.
 _FREE = ("resume", "data_root", "device", "workers", "strict", "memory_gib", "list_recipes")
@@ -71,3 +74,19 @@ def located(split: Split, data: str, moved_to: str | None, root: str | Path) -> 
         return split
     name = moved_to or data
     return replace(split, data=data_name(name, ""), root=str(place_of(name, root).resolve()))
+
+
+def reading_of(recipe: Recipe, run: Path | None) -> Reading:
+    """Return how a recipe reads its folder: with the split written into its run's folder, once there is one.
+
+    Raises:
+        FileError: the run's split is gone, or is not the one the checkpoint was trained on.
+    """
+    split = None
+    if run is not None and recipe.split:
+        split = splits.read(run / SPLIT_NAME)
+        if split.digest != recipe.split:
+            raise FileError(
+                f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
+            )
+    return Reading(recipe.image_size, recipe.split_seed, split=split)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from train.distillation import distillation_loss
-from train.methods import Guidance, loss_terms
+from train.losses.distillation import distillation_loss
+from train.losses.methods import Guidance, loss_terms
+from train.losses.saliency import AdaptiveThreshold, LossTerms
 from train.recipe import Recipe
-from train.saliency import AdaptiveThreshold, LossTerms
 
 
 def compute_gradients(

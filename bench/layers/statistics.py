@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import Checkpoint
-from train.quant import Quantizer, describe, float_weight, quantizers, weight_quantizer
-from train.quantizers import PACT
+from train.quantization.quantize import Quantizer, describe, float_weight, quantizers, weight_quantizer
+from train.quantization.quantizers import PACT
 
 _PASS = 64
 

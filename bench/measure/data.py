@@ -11,8 +11,8 @@ import numpy as np
 from bench.measure.streams import ImageStream, in_files, in_memory, in_npz
 from runtime import command
 from runtime.errors import OptionError
-from train import splits
-from train.splits import Split
+from train.data import splits
+from train.data.splits import Split
 
 HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, a run's split.json, or an .npz file"
 
@@ -69,13 +69,13 @@ def _found(name: str, root: str, size: tuple[int, int], classes: tuple[str, ...]
         _check_split(name, split, trained_on)
         return in_files(split, size)
     try:
-        from train import data
+        from train.data import datasets
     except ImportError as error:
         raise OptionError(
             f"--data {name}: named data sets need {error.name}; pip install 'clearpact[train]', or name an .npz "
             "file that `python -m train.data` wrote elsewhere"
         ) from None
-    loaded = data.load(name, root)
+    loaded = datasets.load(name, root)
     images = loaded.test_images[:].permute(0, 2, 3, 1).contiguous().numpy()
     return in_memory(loaded.name, images, loaded.test_labels.numpy(), loaded.classes)
 

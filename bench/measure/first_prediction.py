@@ -33,7 +33,8 @@ print(milliseconds, peak_memory_bytes())
 _TORCH = """
 import torch
 from export.deploy_form import deploy_form
-from train import checkpoint as checkpoints, factory
+from train import checkpoint as checkpoints
+from train.models import factory
 torch.set_num_threads(threads)
 if engine:
     factory.allow(engine)

@@ -17,8 +17,8 @@ from numpy.lib import format as npy
 
 from runtime.classifier import MAX_BATCH
 from runtime.errors import ClearpactError, FileError, OptionError
-from train.decoding import Decoder, worker_count
-from train.splits import Split
+from train.data.decoding import Decoder, worker_count
+from train.data.splits import Split
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Images uint8 [n, H, W, C], n at most MAX_BATCH, and labels int64 [n]."""

@@ -5,57 +5,18 @@ Torch is imported only for checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench.measure import data
 from bench.measure.streams import ImageStream
+from bench.networks.network import Network, display_name, find
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from train.splits import is_folder
-
-CHECKPOINT_NAME = "ckpt.pt"
-
-
-@dataclass(frozen=True)
-class Network:
-    """A classifier that explains itself. Its functions take at most runtime.classifier.MAX_BATCH images at a time.
-
-    Args:
-        name: from `display_name`.
-        precision: "int8" or "fp32" of an exported file, "8 bit" or "float" of a checkpoint.
-        engine: what computes it, with its version.
-        data: name of the data set it was trained on.
-        shape: height, width and channels of its images.
-        classes: class names.
-        logits: uint8 [N, H, W, C] -> float32 [N, K].
-        explain: the same images and the classes to explain, int64 [N] with -1 for the predicted one -> logits, and
-            saliency float32 [N, H, W]: the largest |d logit / d normalized pixel| over channels.
-    """
-
-    name: str
-    precision: str
-    engine: str
-    data: str
-    shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    logits: Callable[[np.ndarray], np.ndarray]
-    explain: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def find(path: str) -> Path:
-    """Return the file of a network: of a run folder, its checkpoint."""
-    return Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
-
-
-def display_name(file: Path) -> str:
-    """Return what tells a network's file from others: the run's name, or folder and file."""
-    *_, folder, name = file.absolute().parts
-    return folder if name == CHECKPOINT_NAME else f"{folder}/{name}"
+from train.data.splits import is_folder
 
 
 def open_networks(

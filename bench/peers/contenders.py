@@ -16,7 +16,8 @@ from torch import nn
 
 from bench.measure.first_prediction import Loading
 from bench.networks.checkpoint import as_network
-from bench.networks.opened import CHECKPOINT_NAME, Network, open_networks
+from bench.networks.network import CHECKPOINT_NAME, Network
+from bench.networks.opened import open_networks
 from bench.peers.cpu import (
     Classify,
     nncf_ptq,
@@ -31,8 +32,8 @@ from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME
 from runtime.session import Session
 from train import checkpoint as checkpoints
-from train import factory
 from train.checkpoint import Checkpoint
+from train.models import factory
 
 OURS = "OpenVINO INT8"
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from bench.measure.first_prediction import Loading
-from bench.networks.opened import Network, open_networks
+from bench.networks.network import Network
+from bench.networks.opened import open_networks
 from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_export
 from bench.peers.plans import build_plan, in_plans
 from export.deploy_form import deploy_form

@@ -30,7 +30,7 @@ from runtime import command
 from runtime.errors import OptionError
 from runtime.files import write_atomically
 from runtime.outputs import check_outputs
-from train.splits import sources_of
+from train.data.splits import sources_of
 
 EXAMPLES = """
   python -m bench.report runs/mnist-cnn2-8bit-sgt -o report.html

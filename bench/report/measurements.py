@@ -10,9 +10,9 @@ import numpy as np
 from bench import saliency
 from bench.accuracy import Classify, confusions, score
 from bench.measure.data import LabelledImages
-from bench.measure.removal import MASKED_PERCENTS, PERCENTS
 from bench.measure.streams import ImageStream, in_memory
-from bench.networks.opened import Network
+from bench.networks.network import Network
+from bench.networks.removal import MASKED_PERCENTS, PERCENTS
 from bench.report.sources import Record
 from bench.report.subjects import Subject, role
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.networks.opened import CHECKPOINT_NAME, display_name
+from bench.networks.network import CHECKPOINT_NAME, display_name
 from bench.report.page import legible
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes

@@ -6,7 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 
 from bench.measure.data import LabelledImages
-from bench.networks.opened import Network, exported_network, open_networks
+from bench.networks.network import Network
+from bench.networks.opened import exported_network, open_networks
 from bench.report.sources import Model, Run, Sources
 from runtime import command
 from runtime.errors import OptionError

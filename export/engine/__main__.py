@@ -33,7 +33,7 @@ from runtime.files import read_bytes, write_atomically
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from runtime.outputs import check_outputs
-from train import factory
+from train.models import factory
 
 _MEBIBYTE = 1 << 20
 _CHECKPOINT = b"PK\x03\x04"  # how a file of torch.save begins
@@ -191,7 +191,7 @@ def _source(options: argparse.Namespace, contents: bytes, output: Path) -> Sourc
     try:
         from export.onnx import export
         from train import checkpoint as checkpoints
-        from train.quant import FLOAT_BITS
+        from train.quantization.quantize import FLOAT_BITS
     except ImportError as error:
         raise EngineError(
             f"{options.model}: a checkpoint needs torch ({error}); pip install 'clearpact[export]', or give the "

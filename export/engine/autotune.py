@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from export.verification.reference import reference_run
+from export.reference import reference_run
 from runtime.agreement import spearman
 from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path
 from runtime.errors import ModelError

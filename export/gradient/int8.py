@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from export.gradient.tape import Tape
 from export.graph import attributes
-from export.verification.reference import reference_run
+from export.reference import reference_run
 
 # Share of a layer's gradients that the grid is to hold unclipped. Most gradients are small: of the shares 0.9995,
 # 0.9999, 0.99999 and 1, this one gave the maps that agree best with float32's (bench/results/README.md).

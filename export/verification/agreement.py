@@ -10,7 +10,7 @@ import torch
 
 from export.deploy_form import deploy_form
 from export.gradient.walk import OUTPUTS, append_input_gradient
-from export.verification.reference import reference_run
+from export.reference import reference_run
 from runtime.agreement import spearman, top_overlap
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from runtime.errors import EngineError, ModelError
 from runtime.session import ENGINES, open_session
-from train.data import InputSpec
+from train.input_spec import InputSpec
 
 # Rounding in other orders moves codes at ties, and a changed code moves logits: by so much of their norm at most,
 # in half of the images. (Seen: 2e-7 at most where every code is equal; 0.04 in DeiT-tiny, whose codes come from

@@ -27,9 +27,9 @@ from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
 from export.operators import along
 from export.verification.probes import probe
 from runtime.errors import ModelError
-from train.data import InputSpec
-from train.quant import weight_quantizer
-from train.quantizers import PACT, InputQuantizer
+from train.input_spec import InputSpec
+from train.quantization.quantize import weight_quantizer
+from train.quantization.quantizers import PACT, InputQuantizer
 
 # How far from the border between two codes, in steps, float32 may take a sum for one on the other side. Of the
 # codes that differed in ResNet-18, MobileNetV2 and DeiT-tiny, fresh from `quantize`, the farthest was at 5e-5.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from export.verification.probes import Probed
 from runtime.errors import ModelError
 from train.checkpoint import Checkpoint
-from train.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
+from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
 
 # Largest difference from autograd's gradient, in its own norm, that half of the images may have. Float32 gradients
 # of twelve networks differed by 1e-7 to 1e-6, int8 ones by 0.03 (two_branches) to 0.3 (mobile_net of the tests); a

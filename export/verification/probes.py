@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from export.deploy_form import DeployForm, FoldedQuantizer
-from export.verification.reference import Run, reference_run
+from export.reference import Run, reference_run
 from runtime.errors import ModelError
 
 CODES_SUFFIX = ".codes"

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from train.grids import Calls, is_layer, norm_after
-from train.traced import NORMS, trace
+from train.quantization.grids import Calls, is_layer, norm_after
+from train.quantization.tracing import NORMS, trace
 
 _ROUNDS = 20  # pairs share layers: one round is not the end
 # f(s x) = s f(x) for s > 0, each channel by itself.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from train.losses.saliency import AdaptiveThreshold, LossTerms, Smoot, plain_loss, sgt_loss, start_threshold
 from train.recipe import Recipe
-from train.saliency import AdaptiveThreshold, LossTerms, Smoot, plain_loss, sgt_loss, start_threshold
 
 Guidance = Smoot | AdaptiveThreshold
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FileError, OptionError
-from train.data import InputSpec
+from train.input_spec import InputSpec
 
 
 class _Ends(NamedTuple):
@@ -39,7 +39,7 @@ def pretrained_state(arch: str, input_spec: InputSpec) -> dict[str, Tensor]:
     when all three channels hold them.
 
     Args:
-        arch: one of train.models.ARCHITECTURES that torchvision has parameters of.
+        arch: one of train.models.build.ARCHITECTURES that torchvision has parameters of.
         input_spec: of the images to come.
 
     Raises:

@@ -163,7 +163,7 @@ class PACT(nn.Module):
         full_grid: 8 bits use 0..255 instead of the portable 0..127, signed -128..127 instead of -127..127.
 
     Attributes:
-        largest_start: where `train.quant.start_alphas` starts at most: the bound of the activation it replaces.
+        largest_start: where `start_alphas` starts at most: the bound of the activation it replaces.
     """
 
     MIN_ALPHA = 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.guidance import LossTerms, filling, guided_terms, label_saliency, least_salient, masked_forward
+from train.losses.guidance import LossTerms, filling, guided_terms, label_saliency, least_salient, masked_forward
 
 
 class Smoot(nn.Module):
@@ -81,7 +81,7 @@ class Smoot(nn.Module):
             labels: int64 [N].
             index: which training images they are, int64 [N], each once.
             kl_weight: lambda of the paper.
-            fill: what masked pixels hold; see `train.guidance.filling`.
+            fill: what masked pixels hold; see `train.losses.guidance.filling`.
             label_smoothing: of the cross entropy.
             class_weights: of the cross entropy, [K].
             generator: random numbers of the fill, on the images' device.

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import processes
-from train.guidance import LossTerms, frozen_statistics, guided_terms
-from train.quantizers import PACT
+from train.losses.guidance import LossTerms, frozen_statistics, guided_terms
+from train.quantization.quantizers import PACT
 
 
 class AdaptiveThreshold(nn.Module):

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from train.adaptive_threshold import AdaptiveThreshold, start_threshold
-from train.guidance import (
+from train.losses.adaptive_threshold import AdaptiveThreshold, start_threshold
+from train.losses.guidance import (
     FILLS,
     LossTerms,
     cross_entropy_loss,
@@ -22,7 +22,7 @@ from train.guidance import (
     least_salient,
     masked_forward,
 )
-from train.smoot import Smoot
+from train.losses.smoot import Smoot
 
 __all__ = [
     "FILLS", "AdaptiveThreshold", "LossTerms", "Smoot", "filling", "frozen_statistics", "plain_loss", "sgt_loss",
@@ -40,7 +40,7 @@ def plain_loss(
 ) -> LossTerms:
     """Return the cross entropy of `model` on normalized images [N, C, H, W] and labels int64 [N].
 
-    `class_weights` [K] multiply each image's part, see `train.balance.class_weights`.
+    `class_weights` [K] multiply each image's part, see `train.data.balance.class_weights`.
     """
     logits = model(images)
     cross_entropy = cross_entropy_loss(
@@ -74,9 +74,9 @@ def sgt_loss(
         labels: int64 [N].
         mask_share: share of the pixels to mask, 0 to 1; floor(mask_share * H * W) pixels are.
         kl_weight: lambda of the paper, the weight of the divergence.
-        fill: what masked pixels hold; see `train.guidance.filling`.
+        fill: what masked pixels hold; see `train.losses.guidance.filling`.
         label_smoothing: of the cross entropy.
-        class_weights: of the cross entropy, [K]; see `train.balance.class_weights`.
+        class_weights: of the cross entropy, [K]; see `train.data.balance.class_weights`.
         generator: random numbers of the fill, on the images' device.
     """
     images = images.detach().requires_grad_()

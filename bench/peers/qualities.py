@@ -10,7 +10,7 @@ import numpy as np
 from bench import saliency
 from bench.accuracy import confusion_matrix, score
 from bench.measure.streams import ImageStream
-from bench.networks.opened import Network
+from bench.networks.network import Network
 from bench.peers.contenders import Contender
 from runtime import command
 

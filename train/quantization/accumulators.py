@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from train import grids
-from train.quant import float_weight, weight_quantizer
-from train.quantizers import PACT, InputQuantizer
-from train.traced import LAYERS, NORMS, source
+from train.quantization import grids
+from train.quantization.quantize import float_weight, weight_quantizer
+from train.quantization.quantizers import PACT, InputQuantizer
+from train.quantization.tracing import LAYERS, NORMS, source
 
 # Engines add in int32.
 LARGEST_SUM = 2**31 - 1
@@ -56,7 +56,7 @@ class Accumulator:
 
 @torch.no_grad()
 def accumulators(network: nn.Module, image: tuple[int, int, int]) -> list[Accumulator]:
-    """Return those of a network from `train.quant.quantize`, in the order of its calls; none of a float network.
+    """Return those of a network from `quantize`, in the order of its calls; none of a float network.
 
     Args:
         network: as it is evaluated, on its way or at its end.

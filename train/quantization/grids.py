@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from train.quantizers import PACT, InputQuantizer
-from train.traced import LAYERS, NORMS, source
+from train.quantization.quantizers import PACT, InputQuantizer
+from train.quantization.tracing import LAYERS, NORMS, source
 
 
 class Calls(NamedTuple):

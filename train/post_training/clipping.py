@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from train.grids import is_layer, norm_after
-from train.quant import quantizers
-from train.quantizers import PACT
+from train.quantization.grids import is_layer, norm_after
+from train.quantization.quantize import quantizers
+from train.quantization.quantizers import PACT
 
 MSE = "mse"
 # Shares of the positive activations that are not clipped, in percent; which one is best depends on the network.
@@ -35,7 +35,7 @@ def search_alphas(
     of PERCENTILES, the same for all layers; kept is the one whose logits are nearest to the float network's.
 
     Args:
-        model: from `train.quant.quantize`.
+        model: from `train.quantization.quantize.quantize`.
         batches: normalized real images, float [n, C, H, W] each.
         logits: of the float network for them, [n, K] each.
         search: one of SEARCHES: both kinds of candidates, or one of them.
@@ -68,7 +68,7 @@ def correct_biases(model: fx.GraphModule, reference: nn.Module, batches: Sequenc
     paper's appendix D, not computed from BatchNorm's statistics.
 
     Args:
-        model: from `train.quant.quantize`, in evaluation mode.
+        model: from `train.quantization.quantize.quantize`, in evaluation mode.
         reference: the float network, whose layers have the same names.
         batches: normalized real images, float [n, C, H, W] each.
 

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
-from train import grids, signs
-from train.quantizers import PACT, InputQuantizer, WeightQuantizer
-from train.traced import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
+from train.quantization import grids, signs
+from train.quantization.quantizers import PACT, InputQuantizer, WeightQuantizer
+from train.quantization.tracing import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
 
 FLOAT_BITS = 32
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -45,8 +45,8 @@ class QuantSpec:
         alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
         addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.
-        bias_grid: evaluated and shipped, biases are whole steps of their accumulators (train/accumulators.py), so
-            that ONNX Runtime's integer kernels add them exactly.
+        bias_grid: evaluated and shipped, biases are whole steps of their accumulators (accumulators.py), so that
+            ONNX Runtime's integer kernels add them exactly.
     """
 
     bits: int = 8

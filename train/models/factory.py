@@ -55,7 +55,7 @@ def find(arch: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     if arch not in _allowed:
         raise OptionError(
             f"architecture {arch!r}: is code of its own, which a file alone never runs; if you trust it, name it: "
-            f"--arch {arch} (in Python: train.factory.allow)"
+            f"--arch {arch} (in Python: train.models.factory.allow)"
         )
     module_name, _, name = arch.partition(":")
     try:

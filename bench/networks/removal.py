@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.networks.opened import Network
+from bench.networks.network import Network
 from runtime.classifier import softmax
 
 FILLS = ("black", "grey", "mean", "random", "blur")

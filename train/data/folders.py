@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.errors import FileError
-from train import splits
-from train.data import ImageData
-from train.decoding import Decoder, read_all, worker_count
-from train.splits import PARTS, SPLIT_NAME, Split
-
-if TYPE_CHECKING:
-    from train.data import Images
-    from train.recipe import Recipe
+from train.data import splits
+from train.data.decoding import Decoder, read_all, worker_count
+from train.data.images import FileImages, ImageData, Images, channels_first
+from train.data.splits import PARTS, Split
 
 MEMORY_BYTES = 4 << 30
 IMAGE_SIDE = 64
@@ -47,68 +41,11 @@ class Reading:
     split: Split | None = None
 
 
-def reading_of(recipe: Recipe, run: Path | None) -> Reading:
-    """Return how a recipe reads its folder: with the split written into its run's folder, once there is one.
-
-    Raises:
-        FileError: the run's split is gone, or is not the one the checkpoint was trained on.
-    """
-    split = None
-    if run is not None and recipe.split:
-        split = splits.read(run / SPLIT_NAME)
-        if split.digest != recipe.split:
-            raise FileError(
-                f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
-            )
-    return Reading(recipe.image_size, recipe.split_seed, split=split)
-
-
-class FileImages:
-    """Image files that behave like a tensor uint8 [N, 3, H, W]: what is asked for is decoded then.
-
-    Args:
-        paths: N files, known to be readable.
-        decoder: gives their pixels.
-        device: where the pixels are put.
-    """
-
-    def __init__(self, paths: list[str], decoder: Decoder, device: str | torch.device = "cpu") -> None:
-        self.paths, self.decoder, self.device = paths, decoder, torch.device(device)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """[N, 3, H, W]."""
-        return (len(self.paths), 3, *self.decoder.size)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        if isinstance(index, slice):
-            index = torch.arange(len(self))[index]
-        return next(self.batches([index]))
-
-    def to(self, device: str | torch.device) -> FileImages:
-        """Return the same images, whose pixels come to another device."""
-        return FileImages(self.paths, self.decoder, device)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the images uint8 [n, 3, H, W] of each index int64 [n], decoded some batches ahead.
-
-        Raises:
-            FileError: a file that could be read before cannot any more.
-        """
-        for pixels, failures in self.decoder.batches([self.paths[i] for i in index.tolist()] for index in indices):
-            for reason in failures.values():
-                raise FileError(f"{reason}; it could be read when the run began")
-            yield _channels_first(pixels).to(self.device)
-
-
 def load(data: str, root: str | Path, reading: Reading) -> ImageData:
     """Return an image folder; the files that cannot be read are named in its split's `skipped`.
 
     Args:
-        data: "folder:PATH" or one of train.splits.NAMED.
+        data: "folder:PATH" or one of train.data.splits.NAMED.
         root: folder below which a named data set lies.
         reading: how it is read.
 
@@ -153,7 +90,7 @@ def _image_data(split: Split, pixels: dict[str, np.ndarray], decoder: Decoder) -
     for part in PARTS:
         paths, classes = split.part(part)
         # Popped: one part at most is there twice, before and after its axes are turned.
-        images[part] = _channels_first(pixels.pop(part)) if part in pixels else FileImages(paths, decoder)
+        images[part] = channels_first(pixels.pop(part)) if part in pixels else FileImages(paths, decoder)
         labels[part] = torch.tensor(classes, dtype=torch.int64)
     present = labels["train"].bincount(minlength=len(split.classes))
     if not present.all():
@@ -168,7 +105,3 @@ def _image_data(split: Split, pixels: dict[str, np.ndarray], decoder: Decoder) -
         split.name, split.classes, images["train"], labels["train"], images["test"], labels["test"],
         images["val"] if has_val else None, labels["val"] if has_val else None, split,
     )  # fmt: skip
-
-
-def _channels_first(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

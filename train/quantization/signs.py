@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from train.grids import JOINS, Calls, origin, parts
-from train.quantizers import PACT
-from train.traced import source
+from train.quantization.grids import JOINS, Calls, origin, parts
+from train.quantization.quantizers import PACT
+from train.quantization.tracing import source
 
 _RELU = Calls((nn.ReLU,), (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_"))
 _RELU6 = Calls((nn.ReLU6,), (F.relu6,))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from runtime.errors import ModelError
-from train.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
+from train.quantization.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -1,0 +1,1 @@
+"""Images and labels: data sets, folders, splits, decoding, augmentation."""

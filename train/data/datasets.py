@@ -1,0 +1,91 @@
+"""Image data sets as uint8 tensors, on whichever device trains, or as files that are decoded in time."""
+
+from __future__ import annotations
+
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import FileError, OptionError
+from train.data import folders
+from train.data.folders import Reading
+from train.data.images import ImageData
+from train.data.splits import NAMED, PREFIX, is_folder
+
+DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", *NAMED)
+EXPECTED = f"{', '.join(DATA_SETS)} or {PREFIX}PATH"
+# Pixels that the normalization is measured on.
+_DIGITS_TEST_SHARE = 5  # every fifth image; the set has no split of its own
+
+
+def load(name: str, root: str | Path = "data", reading: Reading | None = None) -> ImageData:
+    """Return a data set, downloading it into `root` where it is absent and torchvision can.
+
+    Args:
+        name: one of DATA_SETS, or "folder:PATH".
+        root: folder that torchvision's data sets read, or that `kvasir` and `caltech101` lie in.
+        reading: how image folders are read.
+
+    Raises:
+        OptionError: no data set of that name.
+        FileError: it is not in `root` and cannot be downloaded, or is laid out otherwise.
+    """
+    check_name(name)
+    if name == "digits":
+        return _digits()
+    if is_folder(name):
+        return folders.load(name, root, reading or folders.Reading())
+    from torchvision import datasets as torchvision_data
+
+    # The CIFAR files are pickles: torchvision opens those alone whose MD5 it knows.
+    kind = {
+        "mnist": torchvision_data.MNIST, "fashion-mnist": torchvision_data.FashionMNIST,
+        "cifar10": torchvision_data.CIFAR10, "cifar100": torchvision_data.CIFAR100,
+    }[name]  # fmt: skip
+    parts: list[Tensor] = []
+    for train in (True, False):
+        part = _open(kind, name, Path(root), train)
+        images = torch.as_tensor(part.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        parts += [images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)]
+    # torchvision names MNIST's classes "0 - zero".
+    classes = tuple(str(c).split(" - ")[0] for c in part.classes)
+    return ImageData(name, classes, parts[0], parts[1], parts[2], parts[3])
+
+
+def check_name(name: str) -> str:
+    """Return the name of a data set; raise OptionError if there is none of that name."""
+    if name not in DATA_SETS and not is_folder(name):
+        raise OptionError(f"data set {name!r}: expected one of {EXPECTED}")
+    return name
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 17 grey levels, 0..16, onto 0..255.
+    images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    test = torch.arange(len(images)) % _DIGITS_TEST_SHARE == 0
+    classes = tuple(str(c) for c in digits.target_names)
+    return ImageData("digits", classes, images[~test], labels[~test], images[test], labels[test])
+
+
+def _open(kind: Any, name: str, root: Path, train: bool) -> Any:
+    try:
+        return kind(root, train=train, download=False)
+    except RuntimeError:
+        pass
+    try:
+        return kind(root, train=train, download=True)
+    except (urllib.error.URLError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileError(
+            f"{root}: holds no {name} and it could not be downloaded ({reason}); "
+            "put the original files there or name their folder with --data-root"
+        ) from None

@@ -1,0 +1,48 @@
+"""What a network expects of its image, and how pixels become that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network expects: size, channels and normalization of its image.
+
+    The normalized image is (p / 255 - mean) / std, p the uint8 pixel.
+
+    Args:
+        size: height and width in pixels.
+        channels: 1 or 3.
+        mean: per channel, on the scale where 255 is 1.
+        std: per channel, likewise.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the int8 codes p - 128 are the normalized image, without any rounding."""
+        return len(set(self.std)) == 1 and set(self.mean) == {128 / 255}
+
+    @property
+    def grid_scale(self) -> float:
+        """Step of the int8 grid of the normalized image: its pixels' own where the grid is exact."""
+        if self.exact:
+            return 1 / (255 * self.std[0])
+        ends = [abs(end - m) / s for m, s in zip(self.mean, self.std, strict=True) for end in (0, 1)]
+        return max(ends) / 127
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return float32 [N, C, H, W] of uint8 [N, C, H, W], by the arithmetic that the exported graph uses."""
+        if self.exact:
+            return (images.float() - 128) * torch.tensor(self.grid_scale, dtype=torch.float32)
+        mean = torch.tensor(self.mean, device=images.device).reshape(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).reshape(-1, 1, 1)
+        return (images.float() - 255 * mean) / (255 * std)

@@ -1,0 +1,1 @@
+"""The methods: saliency-guided losses, one a module, and distillation."""

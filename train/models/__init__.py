@@ -1,0 +1,1 @@
+"""Architectures: ours, torchvision's, and the user's."""

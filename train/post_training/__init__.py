@@ -1,0 +1,1 @@
+"""Quantization without training again (PTQ): clipping, cross-layer equalization, bias correction."""
