@@ -58,10 +58,11 @@ from runtime.onnx_bytes import without_gradient
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.data.splits import is_folder, sources_of
+from train.data.splits import sources_of
+from train.model import QuantizedModel
 from train.models import factory
 from train.quantization.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
-from train.quantization.quantize import FLOAT_BITS, describe, warnings_of
+from train.quantization.quantize import FLOAT_BITS, QuantSpec, describe, warnings_of
 
 NORMALIZED = "normalized"
 _NOT_RUN = {"tensorrt": "python -m export.engine builds a plan and checks its layers"}
@@ -101,7 +102,7 @@ class Exported:
 
 
 def export(
-    checkpoint: Checkpoint,
+    source: QuantizedModel | Checkpoint,
     *,
     int8: bool = True,
     target: str = "openvino",
@@ -116,7 +117,7 @@ def export(
     """Return the ONNX graph of a trained network, verified on the checkpoint's real images.
 
     Args:
-        checkpoint: from `train.checkpoint.load`.
+        source: a network of any training loop's, or a checkpoint (`train.checkpoint.load`), which contains one.
         int8: keep the trained integer grids as Q/DQ; False gives a float32 graph, of PACT the clip alone.
         target: engine to lower for, one of export.operators.TARGETS.
         saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
@@ -127,8 +128,8 @@ def export(
             Spearman) with float32's, else float32. (ONNX Runtime multiplies codes only between two grids.)
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES; None: what
-            training did, "crop" for image folders and "bilinear" for data sets of one size.
-        checkpoint_sha256: of the checkpoint's file, for the manifest.
+            the model's facts say: of a checkpoint what training did, "crop" for image folders and "bilinear" else.
+        checkpoint_sha256: of the file that the network came from, for the manifest.
         status: told what is being done, step by step.
 
     Raises:
@@ -136,7 +137,8 @@ def export(
         ModelError: the graph does not compute what was trained (the text names the tensor that differs), or its
             maps agree less than required.
     """
-    if int8 and checkpoint.quant.bits == FLOAT_BITS:
+    trained = source.model() if isinstance(source, Checkpoint) else source
+    if int8 and trained.quant.bits == FLOAT_BITS:
         raise OptionError(
             "int8 export of a network trained in float; train it with --bits 8, --calibrate it, or export --fp32"
         )
@@ -147,15 +149,15 @@ def export(
     if target not in TARGETS:
         raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     if int8 and target == "tensorrt":
-        _refuse_for_tensorrt(checkpoint)
+        _refuse_for_tensorrt(trained.quant)
     status("exporting ...")
-    network = checkpoint.network()
-    if int8 and target == "ort" and not checkpoint.quant.bias_grid:
+    network = trained.evaluated()
+    if int8 and target == "ort" and not trained.quant.bias_grid:
         # Its integer kernels would round them, and compute other codes than those that are verified.
-        put_biases_on_grid(network, checkpoint.image_shape)
-    overflowing = _overflowing(network, checkpoint, target) if int8 else set()
-    form = deploy_form(network, checkpoint.input, int8=int8)
-    model = _to_onnx(form, checkpoint, target)
+        put_biases_on_grid(network, trained.image_shape)
+    overflowing = _overflowing(network, trained, target) if int8 else set()
+    form = deploy_form(network, trained.input, int8=int8)
+    model = _to_onnx(form, trained, target)
     give_layers_their_constants(model)
     _name_values(model, form)
     if target == "ort":
@@ -165,17 +167,15 @@ def export(
         saliency_precision = "float32"
     if saliency:
         status("differentiating ...")
-        differentiated = differentiate(
-            model, checkpoint, input=NORMALIZED, gate=gate, precision=saliency_precision
-        )
+        differentiated = differentiate(model, trained, input=NORMALIZED, gate=gate, precision=saliency_precision)
         model = differentiated.model
     # The exporter's shapes served the gradient; lowered, values have others.
     del model.graph.value_info[:]
     for lower in lowerings(target, int8=int8):
         lower(model)
     prune(model.graph)  # of what lowering left without a reader
-    resize = resize or ("crop" if is_folder(checkpoint.recipe.data) else "bilinear")
-    manifest = _manifest(checkpoint, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
+    resize = resize or trained.facts.resize
+    manifest = _manifest(trained, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
     # From here on only these bytes count: they are what is verified, last, and what is written.
@@ -187,16 +187,16 @@ def export(
     # A float graph has no grids to compare: its reference is the deploy form.
     reference = network if int8 else form.network
     class_only = onnx.load_model_from_string(without_gradient(data))
-    verification = verify(class_only, form, reference, checkpoint.input, checkpoint.samples["images"])
+    verification = verify(class_only, form, reference, trained.input, trained.samples)
     engine = run_on_engine(
-        data, target, reference, checkpoint.input, checkpoint.samples["images"],
+        data, target, reference, trained.input, trained.samples,
         tied=verification.tied_share > MAX_TIED_SHARE,
     )  # fmt: skip
     if saliency:
         status("comparing maps ...")
         assert differentiated is not None
-        gradients = verify_gradient(probe(model, form), reference, checkpoint, gate=gate, int8=differentiated.int8)
-        agreement = export_agreement(model, checkpoint)
+        gradients = verify_gradient(probe(model, form), reference, trained, gate=gate, int8=differentiated.int8)
+        agreement = export_agreement(model, trained)
         if agreement.maps.spearman < required_agreement:
             raise ModelError(
                 f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
@@ -220,27 +220,27 @@ def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], No
     return [move_codes] if target == "ort" else []
 
 
-def _refuse_for_tensorrt(checkpoint: Checkpoint) -> None:
+def _refuse_for_tensorrt(quant: QuantSpec) -> None:
     """Raise OptionError for a network on grids that TensorRT has no exact or no fast form of."""
-    if checkpoint.quant.full_grid:
+    if quant.full_grid:
         raise OptionError(
             "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
         )
-    if checkpoint.quant.addends:
+    if quant.addends:
         raise OptionError(
             "target tensorrt: adds in the convolution's kernel, before rounding; a network trained with --addends "
             "rounds what it adds; train it without"
         )
 
 
-def _overflowing(network: nn.Module, checkpoint: Checkpoint, target: str) -> set[str]:
+def _overflowing(network: nn.Module, model: QuantizedModel, target: str) -> set[str]:
     """Return the layers that ONNX Runtime must compute in float, since their bias does not fit into its int32.
 
     Raises:
         ModelError: the products of a layer alone can leave int32, which is where every engine adds them up.
     """
     found = set()
-    for call in accumulators(network, checkpoint.image_shape):
+    for call in accumulators(network, model.image_shape):
         if (call.largest > LARGEST_SUM).any():
             raise ModelError(
                 f"layer {call.name}: its products of codes can add up to {call.largest.max():.3g}, and engines "
@@ -252,10 +252,10 @@ def _overflowing(network: nn.Module, checkpoint: Checkpoint, target: str) -> set
     return found
 
 
-def _to_onnx(form: DeployForm, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:
-    example = checkpoint.samples["images"][:2].permute(0, 2, 3, 1).contiguous()
+def _to_onnx(form: DeployForm, trained: QuantizedModel, target: str) -> onnx.ModelProto:
+    example = trained.samples[:2].permute(0, 2, 3, 1).contiguous()
     if len(example) < 2:
-        raise ModelError("checkpoint: holds fewer than two sample images, expected more; train it again")
+        raise ModelError("samples: fewer than two images, expected more; the file is verified on them")
     with _quiet_exporter():
         program = torch.onnx.export(
             form,
@@ -331,8 +331,8 @@ def _folded_quantizers(form: DeployForm) -> list[FoldedQuantizer]:
     return [m for m in form.network.modules() if isinstance(m, FoldedQuantizer)]
 
 
-def _manifest(checkpoint: Checkpoint, *, int8: bool, target: str, resize: str, sha256: str) -> Manifest:
-    image = checkpoint.input
+def _manifest(model: QuantizedModel, *, int8: bool, target: str, resize: str, sha256: str) -> Manifest:
+    image = model.input
     layers = [
         {
             "name": row.name,
@@ -340,18 +340,18 @@ def _manifest(checkpoint: Checkpoint, *, int8: bool, target: str, resize: str, s
             "bits": row.bits if int8 else None,
             "input": row.activation if int8 else None,
         }
-        for row in describe(checkpoint.network())
+        for row in describe(model.network)
         if "folded" not in row.reason
     ]
     return Manifest(
-        arch=checkpoint.arch["name"],
+        arch=model.facts.arch,
         precision="int8" if int8 else "fp32",
         target=target,
         input=ImageInput(image.size, image.channels, image.mean, image.std, resize),
-        classes=checkpoint.classes,
+        classes=model.classes,
         layers=tuple(layers),
-        metrics={"test_accuracy": checkpoint.test_accuracy} if checkpoint.history else {},
-        data=checkpoint.recipe.data_name,
+        metrics=dict(model.facts.metrics),
+        data=model.facts.data,
         checkpoint=sha256,
         versions={"torch": str(torch.__version__), "onnx": onnx.__version__},
     )

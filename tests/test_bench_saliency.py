@@ -137,7 +137,7 @@ def test_the_float_network_is_the_one_export_compares_with(
     _, float_network = open_networks(str(digits_checkpoint_path), with_float=True)
     (exported,) = open_networks(str(digits_models["ort"]))
     _, (found,) = measure([float_network, exported], test, fill="black", canvas="blur", target="true")
-    expected = export_agreement(onnx.load(digits_models["ort"]), digits_checkpoint).maps
+    expected = export_agreement(onnx.load(digits_models["ort"]), digits_checkpoint.model()).maps
     assert found.spearman == pytest.approx(expected.spearman, abs=1e-3)
     assert found.top_overlap == pytest.approx(expected.top_overlap, abs=1e-2)
 

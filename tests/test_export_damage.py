@@ -22,6 +22,7 @@ from tests.toy_models import move_alphas
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
+from train.model import QuantizedModel
 from train.models import factory
 from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
@@ -91,11 +92,11 @@ def made(digits_checkpoint: Checkpoint) -> Iterator[pytest.MonkeyPatch]:
     kept: dict[str, bytes] = {}
     original = exporter._to_onnx
 
-    def once(form: Any, checkpoint: Checkpoint, target: str) -> onnx.ModelProto:
-        if checkpoint is not digits_checkpoint:
-            return original(form, checkpoint, target)
+    def once(form: Any, model: QuantizedModel, target: str) -> onnx.ModelProto:
+        if model.facts != digits_checkpoint.model().facts:
+            return original(form, model, target)
         if target not in kept:
-            kept[target] = original(form, checkpoint, target).SerializeToString()
+            kept[target] = original(form, model, target).SerializeToString()
         return onnx.load_model_from_string(kept[target])
 
     with pytest.MonkeyPatch.context() as patch:

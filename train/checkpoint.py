@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
+from train.data.splits import is_folder
 from train.input_spec import InputSpec
+from train.model import Facts, QuantizedModel
 from train.models.build import build
-from train.quantization.accumulators import put_biases_on_grid
 from train.quantization.quantize import QuantSpec, quantize
 from train.recipe import Recipe
 from train.state import load_state, without_wrappers
@@ -64,6 +65,23 @@ class Checkpoint:
     history: list[dict[str, float]] = field(default_factory=list)
     calibration_images: Tensor | None = None
 
+    def model(self) -> QuantizedModel:
+        """Return what is exported: the network with its samples, and of the training what a manifest tells.
+
+        Raises:
+            OptionError: as `network`.
+        """
+        return QuantizedModel(
+            self.training_network(), self.input, self.classes, self.samples["images"], self.samples["labels"],
+            self.calibration_images,
+            Facts(
+                arch=self.arch["name"],
+                data=self.recipe.data_name,
+                metrics={"test_accuracy": self.test_accuracy} if self.history else {},
+                resize="crop" if is_folder(self.recipe.data) else "bilinear",
+            ),
+        )  # fmt: skip
+
     def network(self) -> nn.Module:
         """Return the network in evaluation mode, quantized as trained, holding the saved parameters.
 
@@ -72,10 +90,7 @@ class Checkpoint:
         Raises:
             OptionError: a factory made it, which runs for those alone who name it (train/models/factory.py).
         """
-        model = self.training_network().eval()
-        if self.quant.bias_grid:
-            put_biases_on_grid(model, self.image_shape)
-        return model
+        return self.model().evaluated()
 
     def training_network(self) -> nn.Module:
         """Return the network with the saved parameters as they are, which training goes on from."""

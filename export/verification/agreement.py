@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -13,7 +13,7 @@ from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.reference import reference_run
 from runtime.agreement import spearman, top_overlap
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from train.checkpoint import Checkpoint
+from train.model import QuantizedModel
 
 PRECISIONS = ("auto", "float32", "int8")
 
@@ -61,31 +61,31 @@ class Differentiated:
 
 
 def differentiate(
-    model: onnx.ModelProto, checkpoint: Checkpoint, *, input: str, gate: str, precision: str
+    graph: onnx.ModelProto, model: QuantizedModel, *, input: str, gate: str, precision: str
 ) -> Differentiated:
     """Append the input gradient, in int8 where that is asked for, or `auto` and nearly free.
 
-    Training images in the checkpoint calibrate the grids, and its samples tell the price. Of a checkpoint without
-    them every second sample calibrates, and the others tell.
+    The model's calibration images give the grids, and its samples tell the price. Where it has none, every second
+    sample calibrates, and the others tell.
 
     Args:
-        model: an exported graph.
-        checkpoint: it was exported from.
+        graph: exported.
+        model: it was exported from.
         input: tensor to differentiate by.
         gate: see `export.gradient.append_input_gradient`.
         precision: one of PRECISIONS.
     """
-    exact = append_input_gradient(model, input=input, outputs=OUTPUTS, gate=gate)
+    exact = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate)
     if precision == "float32":
         return Differentiated(exact, int8=False, price=None)
-    feeds = _feeds(checkpoint)
+    feeds = _feeds(model)
     feeds[TARGET_NAME] = np.full_like(feeds[TARGET_NAME], -1)
-    if checkpoint.calibration_images is None:
+    if model.calibration_images is None:
         seen, unseen = ({name: value[half::2] for name, value in feeds.items()} for half in (0, 1))
     else:
-        pixels = checkpoint.calibration_images.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = model.calibration_images.permute(0, 2, 3, 1).contiguous().numpy()
         seen, unseen = {INPUT_NAME: pixels, TARGET_NAME: np.full(len(pixels), -1)}, feeds
-    rounded = append_input_gradient(model, input=input, outputs=OUTPUTS, gate=gate, int8_samples=seen)
+    rounded = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate, int8_samples=seen)
     price = _agreement(*(reference_run(m)[0](unseen)["saliency"] for m in (rounded, exact)))
     if precision == "auto" and not price.spearman >= LEAST_SPEARMAN:
         return Differentiated(exact, int8=False, price=price)
@@ -94,50 +94,54 @@ def differentiate(
 
 @dataclass(frozen=True)
 class ExportAgreement:
-    """Maps and accuracy of the file beside the float network's, on the same images.
+    """Maps and classes of the file beside the float network's, on the same images.
 
     Args:
         maps: agreement of the maps for each image's true class.
-        float_accuracy: of the float network, in percent.
-        exported_accuracy: of the file.
+        float_accuracy: of the float network, in percent; None where the images have no labels.
+        exported_accuracy: of the file; without labels, how often it gives the float network's class.
     """
 
     maps: MapAgreement
-    float_accuracy: float
+    float_accuracy: float | None
     exported_accuracy: float
 
     def __str__(self) -> str:
-        accuracy = f"{self.float_accuracy:.2f} -> {self.exported_accuracy:.2f} %"
-        return f"maps against the float network's: {self.maps}; accuracy {accuracy}"
+        classes = f"its class on {self.exported_accuracy:.2f} %"
+        if self.float_accuracy is not None:
+            classes = f"accuracy {self.float_accuracy:.2f} -> {self.exported_accuracy:.2f} %"
+        return f"maps against the float network's: {self.maps}; {classes}"
 
 
-def export_agreement(model: onnx.ModelProto, checkpoint: Checkpoint) -> ExportAgreement:
+def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgreement:
     """Compare an exported graph with autograd on the float network, for each image's true class.
 
-    The float network is the checkpoint's without its grids: float weights, and of PACT the clip alone.
+    The float network is the model's without its grids: float weights, and PACT's clips without rounding.
 
     Args:
-        model: with the output `saliency`.
-        checkpoint: it was exported from; its sample images are compared.
+        graph: with the output `saliency`.
+        model: it was exported from; its samples are compared.
     """
-    images, labels = checkpoint.samples["images"], checkpoint.samples["labels"]
-    network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).network
-    x = checkpoint.input.normalize(images).requires_grad_()
+    network = deploy_form(model.evaluated(), model.input, int8=False).network
+    x = model.input.normalize(model.samples).requires_grad_()
     logits = network(x)
-    (gradient,) = torch.autograd.grad(logits.gather(1, labels.unsqueeze(1)).sum(), x)
-    found = reference_run(model)[0](_feeds(checkpoint))
-    truth = labels.numpy()
+    truth = logits.argmax(1) if model.labels is None else model.labels
+    (gradient,) = torch.autograd.grad(logits.gather(1, truth.unsqueeze(1)).sum(), x)
+    found = reference_run(graph)[0](_feeds(replace(model, labels=truth)))
+    right = {name: (values.argmax(1) == truth.numpy()).mean() for name, values in
+             (("float", logits.detach().numpy()), ("exported", found["logits"]))}  # fmt: skip
     return ExportAgreement(
         maps=_agreement(found["saliency"], gradient.abs().amax(1).numpy()),
-        float_accuracy=100 * float((logits.detach().numpy().argmax(1) == truth).mean()),
-        exported_accuracy=100 * float((found["logits"].argmax(1) == truth).mean()),
+        float_accuracy=None if model.labels is None else 100 * float(right["float"]),
+        exported_accuracy=100 * float(right["exported"]),
     )
 
 
-def _feeds(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the inputs of an exported graph for the checkpoint's samples and their true classes."""
-    images = checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous()
-    return {INPUT_NAME: images.numpy(), TARGET_NAME: checkpoint.samples["labels"].numpy()}
+def _feeds(model: QuantizedModel) -> dict[str, np.ndarray]:
+    """Return the inputs of an exported graph for the samples and their classes, -1 where they have none."""
+    images = model.samples.permute(0, 2, 3, 1).contiguous()
+    labels = np.full(len(images), -1) if model.labels is None else model.labels.numpy()
+    return {INPUT_NAME: images.numpy(), TARGET_NAME: labels}
 
 
 def _agreement(maps: np.ndarray, expected: np.ndarray) -> MapAgreement:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from export.verification.probes import Probed
 from runtime.errors import ModelError
-from train.checkpoint import Checkpoint
+from train.model import QuantizedModel
 from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
 
 # Largest difference from autograd's gradient, in its own norm, that half of the images may have. Float32 gradients
@@ -42,25 +42,26 @@ class GradientVerification:
 
 
 def verify_gradient(
-    probed: Probed, network: nn.Module, checkpoint: Checkpoint, *, gate: str, int8: bool
+    probed: Probed, network: nn.Module, model: QuantizedModel, *, gate: str, int8: bool
 ) -> GradientVerification:
     """Compare the output `gradient` of a graph with autograd on the network, for each image's true class.
 
     Args:
         probed: the graph with its gradient.
         network: what it was made from, in evaluation mode.
-        checkpoint: it was exported from; some of its sample images are compared.
+        model: it was exported from; some of its samples are compared.
         gate: of the gradient, see `export.gradient.append_input_gradient`.
         int8: whether the graph's gradients are products of codes.
 
     Raises:
         ModelError: the gradient is another one.
     """
-    images, labels = (checkpoint.samples[name][:_IMAGES] for name in ("images", "labels"))
+    images = model.samples[:_IMAGES]
+    x = model.input.normalize(images).requires_grad_()
+    labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
     feeds = {"image": images.permute(0, 2, 3, 1).contiguous().numpy(), "target": labels.numpy()}
     found = probed.run(feeds)
     codes = probed.codes(found)
-    x = checkpoint.input.normalize(images).requires_grad_()
     handles = [
         network.get_submodule(name).register_forward_hook(_giving(code, gate)) for name, code in codes.items()
     ]

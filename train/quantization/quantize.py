@@ -28,6 +28,8 @@ WEIGHT_METHODS = ("absmax", "sawb", "lsq")
 
 Quantizer = PACT | InputQuantizer
 
+# Under which a quantized graph remembers its QuantSpec.
+_SPEC = "clearpact.quant"
 _ENDS_IN_SOFTMAX = "{} ends in a softmax: what that is given is taken as the logits"
 _SUMS = (operator.add, operator.iadd, torch.add)
 
@@ -166,7 +168,15 @@ def quantize(
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    graph_module.meta[_SPEC] = spec
     return graph_module
+
+
+def spec_of(network: nn.Module) -> QuantSpec:
+    """Return what a network from `quantize` was quantized by; of any other one, float."""
+    meta = network.meta if isinstance(network, fx.GraphModule) else {}
+    spec: QuantSpec = meta.get(_SPEC) or QuantSpec(FLOAT_BITS)
+    return spec
 
 
 def _refuse(name: str, module: nn.Module) -> None:
