@@ -11,15 +11,14 @@ from pathlib import Path
 
 from bench.measure.environment import describe, environment
 from bench.measure.record import append
-from export.calibration import SAMPLES, accuracy, calibrate, load_images, spec_of, training_sample
+from export.calibration import accuracy, calibrate, load_images, spec_of, training_sample
 from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
+from train.choices import CALIBRATION_SAMPLES, MSE, QUANTIZED_BITS
 from train.data.splits import sources_of
 from train.models import factory
-from train.post_training.clipping import MSE
-from train.quantization.quantize import QUANTIZED_BITS
 
 EXAMPLES = """
   python -m bench.calibration runs/float/ckpt.pt --data-root data
@@ -35,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", metavar="NAME", help="data set (default: what it was trained on)")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--bits", default="8,4", help="from 2 to 8, with commas (default: 8,4)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="training images (default: %(default)d)")
+    parser.add_argument(
+        "--samples", type=int, default=CALIBRATION_SAMPLES, help="training images (default: %(default)d)"
+    )
     parser.add_argument("--qat", nargs="+", default=[], metavar="CKPT", help="trained ones, to compare with")
     parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
     factory.add_option(parser)

@@ -18,7 +18,7 @@ import numpy as np
 from bench.measure import data
 from bench.measure.environment import describe, environment
 from bench.measure.record import append
-from export.onnx import export
+from export.pipeline import export
 from runtime import command
 from runtime.agreement import spearman, top_overlap
 from runtime.classifier import MAX_BATCH, Classifier

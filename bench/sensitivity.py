@@ -34,9 +34,10 @@ from runtime.files import write_atomically
 from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
+from train.choices import FLOAT_BITS, QUANTIZED_BITS
 from train.data.splits import sources_of
 from train.models import factory
-from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec, describe, float_weight, start_alphas
+from train.quantization.quantize import QuantSpec, describe, float_weight, start_alphas
 
 EXAMPLES = """
   python -m bench.sensitivity ckpt.pt --data mnist

@@ -17,6 +17,7 @@ from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from train import loop
+from train.choices import FLOAT_BITS, QUANTIZED_BITS
 from train.data import datasets
 from train.data.folders import Reading
 from train.data.images import ImageData
@@ -25,7 +26,7 @@ from train.device import PRECISIONS, in_precision, place
 from train.losses.methods import new_guidance
 from train.losses.saliency import LossTerms, filling
 from train.models.build import ARCHITECTURES
-from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+from train.quantization.quantize import QuantSpec
 from train.recipe import METHODS, Recipe, default_recipe
 from train.step import compute_gradients, new_optimizer, update
 

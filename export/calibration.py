@@ -19,15 +19,15 @@ from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train import loop
 from train.checkpoint import Checkpoint, new_network
+from train.choices import FLOAT_BITS
 from train.data import datasets
 from train.data.images import ImageData
 from train.post_training.bias import correct_biases
-from train.post_training.clipping import SEARCHES, search_alphas
+from train.post_training.clipping import search_alphas
 from train.post_training.equalization import equalize
-from train.quantization.quantize import FLOAT_BITS, QUANTIZED_BITS, QuantSpec
+from train.quantization.quantize import QuantSpec
 from train.resuming import reading_of
 
-SAMPLES = 512
 _BATCH = 64
 
 
@@ -137,20 +137,6 @@ def training_sample(images: ImageData, count: int, seed: int = 0) -> Tensor:
 def accuracy(checkpoint: Checkpoint, images: ImageData) -> float:
     """Return the accuracy of a checkpoint on the test split, in percent."""
     return loop.evaluate(checkpoint, checkpoint.network(), images.test_images, images.test_labels)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of calibration to a command's parser."""
-    group = parser.add_argument_group("post-training quantization of a float checkpoint")
-    group.add_argument("--calibrate", action="store_true", help="quantize it without training; writes a .pt too")
-    group.add_argument("--data", metavar="NAME", help="its training images (default: what it was trained on)")
-    group.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    group.add_argument("--samples", type=int, default=SAMPLES, help="images to look at (default: %(default)d)")
-    group.add_argument("--bits", type=int, choices=QUANTIZED_BITS, default=8, help="default: 8")
-    group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
-    group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
-    group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
-    group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
 
 
 def load_images(checkpoint: Checkpoint, path: Path, name: str | None, root: str) -> ImageData:

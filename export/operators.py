@@ -14,7 +14,6 @@ import torch
 from onnxscript import ir, opset21
 from torch import Tensor
 
-TARGETS = ("openvino", "ort", "tensorrt")
 OPSET = 21
 
 

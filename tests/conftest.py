@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from export.onnx import export
+from export.pipeline import export
 from runtime.files import write_atomically
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import install, write_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.inspect import Product, contents, main
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import FileError, ModelError
 from train.checkpoint import Checkpoint
 

@@ -26,7 +26,7 @@ from bench.layers.statistics import activation_use, layer_statistics, weight_use
 from bench.layers.times import kernels
 from bench.report.__main__ import main
 from bench.report.maps import picture
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import OptionError
 from runtime.files import write_atomically
 from tests.html_page import Element, assert_sound, read_page

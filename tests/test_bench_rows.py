@@ -15,8 +15,9 @@ from runtime.errors import OptionError
 from train import __main__ as train
 from train import checkpoint as checkpoints
 from train import loop
+from train.choices import FLOAT_BITS
 from train.data.images import ImageData
-from train.quantization.quantize import FLOAT_BITS, describe
+from train.quantization.quantize import describe
 
 ROWS = [row for table in TABLES.values() for row in table]
 

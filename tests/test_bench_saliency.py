@@ -19,7 +19,7 @@ from bench.networks.network import Network
 from bench.networks.opened import open_networks
 from bench.networks.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
-from export.onnx import export
+from export.pipeline import export
 from export.verification.agreement import export_agreement
 from runtime.agreement import spearman, top_overlap
 from runtime.errors import FileError, ModelError, OptionError

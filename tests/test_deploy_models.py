@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from export.onnx import export
+from export.pipeline import export
 from train import checkpoint as checkpoints
-from train.quantization.quantize import FLOAT_BITS
+from train.choices import FLOAT_BITS
 
 MODELS = sorted((Path(__file__).parents[1] / "deploy" / "models").glob("*.pt"))
 every_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

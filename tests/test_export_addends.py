@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.layers.engine_graph import executed
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import OptionError
 from tests.toy_models import randomize_norms
 from train import loop

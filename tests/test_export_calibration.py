@@ -11,7 +11,8 @@ import torch
 from bench.accuracy import main as bench_accuracy
 from bench.calibration import main as bench_calibration
 from export.calibration import accuracy, calibrate, load_images, training_sample
-from export.onnx import export, main
+from export.onnx import main
+from export.pipeline import export
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
 from train import checkpoint as checkpoints

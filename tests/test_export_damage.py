@@ -12,8 +12,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from export import onnx as exporter
-from export.operators import TARGETS
+from export import pipeline as exporter
+from export.choices import TARGETS
 from export.verification.agreement import Differentiated
 from export.verification.engine_run import run_on_engine
 from runtime.errors import ModelError
@@ -28,12 +28,12 @@ from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 PASSES = {
-    "openvino": ["_to_onnx", "differentiate", "average_exactly", "keep_rounding"],
+    "openvino": ["to_onnx", "differentiate", "average_exactly", "keep_rounding"],
     "ort": [
-        "_to_onnx", "store_float_weights", "differentiate", "take_pixels_as_codes", "clip_after_pooling",
+        "to_onnx", "store_float_weights", "differentiate", "take_pixels_as_codes", "clip_after_pooling",
         "keep_float", "move_codes", "hold_signed_codes",
     ],
-    "tensorrt": ["_to_onnx", "differentiate"],
+    "tensorrt": ["to_onnx", "differentiate"],
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ CASES = [
     (target, name, damage)
     for target in TARGETS
     for name in PASSES[target]
-    for damage in [*DAMAGES, *([the_gradient] if name not in ("_to_onnx", "store_float_weights") else [])]
+    for damage in [*DAMAGES, *([the_gradient] if name not in ("to_onnx", "store_float_weights") else [])]
 ]
 
 
@@ -90,7 +90,7 @@ CASES = [
 def made(digits_checkpoint: Checkpoint) -> Iterator[pytest.MonkeyPatch]:
     """The graph that the exporter makes of the digits network, made once for each target."""
     kept: dict[str, bytes] = {}
-    original = exporter._to_onnx
+    original = exporter.to_onnx
 
     def once(form: Any, model: QuantizedModel, target: str) -> onnx.ModelProto:
         if model.facts != digits_checkpoint.model().facts:
@@ -100,7 +100,7 @@ def made(digits_checkpoint: Checkpoint) -> Iterator[pytest.MonkeyPatch]:
         return onnx.load_model_from_string(kept[target])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_to_onnx", once)
+        patch.setattr(exporter, "to_onnx", once)
         yield patch
 
 

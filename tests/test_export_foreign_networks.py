@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import ModelError
 from train import loop
 from train.checkpoint import Checkpoint

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.onnx import export
-from export.operators import TARGETS
+from export.choices import TARGETS
+from export.pipeline import export
 from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX, zero_points_of
 from tests.code_gate import with_code_gate

@@ -18,7 +18,7 @@ from torch import nn
 
 from export.engine.builder import BuildOptions, build
 from export.engine.lowering import lower
-from export.onnx import Exported, export
+from export.pipeline import Exported, export
 from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX
 from runtime import Classifier

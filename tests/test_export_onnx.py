@@ -17,8 +17,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from export.deploy_form import deploy_form, fold_weight, folded_layers
+from export.gradient.joining import NORMALIZED
 from export.gradient.walk import append_input_gradient
-from export.onnx import NORMALIZED, export, main
+from export.onnx import main
+from export.pipeline import export
 from export.verification import agreement
 from export.verification.forward import verify
 from runtime import Classifier

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import ModelError
 from train.checkpoint import Checkpoint
 
@@ -58,7 +58,7 @@ def test_products_that_leave_int32_are_refused(
     digits_checkpoint: Checkpoint, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A network whose sums reach 2^31 takes 150,000 inputs; here engines count less far.
-    monkeypatch.setattr("export.onnx.LARGEST_SUM", 10_000)
+    monkeypatch.setattr("export.pipeline.LARGEST_SUM", 10_000)
     refusal = r"^layer conv1: its products of codes can add up to .* or pool before it$"
     with pytest.raises(ModelError, match=refusal):
         export(digits_checkpoint, target=target, saliency=False)

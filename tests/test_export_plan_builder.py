@@ -13,7 +13,7 @@ import pytest
 from export.engine.builder import BuildOptions, build, check_options, load_bindings, parse, reported_products
 from export.engine.layers import layers
 from export.engine.lowering import lower
-from export.onnx import export
+from export.pipeline import export
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.onnx_bytes import without_gradient
 from tests.qdq_models import conv_model

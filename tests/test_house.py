@@ -21,11 +21,11 @@ STAGES = {
 FOLDERS: dict[str, dict[str, set[str]]] = {
     "runtime": {"engines": {"."}, "engines/tensorrt": {"."}},
     "train": {
-        "quantization": set(),
+        "quantization": {"."},
         "data": {"."},
         "models": {"."},
         "losses": {".", "quantization"},
-        "post_training": {"quantization"},
+        "post_training": {".", "quantization"},
     },
     "export": {
         "passes": {"."},

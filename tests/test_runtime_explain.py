@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from export.deploy_form import FoldedQuantizer, deploy_form
-from export.onnx import export
+from export.pipeline import export
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.attribution import noisy_copies, normalize

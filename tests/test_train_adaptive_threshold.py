@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.onnx import export
+from export.pipeline import export
 from train import loop
 from train.data.images import ImageData
 from train.losses.adaptive_threshold import loss_gradient

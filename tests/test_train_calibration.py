@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.toy_models import DepthwiseNet, randomize_norms
+from train.choices import MSE
 from train.post_training.bias import correct_biases
-from train.post_training.clipping import MSE, search_alphas
+from train.post_training.clipping import search_alphas
 from train.quantization.grids import is_layer
 from train.quantization.quantize import QuantSpec, quantize, quantizers
 from train.quantization.quantizers import PACT

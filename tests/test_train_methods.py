@@ -9,8 +9,9 @@ import torch
 
 from train import checkpoint as checkpoints
 from train import loop
+from train.choices import FLOAT_BITS
 from train.data.images import ImageData
-from train.quantization.quantize import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe
+from train.quantization.quantize import WEIGHT_METHODS, QuantSpec, describe
 from train.recipe import METHODS, default_recipe
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from export.onnx import export
+from export.pipeline import export
 from runtime import Classifier
 from runtime.errors import ModelError
 from train.checkpoint import Checkpoint
+from train.choices import FLOAT_BITS
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.model import QuantizedModel
-from train.quantization.quantize import FLOAT_BITS, QuantSpec, quantize, spec_of
+from train.quantization.quantize import QuantSpec, quantize, spec_of
 
 SPEC = InputSpec(size=(8, 8), channels=1, mean=(128 / 255,), std=(0.5,))
 

@@ -25,6 +25,7 @@ from runtime.outputs import check_outputs
 from train import checkpoint as checkpoints
 from train import loop, processes, recipes, resuming
 from train.checkpoint import Checkpoint
+from train.choices import FLOAT_BITS
 from train.data import datasets, splits
 from train.data.folders import MEMORY_BYTES
 from train.data.images import ImageData, hold_out
@@ -35,7 +36,7 @@ from train.losses.guidance import FILLS
 from train.models import factory
 from train.models.build import ARCHITECTURES
 from train.ownership import owned
-from train.quantization.quantize import FLOAT_BITS, WEIGHT_METHODS, QuantSpec, describe, warnings_of
+from train.quantization.quantize import WEIGHT_METHODS, QuantSpec, describe, warnings_of
 from train.recipe import METHODS, OPTIMIZERS, SCHEDULES, Recipe, default_recipe
 from train.resuming import reading_of
 

@@ -11,7 +11,8 @@ import textwrap
 from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
-from train.quantization.quantize import FLOAT_BITS, QuantSpec
+from train.choices import FLOAT_BITS
+from train.quantization.quantize import QuantSpec
 from train.recipe import Recipe
 
 

@@ -15,8 +15,7 @@ from bench.evidence.markdown import markdown
 from bench.evidence.published import PUBLISHED
 from bench.evidence.speed_tables import ENGINES
 from bench.measure.record import Record
-
-FLOAT_BITS = 32
+from train.choices import FLOAT_BITS
 
 _SEED = re.compile(r"-(?:s|seed)?\d+(?=/|$)")
 

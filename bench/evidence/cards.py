@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.measure.environment import describe
+from train.choices import FLOAT_BITS
 
 _FILL = "black"
 
@@ -19,7 +20,7 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
         n_bytes: size of the shipped file.
     """
     recipe = result["recipe"]
-    bits = "float" if result["bits"] == 32 else f"{result['bits']} bit"
+    bits = "float" if result["bits"] == FLOAT_BITS else f"{result['bits']} bit"
     facts = {
         "data": recipe["data"],
         "network": f"{result['arch']}, {bits}",

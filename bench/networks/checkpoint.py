@@ -13,7 +13,7 @@ from bench.networks.network import Network
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.quantization.quantize import FLOAT_BITS
+from train.choices import FLOAT_BITS
 
 # Images in one forward pass. Activations of 64 MNIST images are so large that their memory goes back to the system
 # after every pass and comes as page faults in the next: a quarter of the time.

@@ -26,7 +26,7 @@ from bench.peers.cpu import (
     run_on_openvino,
 )
 from export.deploy_form import deploy_form
-from export.onnx import export
+from export.pipeline import export
 from runtime.classifier import Classifier
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME

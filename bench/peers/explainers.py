@@ -10,7 +10,7 @@ import torch
 
 from bench.peers.contenders import OURS
 from export.deploy_form import deploy_form
-from export.onnx import export
+from export.pipeline import export
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME

@@ -12,8 +12,8 @@ from bench.report.sources import Model, Run, Sources, reading
 from bench.report.speed import is_ours, milliseconds
 from bench.report.subjects import Subject, role
 from runtime.agreement import spearman
+from train.choices import FLOAT_BITS
 
-_FLOAT_BITS = 32
 # Of the contenders of bench.compare, what an image is classified or explained with without this project: on the
 # CPU, and on the GPU, where TensorRT is ours.
 _USUAL = {
@@ -135,7 +135,7 @@ def _run_facts(run: Run) -> dict[str, list[str]]:
         "Train": [
             f"{checkpoint.arch['name']} on {recipe.data}",
             f"method {recipe.method}",
-            "float" if quant.bits == _FLOAT_BITS else f"{quant.bits} bit, weights by {quant.weights}",
+            "float" if quant.bits == FLOAT_BITS else f"{quant.bits} bit, weights by {quant.weights}",
             f"{len(checkpoint.history)} of {recipe.epochs} epochs",
         ],
         "Checkpoint": [*reached, f"{parameters:,} parameters", f"sha256 {run.sha256[:12]}…"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.report.page import Html, Section, code, folded, join, paragraph, table, tag
 from bench.report.sources import Run, Sources
+from train.choices import FLOAT_BITS
 
 if TYPE_CHECKING:
     from train.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def _run_commands(run: Run) -> list[Html]:
     parts = [code(train_command(run.checkpoint))]
     if quant.layer_bits:
         parts.append(folded("bits.json", code(json.dumps(quant.layer_bits))))
-    precision = "--fp32" if quant.bits == 32 else "--int8"
+    precision = "--fp32" if quant.bits == FLOAT_BITS else "--int8"
     return [*parts, code(shlex.join(["python", "-m", "export.onnx", str(run.file), precision]))]
 
 

@@ -9,6 +9,7 @@ from bench.measure.record import missing_by_reason
 from bench.report.charts import front_chart, range_chart
 from bench.report.page import Content, Html, Section, figure, folded, join, missing, paragraph, table, tag
 from bench.report.sources import Record, Sources, reading
+from train.choices import FLOAT_BITS
 
 _RATIO = "ratio_to_"
 _COMPARISONS = {"compare": "class only", "compare-explain": "class and saliency map"}
@@ -145,7 +146,7 @@ def _single_files(records: list[Record]) -> Html | None:
 
 
 def _setting(values: Mapping[str, Any]) -> str:
-    bits = "float" if values["bits"] == 32 else f"{values['bits']} bit"
+    bits = "float" if values["bits"] == FLOAT_BITS else f"{values['bits']} bit"
     return f"{values['arch']}, {bits}, batch {values['input'][0]}, {_threads(values)}"
 
 

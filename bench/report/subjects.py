@@ -13,9 +13,9 @@ from runtime import command
 from runtime.errors import OptionError
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names
+from train.choices import FLOAT_BITS
 
 _ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
-_FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def _installed_engine() -> str | None:
 
 def _exported_here(run: Run, target: str) -> Model:
     try:
-        from export.onnx import export
+        from export.pipeline import export
     except ImportError as error:
         raise OptionError(
             f"{run.file}: its export needs {error.name}; pip install 'clearpact[export]', or name its .onnx file"
         ) from None
     command.status(f"exporting {run.name} ...")
-    int8 = run.checkpoint.quant.bits != _FLOAT_BITS
+    int8 = run.checkpoint.quant.bits != FLOAT_BITS
     exported = export(run.checkpoint, int8=int8, target=target, checkpoint_sha256=run.sha256)
     command.status("")
     contents = exported.model.SerializeToString()

@@ -189,9 +189,9 @@ def _source(options: argparse.Namespace, contents: bytes, output: Path) -> Sourc
         model = without_gradient(contents) if options.no_saliency else contents
         return Source(str(options.model), model, None)
     try:
-        from export.onnx import export
+        from export.pipeline import export
         from train import checkpoint as checkpoints
-        from train.quantization.quantize import FLOAT_BITS
+        from train.choices import FLOAT_BITS
     except ImportError as error:
         raise EngineError(
             f"{options.model}: a checkpoint needs torch ({error}); pip install 'clearpact[export]', or give the "

@@ -11,8 +11,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from export.choices import GATES
 from export.gradient.joining import first_line
-from export.gradient.walk import GATES, append_input_gradient
+from export.gradient.walk import append_input_gradient
 from export.passes.hold_signed_codes import hold_signed_codes
 from runtime import command
 from runtime.errors import FileError, ModelError

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from export.choices import GATES
 from export.gradient.int8 import calibrate
 from export.gradient.joining import channel_axis, find_logits, find_source, join_gradient, prepare_model
 from export.gradient.rules import layout as gradient_layout
@@ -37,7 +38,6 @@ RULES: dict[str, Rule] = {
     **gradient_quantized.RULES,
 }
 
-GATES = ("code", "ste")
 OUTPUTS = ("saliency", "gradient")
 
 # Operators whose result does not change with small changes of their input: no gradient, and none needed.

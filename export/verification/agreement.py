@@ -15,8 +15,6 @@ from runtime.agreement import spearman, top_overlap
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
 
-PRECISIONS = ("auto", "float32", "int8")
-
 # Where int8 gradients agree less with float32's, `auto` does without them.
 LEAST_SPEARMAN = 0.99
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from train.choices import MSE
 from train.quantization.grids import is_layer, norm_after
 from train.quantization.quantize import quantizers
 from train.quantization.quantizers import PACT
 
-MSE = "mse"
 # Shares of the positive activations that are not clipped, in percent; which one is best depends on the network.
 PERCENTILES = ("99", "99.9", "99.99", "99.999", "100")
-SEARCHES = (MSE, "percentile", "best")
 
 _BINS = 8192
 _CANDIDATES = 100  # alphas tried for the least error: hundredths of the largest activation

@@ -18,12 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
+from train.choices import FLOAT_BITS, QUANTIZED_BITS
 from train.quantization import grids, signs
 from train.quantization.quantizers import PACT, InputQuantizer, WeightQuantizer
 from train.quantization.tracing import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
 
-FLOAT_BITS = 32
-QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 WEIGHT_METHODS = ("absmax", "sawb", "lsq")
 
 Quantizer = PACT | InputQuantizer
