@@ -28,7 +28,7 @@ from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
 from train.__main__ import main as train_main
 from train.checkpoint import Checkpoint
-from train.data.datasets import main as write_data
+from train.data.__main__ import main as write_data
 from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]

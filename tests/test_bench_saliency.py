@@ -26,7 +26,7 @@ from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import write_atomically
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
-from train.data.datasets import main as write_data
+from train.data.__main__ import main as write_data
 from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]
