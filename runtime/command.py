@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from typing import NoReturn, TypeVar
 
 from runtime.errors import ClearpactError, OptionError
@@ -24,14 +25,28 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(f"{message}; see {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    """Prints the version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            version = metadata.version("clearpact")
+        except metadata.PackageNotFoundError:
+            version = "of a folder that is not installed"
+        print(f"clearpact {version}")
+        raise SystemExit(0)
+
+
 def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """Return an argument parser for `python -m MODULE` whose help ends with examples."""
-    return _Parser(
+    """Return an argument parser for `python -m MODULE` with --version, whose help ends with examples."""
+    made = _Parser(
         prog=f"python -m {module}",
         description=description,
         epilog=f"examples:\n{examples.strip(chr(10))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    return made
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:

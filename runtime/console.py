@@ -1,0 +1,64 @@
+"""The command `clearpact`: the same mains as `python -m ...`, and no file of the current folder is run instead."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime import command
+from runtime.errors import OptionError
+
+# Name -> the module whose `main` it is, and what it does.
+COMMANDS = {
+    "train": ("train.__main__", "train a network into a run folder"),
+    "data": ("train.data.__main__", "write one split of a data set as an .npz file"),
+    "export": ("export.onnx", "a checkpoint to a verified ONNX file"),
+    "gradient": ("export.gradient.__main__", "append the input gradient to any ONNX classifier"),
+    "engine": ("export.engine.__main__", "an ONNX file or checkpoint to a TensorRT plan"),
+    "classify": ("runtime.classify", "classify and explain image files"),
+    "latency": ("bench.latency", "how long a model takes"),
+    "accuracy": ("bench.accuracy", "accuracy of a model on its engine"),
+    "saliency": ("bench.saliency", "how well explanations find what a network relies on"),
+    "compare": ("bench.compare", "one checkpoint on several engines"),
+    "inspect": ("bench.inspect", "what is in a file, and what an engine makes of it"),
+    "sensitivity": ("bench.sensitivity", "what each layer costs at fewer bits"),
+    "report": ("bench.report.__main__", "one page of figures of runs and files"),
+    "edge-app": ("deploy.edge_app", "the smallest app that embeds a classifier"),
+    "triton": ("deploy.triton", "a model repository for Triton"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the command that the first argument names.
+
+    Raises:
+        OptionError: there is no such command, or another program's files stand in the place of ours.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = "\n".join(f"  {name:12} {text}" for name, (_, text) in COMMANDS.items())
+    examples = "  clearpact train --data mnist --arch cnn2 --bits 8\n  clearpact export runs/mnist/ckpt.pt --int8"
+    parser = command.parser("runtime.console", f"Commands:\n{names}", examples)
+    parser.prog = "clearpact"
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="clearpact COMMAND --help says more")
+    options = parser.parse_args(arguments[:1])
+    module, _ = COMMANDS[options.command]
+    _check_stage(module.split(".")[0])
+    status: int | None = importlib.import_module(module).main(arguments[1:])
+    return status
+
+
+def _check_stage(stage: str) -> None:
+    """Refuse to run a user's own train.py or export.py in the place of a stage."""
+    found = importlib.import_module(stage).__file__ or ""
+    if Path(found).resolve().parents[1] != Path(__file__).resolve().parents[1]:
+        raise OptionError(
+            f"{stage}: {found} stands in the place of ours; rename it, or run this in another folder"
+        )
+
+
+def run() -> None:
+    """Start `clearpact`: without the current folder on the path."""
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != Path.cwd()]
+    command.run(main)
