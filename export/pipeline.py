@@ -104,8 +104,8 @@ def export(
         ModelError: the graph does not compute what was trained (the text names the tensor that differs), or its
             maps agree less than required.
     """
-    trained = source.model() if isinstance(source, Checkpoint) else source
-    if int8 and trained.quant.bits == FLOAT_BITS:
+    quant = source.quant
+    if int8 and quant.bits == FLOAT_BITS:
         raise OptionError(
             "int8 export of a network trained in float; train it with --bits 8, --calibrate it, or export --fp32"
         )
@@ -118,10 +118,11 @@ def export(
     if target not in TARGETS:
         raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     if int8 and target == "tensorrt":
-        _refuse_for_tensorrt(trained.quant)
+        _refuse_for_tensorrt(quant)
     status("exporting ...")
+    trained = source.model() if isinstance(source, Checkpoint) else source
     network = trained.evaluated()
-    if int8 and target == "ort" and not trained.quant.bias_grid:
+    if int8 and target == "ort" and not quant.bias_grid:
         # Its integer kernels would round them, and compute other codes than those that are verified.
         put_biases_on_grid(network, trained.image_shape)
     overflowing = _overflowing(network, trained, target) if int8 else set()

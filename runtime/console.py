@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,11 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def _check_stage(stage: str) -> None:
     """Refuse to run a user's own train.py or export.py in the place of a stage."""
-    found = importlib.import_module(stage).__file__ or ""
-    if Path(found).resolve().parents[1] != Path(__file__).resolve().parents[1]:
-        raise OptionError(
-            f"{stage}: {found} stands in the place of ours; rename it, or run this in another folder"
-        )
+    spec = importlib.util.find_spec(stage)  # which runs nothing of it
+    found = Path(spec.origin if spec is not None and spec.origin else stage)
+    if found.resolve() != Path(__file__).resolve().parents[1] / stage / "__init__.py":
+        raise OptionError(f"{stage}: {found} stands in the place of ours; rename it, or start from another folder")
 
 
 def run() -> None:

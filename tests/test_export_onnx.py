@@ -283,7 +283,7 @@ def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_check
     for arguments, expected in (
         ([str(tmp_path / "none.pt"), "--int8"], "none.pt: no such file"),
         ([str(tmp_path / "text.pt"), "--int8"], "text.pt: 13 bytes that are no complete torch file"),
-        ([str(digits_checkpoint_path)], "one of the arguments --int8 --fp32 is required"),
+        ([str(digits_checkpoint_path), "--int8", "--fp32"], "not allowed with argument --int8"),
         ([str(digits_checkpoint_path), "--int8", "-o", "/proc/nowhere/model.onnx"], "cannot be written"),
         ([str(digits_checkpoint_path), "--int8", "-o", str(tmp_path)], "is a folder, expected the name of a file"),
     ):
@@ -299,6 +299,14 @@ def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_check
         assert expected in done.stderr
         assert done.stderr.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["text.pt"]
+
+
+@pytest.mark.parametrize(("option", "precision"), [([], "int8"), (["--fp32"], "fp32"), (["--int8"], "int8")])
+def test_a_checkpoint_knows_its_precision(
+    option: list[str], precision: str, digits_checkpoint_path: Path, tmp_path: Path
+) -> None:
+    main([str(digits_checkpoint_path), *option, "--no-saliency", "-o", str(tmp_path / "model.onnx")])
+    assert read_manifest((tmp_path / "model.onnx").read_bytes(), "model").precision == precision
 
 
 def test_the_file_says_nothing_of_the_machine_it_was_made_on(digits_models: dict[str, Path]) -> None:
