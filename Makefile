@@ -4,11 +4,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow tensorrt-bindings check clean
+.PHONY: help demo test test-slow wheel tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
 	@echo "make test       run the tests (a few minutes)"
+	@echo "make wheel      build the wheel that a device installs, into dist/"
 	@echo "make test-slow  run the tests marked slow"
 	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.16 and 11.4 (3 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
@@ -23,6 +24,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 # Wheels without NVIDIA's libraries: enough to see which names each release has.
 tensorrt-bindings: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""`python -m bench.tables`: write the README's tables anew from the recorded results.
+"""`python -m bench.tables`: write the tables of docs/results.md anew from the recorded results.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -74,20 +74,20 @@ def rewritten(text: str, records: Sequence[Record], source: str) -> tuple[str, l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the tables that are stale and name them, or only name them."""
-    parser = command.parser("bench.tables", "Write the README's tables anew from the recorded results.", EXAMPLES)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: the project's")
+    parser = command.parser("bench.tables", "Write the tables of results anew from the records.", EXAMPLES)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="default: docs/results.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results",
                         help="folder of .jsonl files (default: bench/results)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is stale")
     options = parser.parse_args(argv)
-    text = read_bytes(options.readme).decode()
-    found, stale = rewritten(text, record.read(options.results), str(options.readme))
+    text = read_bytes(options.page).decode()
+    found, stale = rewritten(text, record.read(options.results), str(options.page))
     if stale and options.check:
-        print(f"{options.readme}: stale: {', '.join(stale)}; run python -m bench.tables")
+        print(f"{options.page}: stale: {', '.join(stale)}; run python -m bench.tables")
         return STALE
     if stale:
-        write_atomically(options.readme, found)
-    print(f"{options.readme}: " + (f"rewritten: {', '.join(stale)}" if stale else "its tables are up to date"))
+        write_atomically(options.page, found)
+    print(f"{options.page}: " + (f"rewritten: {', '.join(stale)}" if stale else "its tables are up to date"))
     return 0
 
 

@@ -29,12 +29,12 @@ def ours(table: str) -> list[str]:
     return [line for line in table.splitlines() if line.endswith("| ours |")]
 
 
-def test_the_readme_shows_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_shows_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_the_readme_has_every_table() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_page_has_every_table() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
     assert [name for name in TABLES if f"<!-- table: {name} -->" not in text] == []
 
 
@@ -56,7 +56,7 @@ def test_a_stale_table_is_named_and_rewritten_and_the_rest_stays(
     before, after = "# Title\n\nText.\n\n<!-- table: results -->\n", "<!-- end -->\n\nMore text.\n"
     readme.write_text(before + after)
     record.append(folder / "training.jsonl", run("mnist-cnn2-8bit-sgt", 99.41))
-    arguments = ["--readme", str(readme), "--results", str(folder)]
+    arguments = ["--page", str(readme), "--results", str(folder)]
     assert main([*arguments, "--check"]) == STALE
     assert capsys.readouterr().out == f"{readme}: stale: results; run python -m bench.tables\n"
     assert readme.read_text() == before + after

@@ -26,7 +26,7 @@ from export.verification.forward import verify
 from runtime import Classifier
 from runtime.agreement import spearman
 from runtime.errors import ModelError, OptionError
-from runtime.manifest import METADATA_KEY, Manifest
+from runtime.manifest import METADATA_KEY, Manifest, read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint

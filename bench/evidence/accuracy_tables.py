@@ -1,4 +1,4 @@
-"""What the README shows of recorded accuracies and maps: one function a table, from records to Markdown.
+"""What docs/results.md shows of recorded accuracies and maps: one function a table, from records to Markdown.
 
 Of several records of the same thing the last one counts, so that measuring again replaces a figure. Runs that
 differ in their seed alone are one line with mean and spread.
