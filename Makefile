@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 wheel: $(VENV)/.installed
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 # Wheels without NVIDIA's libraries: enough to see which names each release has.
 tensorrt-bindings: $(VENV)/.installed

@@ -46,7 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     options = parser.parse_args(arguments[:1])
     module, _ = COMMANDS[options.command]
     _check_stage(module.split(".")[0])
-    status: int | None = importlib.import_module(module).main(arguments[1:])
+    try:
+        status: int | None = importlib.import_module(module).main(arguments[1:])
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in ("train", "export", "runtime", "bench", "deploy"):
+            raise
+        raise OptionError(
+            f"{options.command}: needs {missing}, which is not installed; install the wheel with the extra that "
+            "brings it: train, export, openvino, ort, tensorrt or tools"
+        ) from None
     return status
 
 

@@ -77,7 +77,7 @@ class Checkpoint:
             Facts(
                 arch=self.arch["name"],
                 data=self.recipe.data_name,
-                metrics={"test_accuracy": self.test_accuracy} if self.history else {},
+                metrics={k: v for epoch in self.history[-1:] for k, v in epoch.items() if k == "test_accuracy"},
                 resize="crop" if is_folder(self.recipe.data) else "bilinear",
             ),
         )  # fmt: skip
