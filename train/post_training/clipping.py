@@ -1,19 +1,14 @@
-"""Alphas and biases of a quantized network that will not be trained: from real images, without labels.
-
-`search_alphas` finds every PACT's alpha; `correct_biases` takes off the mean error that quantization leaves in
-each layer (Nagel et al. 2019, section 4.2). The fake-quantized network then exports as a trained one does.
-"""
+"""Clipping of a quantized network that will not be trained: every PACT's alpha, from real images without labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from train.choices import MSE
-from train.quantization.grids import is_layer, norm_after
+from train.post_training.hooks import run_with_hooks
 from train.quantization.quantize import quantizers
 from train.quantization.quantizers import PACT
 
@@ -59,37 +54,6 @@ def search_alphas(
     return {name: errors[name] for name in ranked}
 
 
-@torch.no_grad()
-def correct_biases(model: fx.GraphModule, reference: nn.Module, batches: Sequence[Tensor]) -> list[str]:
-    """Shift every layer of a quantized network so that its mean output on real images is the float network's.
-
-    Layer after layer, each with those before it corrected: the expectation of the error is measured, as in the
-    paper's appendix D, not computed from BatchNorm's statistics.
-
-    Args:
-        model: from `train.quantization.quantize.quantize`, in evaluation mode.
-        reference: the float network, whose layers have the same names.
-        batches: normalized real images, float [n, C, H, W] each.
-
-    Returns:
-        Names of the layers that have neither bias nor BatchNorm after them, and stay as they are.
-    """
-    modules = dict(model.named_modules())
-    nodes = {str(node.target): node for node in model.graph.nodes if is_layer(node, modules)}
-    wanted = _means(reference, list(nodes), batches)
-    left = []
-    for name, node in nodes.items():
-        layer, norm_node = modules[name], norm_after(node, modules)
-        error = _means(model, [name], batches)[name] - wanted[name]
-        if isinstance(layer.bias, Tensor):
-            layer.bias.sub_(error)
-        elif norm_node is not None:
-            modules[str(norm_node.target)].running_mean.add_(error)
-        else:
-            left.append(name)
-    return left
-
-
 def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, tuple[Tensor, float]]:
     """Return for every PACT the histogram [_BINS] of the positive magnitudes that reach it, and the largest."""
     pacts = [m for m in quantizers(model).values() if isinstance(m, PACT)]
@@ -105,7 +69,7 @@ def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, tuple
             histograms[pact] += torch.histc(positive.float(), _BINS, 0, largest[pact])
 
     for look in (measure, count):
-        _run(model, batches, {pact: _unquantized(look) for pact in pacts})
+        run_with_hooks(model, batches, {pact: _unquantized(look) for pact in pacts})
     return {pact: (histograms[pact], largest[pact]) for pact in pacts if largest[pact] > 0}
 
 
@@ -143,31 +107,3 @@ def _set(alphas: dict[PACT, float]) -> None:
 def _error(model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor]) -> float:
     squares = [(model(x) - expected).square().mean(1) for x, expected in zip(batches, logits, strict=True)]
     return torch.cat(squares).mean().item()
-
-
-def _means(model: nn.Module, names: list[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the mean output of each layer by channel, [O]."""
-    sums: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
-            sums[name].append(output.transpose(0, axis).flatten(1).mean(1) * len(inputs[0]))
-
-        return hook
-
-    _run(model, batches, {model.get_submodule(name): hook_of(name) for name in names})
-    n = sum(map(len, batches))
-    # A layer that is called twice has the mean of both calls.
-    calls = len(batches)
-    return {name: torch.stack(found).sum(0) * calls / (len(found) * n) for name, found in sums.items()}
-
-
-def _run(model: nn.Module, batches: Sequence[Tensor], hooks: dict[Any, Callable[..., Any]]) -> None:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
-        for batch in batches:
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
