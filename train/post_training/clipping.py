@@ -1,4 +1,4 @@
-"""Clipping of a quantized network that will not be trained: every PACT's alpha, from real images without labels."""
+"""Clipping of a quantized network that will not be trained: each PACT's alpha, from images without labels."""
 
 from __future__ import annotations
 
