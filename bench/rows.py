@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.evidence.cards import card
 from bench.measure import record
@@ -19,8 +20,10 @@ from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.outputs import check_outputs
 from train import __main__ as train
-from train import checkpoint as checkpoints
-from train.checkpoint import Checkpoint
+from train.choices import CHECKPOINT_NAME
+
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoint
 
 _SHIPPED = (".pt", ".md")  # what is written of a row into the folder of --ship
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +58,7 @@ class Row:
         """Return the command line of `python -m train` that starts the run below the folder `runs`."""
         given = ["--runs", str(runs), "--name", self.name, *shlex.split(self.options)]
         for option, row in (("--init", self.init), ("--teacher", self.teacher)):
-            given += [option, str(runs / row / train.CHECKPOINT_NAME)] if row else []
+            given += [option, str(runs / row / CHECKPOINT_NAME)] if row else []
         return given
 
 
@@ -139,8 +142,10 @@ def train_row(row: Row, runs: Path, options: Sequence[str] = ()) -> Checkpoint:
         runs: folder of all runs.
         options: of `python -m train`, for starting and resuming alike.
     """
+    from train import checkpoint as checkpoints  # torch takes seconds to import: --help does without
+
     folder = runs / row.name
-    path = folder / train.CHECKPOINT_NAME
+    path = folder / CHECKPOINT_NAME
     train.main([*(["--resume", str(folder)] if path.exists() else row.arguments(runs)), *options])
     return checkpoints.load(path)
 
@@ -164,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = needed(TABLES[options.table], options.only) if options.only else list(TABLES[options.table])
     runs = Path(options.runs)
     shipped_files = [Path(options.ship, f"{row.name}{end}") for row in rows for end in _SHIPPED if options.ship]
-    trained = [runs / row.name / train.CHECKPOINT_NAME for row in rows]
+    trained = [runs / row.name / CHECKPOINT_NAME for row in rows]
     check_outputs([options.record, *shipped_files], inputs=trained)
     shared = ["--data-root", options.data_root, "--device", options.device]
     shared += ["--epochs", str(options.epochs)] if options.epochs else []
@@ -192,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def ship(row: Row, checkpoint: Checkpoint, found: dict[str, object], folder: Path) -> None:
     """Write a finished row's checkpoint and its card."""
+    from train import checkpoint as checkpoints
+
     file = folder / f"{row.name}.pt"
     checkpoints.save(shipped(row, checkpoint), file)
     text = card(found, record.read(RESULTS), file.stat().st_size)
@@ -200,14 +207,14 @@ def ship(row: Row, checkpoint: Checkpoint, found: dict[str, object], folder: Pat
 
 def shipped(row: Row, checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint without what only resuming needs, half of it, and without this machine's paths."""
-    init, teacher = (f"runs/{name}/{train.CHECKPOINT_NAME}" if name else "" for name in (row.init, row.teacher))
+    init, teacher = (f"runs/{name}/{CHECKPOINT_NAME}" if name else "" for name in (row.init, row.teacher))
     recipe = replace(checkpoint.recipe, init=init, teacher=teacher)
     return replace(checkpoint, optimizer={}, guidance={}, recipe=recipe)
 
 
 def result(row: Row, checkpoint: Checkpoint, runs: Path, where: Mapping[str, object]) -> dict[str, object]:
     """Return what is kept of a finished row: command, recipe, accuracies, the file's sha256, environment."""
-    data = read_bytes(runs / row.name / train.CHECKPOINT_NAME)
+    data = read_bytes(runs / row.name / CHECKPOINT_NAME)
     return {
         "bench": "training row",
         "row": row.name,

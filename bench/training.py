@@ -5,10 +5,8 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.training")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-
-import torch
 
 from bench.measure import record
 from bench.measure.environment import describe, environment, peak_memory_bytes
@@ -16,19 +14,9 @@ from bench.measure.statistics import check_seconds, measure, summarize
 from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
-from train import loop
-from train.choices import FLOAT_BITS, QUANTIZED_BITS
-from train.data import datasets
-from train.data.folders import Reading
-from train.data.images import ImageData
+from train.choices import ARCHITECTURES, FLOAT_BITS, METHODS, QUANTIZED_BITS, STEP_PRECISIONS
+from train.data import names
 from train.data.splits import sources_of
-from train.device import PRECISIONS, in_precision, place
-from train.losses.methods import new_guidance
-from train.losses.saliency import LossTerms, filling
-from train.models.build import ARCHITECTURES
-from train.quantization.quantize import QuantSpec
-from train.recipe import METHODS, Recipe, default_recipe
-from train.step import compute_gradients, new_optimizer, update
 
 EXAMPLES = """
   python -m bench.training --data mnist --data-root data
@@ -37,42 +25,17 @@ EXAMPLES = """
 """
 
 
-def step_of(images: ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> Callable[[], LossTerms]:
-    """Return a function that takes one training step on the CPU, always on the same batch of real images.
-
-    The learning rate is zero, so that the batch is never learned by heart, however often it comes.
-    """
-    recipe = replace(recipe, lr=0.0)
-    checkpoint = loop.start(arch, images, quant, recipe)
-    model = in_precision(place(checkpoint.training_network(), "cpu"), recipe.precision).train()
-    count = min(recipe.batch_size, len(images.train_images))
-    batch = checkpoint.input.normalize(images.train_images[:count])
-    labels, index = images.train_labels[:count], torch.arange(count)
-    optimizer, generator = new_optimizer(model, recipe), torch.Generator().manual_seed(0)
-    guidance = new_guidance(recipe, len(images.train_images))
-    if guidance is not None:
-        guidance.load_state_dict(checkpoint.guidance)
-
-    def step() -> LossTerms:
-        fill = filling(batch, recipe.fill, generator)
-        terms = compute_gradients(model, guidance, batch, labels, index, fill, recipe)
-        update(optimizer, guidance)
-        return terms
-
-    return step
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the time of a step of every method and its ratio to a plain one, all measured in turns."""
     parser = command.parser("bench.training", "Measure training steps of all methods, in turns.", EXAMPLES)
     parser.add_argument(
-        "--data", type=datasets.check_name, default="mnist", help=f"{datasets.EXPECTED} (default: mnist)"
+        "--data", type=names.check_name, default="mnist", help=f"{names.EXPECTED} (default: mnist)"
     )
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="cnn2", help="default: cnn2")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="cnn2", help="default: cnn2")
     parser.add_argument("--bits", type=int, choices=(*QUANTIZED_BITS, FLOAT_BITS), default=8, help="default: 8")
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    parser.add_argument("--precision", choices=STEP_PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="per method (default: 5)")
     parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
@@ -81,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_outputs([options.record], inputs=sources_of(options.data, options.data_root))
     if options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
+    import torch  # torch takes seconds to import: --help does without
+
+    from bench.measure.training_step import step_of
+    from train.data import datasets
+    from train.data.folders import Reading
+    from train.quantization.quantize import QuantSpec
+    from train.recipe import default_recipe
+
     torch.set_num_threads(options.threads)
     reading = Reading(default_recipe(options.data).image_size, workers=None)
     images, quant = datasets.load(options.data, options.data_root, reading), QuantSpec(options.bits)

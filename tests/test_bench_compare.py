@@ -15,8 +15,9 @@ from bench.compare import main
 from bench.measure.first_prediction import first_predictions
 from bench.measure.record import append, missing_by_reason
 from bench.measure.statistics import Ratio, ratio
-from bench.peers.contenders import OURS, contenders
-from bench.peers.explainers import OURS_WITH_MAP, explainers
+from bench.peers.contenders import contenders
+from bench.peers.explainers import explainers
+from bench.peers.names import OURS, OURS_WITH_MAP
 from runtime.agreement import spearman
 from runtime.errors import FileError, ModelError, OptionError
 from tests.fake_cuda import FakeGpu

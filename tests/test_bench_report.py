@@ -17,10 +17,11 @@ from bench.report.sources import read
 from bench.report.speed import pareto_front
 from runtime.errors import ClearpactError
 from tests.html_page import Element, assert_sound, read_page
-from train import __main__ as train
 from train import checkpoint as checkpoints
 from train import recipes
 from train.checkpoint import Checkpoint
+from train.options import training_parser
+from train.run import settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -259,7 +260,7 @@ def test_the_training_command_gives_the_same_settings(digits_checkpoint: Checkpo
         )
         words = train_command(checkpoint).split()
         assert words[:3] == ["python", "-m", "train"]
-        assert train._settings(train._parser().parse_args(words[3:])) == (run.arch, run.quant, run.recipe)
+        assert settings(training_parser().parse_args(words[3:])) == (run.arch, run.quant, run.recipe)
 
 
 def test_sources_are_taken_once(tmp_path: Path, digits_checkpoint_path: Path) -> None:

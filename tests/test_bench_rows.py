@@ -12,11 +12,11 @@ from bench.evidence.cards import card
 from bench.measure.environment import environment
 from bench.rows import TABLES, Row, main, needed
 from runtime.errors import OptionError
-from train import __main__ as train
 from train import checkpoint as checkpoints
-from train import loop
+from train import loop, run
 from train.choices import FLOAT_BITS
 from train.data.images import ImageData
+from train.options import training_parser
 from train.quantization.quantize import describe
 
 ROWS = [row for table in TABLES.values() for row in table]
@@ -24,8 +24,8 @@ ROWS = [row for table in TABLES.values() for row in table]
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_command_that_train_takes(row: Row, tmp_path: Path) -> None:
-    arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
-    assert row.name.startswith(f"{recipe.data}-{arch}-{train._bits_name(quant)}-{recipe.method}")
+    arch, quant, recipe = run.settings(training_parser().parse_args(row.arguments(tmp_path)))
+    assert row.name.startswith(f"{recipe.data}-{arch}-{run.bits_name(quant)}-{recipe.method}")
     assert recipe.teacher == (str(tmp_path / row.teacher / "ckpt.pt") if row.teacher else "")
 
 
@@ -55,7 +55,7 @@ def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> Non
     labels = torch.arange(64) % 10
     few = ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
     for row in TABLES[table]:
-        arch, quant, recipe = train._settings(train._parser().parse_args(row.arguments(tmp_path)))
+        arch, quant, recipe = run.settings(training_parser().parse_args(row.arguments(tmp_path)))
         (tmp_path / row.name).mkdir()
         started = loop.start(arch, few, quant, dataclasses.replace(recipe, epochs=1, batch_size=64))
         finished = loop.fit(started, few, tmp_path / row.name / "ckpt.pt")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.training import main, step_of
+from bench.measure.training_step import step_of
+from bench.training import main
 from runtime.errors import OptionError
 from train.data.images import ImageData
 from train.quantization.quantize import QuantSpec

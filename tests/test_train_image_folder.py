@@ -12,7 +12,7 @@ from tests.image_folders import write_digits
 from train import checkpoint as checkpoints
 from train import loop
 from train.__main__ import main
-from train.data import datasets, splits
+from train.data import datasets, names, splits
 from train.data.folders import Reading
 from train.data.images import FileImages, stream
 from train.recipe import Recipe, default_recipe
@@ -168,9 +168,9 @@ def test_published_folders_have_defaults_of_their_own() -> None:
 
 
 def test_kvasirs_row_runs_from_its_folders_with_one_command(tmp_path: Path) -> None:
-    write_digits(tmp_path / "kvasir-dataset-v2", dict.fromkeys(splits.NAMED["kvasir"].names, 10), color=True)
+    write_digits(tmp_path / "kvasir-dataset-v2", dict.fromkeys(names.NAMED["kvasir"].names, 10), color=True)
     main(["--recipe", "lavaei2025-kvasir", "--data-root", str(tmp_path), "--runs", str(tmp_path / "runs"),
           "--epochs", "1", "--image-size", "24", "--batch-size", "32"])  # fmt: skip
     checkpoint = checkpoints.load(tmp_path / "runs" / "lavaei2025-kvasir" / "ckpt.pt")
-    assert checkpoint.classes == splits.NAMED["kvasir"].names
+    assert checkpoint.classes == names.NAMED["kvasir"].names
     assert (checkpoint.recipe.method, checkpoint.quant.bits, len(checkpoint.samples["labels"])) == ("asg", 8, 8)

@@ -7,15 +7,16 @@ import pytest
 
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
-from train import recipes
-from train.__main__ import _parser, _settings, main
+from train import recipes, run
+from train.__main__ import main
+from train.choices import METHODS
 from train.models.build import ARCHITECTURES
+from train.options import training_parser
 from train.quantization.quantize import QuantSpec, describe
-from train.recipe import METHODS
 
 
 def settings(*arguments: str) -> tuple[str, QuantSpec, dict[str, object]]:
-    arch, quant, recipe = _settings(_parser().parse_args(arguments))
+    arch, quant, recipe = run.settings(training_parser().parse_args(arguments))
     return arch, quant, dataclasses.asdict(recipe)
 
 

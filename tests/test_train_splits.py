@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import FileError, OptionError
 from tests.image_folders import write_digits
-from train.data import splits
+from train.data import names, splits
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,10 +157,10 @@ def test_images_without_class_folders_are_explained(folder: Path) -> None:
 
 
 def test_kvasir_is_its_eight_classes(tmp_path: Path) -> None:
-    names = splits.NAMED["kvasir"].names
-    folder = write_digits(tmp_path / "kvasir-dataset-v2", dict.fromkeys(names, 10))
+    classes = names.NAMED["kvasir"].names
+    folder = write_digits(tmp_path / "kvasir-dataset-v2", dict.fromkeys(classes, 10))
     split = splits.find("kvasir", tmp_path)
-    assert split.classes == names
+    assert split.classes == classes
     assert split.name == f"kvasir@{split.digest}"
     assert [len(split.part(part)[0]) for part in splits.PARTS] == [64, 8, 8]
     shutil.move(folder / "polyps", folder / "polyp")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
-from train.data.splits import is_folder
+from train.data.names import is_folder
 from train.input_spec import InputSpec
 from train.model import Facts, QuantizedModel
 from train.models.build import build

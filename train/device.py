@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from train.cpu_layers import use_fast_layers
 
-PRECISIONS = ("float32", "bfloat16")
-
 
 class _Bfloat16(nn.Module):
     """Runs the network's convolutions and products in bfloat16, and returns float32 logits."""
@@ -40,7 +38,7 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
 
     Args:
         model: the network, quantized or not.
-        precision: one of PRECISIONS.
+        precision: one of train.choices.STEP_PRECISIONS.
     """
     return _Bfloat16(model) if precision == "bfloat16" else model
 

@@ -7,15 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import OptionError
+from train.choices import FILLS, METHODS, OPTIMIZERS, SCHEDULES, STEP_PRECISIONS
 from train.data.augment import Augmentation
-from train.data.datasets import DATA_SETS, EXPECTED
-from train.data.splits import PREFIX, data_name, is_folder
-from train.device import PRECISIONS
-from train.losses.guidance import FILLS
-
-METHODS = ("plain", "sgt", "smoot", "asg")
-OPTIMIZERS = ("sgd", "adam", "adamw", "adadelta")
-SCHEDULES = ("cosine", "constant")
+from train.data.names import DATA_SETS, EXPECTED, PREFIX, data_name, is_folder
 
 
 @dataclass(frozen=True)
@@ -23,7 +17,7 @@ class Recipe:
     """Everything that, with the code's version, decides the result of a run.
 
     Args:
-        data: one of train.data.DATA_SETS, or "folder:PATH".
+        data: one of train.data.names.DATA_SETS, or "folder:PATH".
         image_size: side in pixels to which an image folder's images are cropped and resized; 0 for other data.
         split_seed: of the split of an image folder that has none of its own.
         split: digest of an image folder's split, see train.data.splits; "" before the run has begun.
@@ -46,13 +40,14 @@ class Recipe:
         balanced_sampling: draw every class equally often, with replacement.
         mask_share: share of the pixels that saliency-guided training masks, 0 to 1; where smoot and asg start.
         kl_weight: lambda (lambda_1 of asg), weight of the divergence between clean and masked outputs.
-        fill: what masked pixels hold, one of train.losses.guidance.FILLS; asg always masks with zeros.
+        fill: what masked pixels hold, one of train.choices.FILLS; asg always masks with zeros.
         top1_weight: alpha of smoot, weight of the most probable class in what adapts the mask share.
         mask_speed: mu of smoot, percentage points of the mask share for a change of 1 in probability.
         saliency_weight: lambda_2 of asg, weight of ||S||_1.
         alpha_weight: eta of asg, weight of |alpha|.
         threshold_rate: gamma of asg, learning rate of the threshold in units of its start.
-        precision: of the steps' convolutions, one of train.device.PRECISIONS; accuracy is measured in float32.
+        precision: of the steps' convolutions, one of train.choices.STEP_PRECISIONS; accuracy is
+            measured in float32.
         init: checkpoint of the same architecture, of any bits, whose parameters the run starts from, and
             where it was quantized in the same way, whose alphas and scales; "": random.
         pretrained: start from the parameters that torchvision trained on ImageNet.
@@ -111,7 +106,7 @@ class Recipe:
         """
         choices_of = {
             "method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "fill": FILLS,
-            "precision": PRECISIONS,
+            "precision": STEP_PRECISIONS,
         }  # fmt: skip
         if self.data not in DATA_SETS and not is_folder(self.data):
             raise OptionError(f"data {self.data!r}: expected one of {EXPECTED}")

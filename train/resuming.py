@@ -11,7 +11,8 @@ from runtime.errors import FileError, OptionError
 from train.checkpoint import Checkpoint
 from train.data import splits
 from train.data.folders import Reading
-from train.data.splits import NAMED, SPLIT_NAME, Split, data_name, is_folder, place_of
+from train.data.names import NAMED, data_name, is_folder, place_of
+from train.data.splits import SPLIT_NAME, Split
 from train.recipe import Recipe
 
 # They say how to run, not what: each time they may be others.

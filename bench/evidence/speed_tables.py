@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from bench.evidence.markdown import markdown
 from bench.measure.record import Record
-from bench.peers.cpu import PTQ
+from bench.peers.names import PTQ
 
 NETWORK = "resnet20"  # whose latency is shown
 PORTABLE = "0..127"  # codes of every engine

@@ -11,7 +11,7 @@ import numpy as np
 from bench.measure.streams import ImageStream, in_files, in_memory, in_npz
 from runtime import command
 from runtime.errors import OptionError
-from train.data import splits
+from train.data import names, splits
 from train.data.splits import Split
 
 HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, a run's split.json, or an .npz file"
@@ -63,7 +63,7 @@ def stream(
 def _found(name: str, root: str, size: tuple[int, int], classes: tuple[str, ...], trained_on: str) -> ImageStream:
     if name.endswith(".npz"):
         return in_npz(Path(name))
-    if splits.is_folder(name) or name.endswith(".json"):
+    if names.is_folder(name) or name.endswith(".json"):
         split = splits.read(name) if name.endswith(".json") else splits.find(name, root)
         _check_classes(name, split.classes, classes)
         _check_split(name, split, trained_on)

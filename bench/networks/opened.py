@@ -16,7 +16,7 @@ from bench.networks.network import Network, display_name, find
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from train.data.splits import is_folder
+from train.data.names import is_folder
 
 
 def open_networks(

@@ -25,6 +25,7 @@ from bench.peers.cpu import (
     run_on_onnx_runtime,
     run_on_openvino,
 )
+from bench.peers.names import OURS
 from export.deploy_form import deploy_form
 from export.pipeline import export
 from runtime.classifier import Classifier
@@ -34,8 +35,6 @@ from runtime.session import Session
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.models import factory
-
-OURS = "OpenVINO INT8"
 
 T = TypeVar("T")
 

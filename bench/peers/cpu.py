@@ -22,9 +22,6 @@ from runtime.manifest import INPUT_NAME
 Classify = Callable[[np.ndarray], np.ndarray]
 """Images uint8 [N, H, W, C] -> logits float32 [N, K]."""
 
-PTQ = {"OpenVINO INT8": "NNCF PTQ", "ONNX Runtime INT8": "ONNX Runtime PTQ"}
-"""What ours are held against: the same engine's own quantization after training."""
-
 
 def onnx_runtime_ptq(model: onnx.ModelProto, samples: np.ndarray) -> bytes:
     """Return a float graph quantized by ONNX Runtime after training: static, QDQ, weights for each channel.

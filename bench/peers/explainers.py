@@ -8,15 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bench.peers.contenders import OURS
+from bench.peers.names import OURS, OURS_WITH_MAP
 from export.deploy_form import deploy_form
 from export.pipeline import export
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.checkpoint import Checkpoint
-
-OURS_WITH_MAP = "OpenVINO INT8 + map"
 
 
 def explainers(checkpoint: Checkpoint, images: np.ndarray, *, threads: int) -> dict[str, Callable[[], object]]:

@@ -14,8 +14,7 @@ import numpy as np
 from runtime import command
 from runtime.files import write_atomically
 from runtime.outputs import check_outputs
-from train.data import datasets
-from train.data.folders import Reading
+from train.data import names
 from train.data.splits import sources_of
 
 
@@ -28,13 +27,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "  python -m train.data mnist --split test --data-root data -o mnist_test.npz\n"
         "  python -m train.data folder:photos --image-size 96 -o photos_test.npz",
     )
-    parser.add_argument("data", type=datasets.check_name, help=datasets.EXPECTED)
+    parser.add_argument("data", type=names.check_name, help=names.EXPECTED)
     parser.add_argument("-o", "--output", required=True, help="file to write, .npz")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--data-root", default="data", help="folder of the original files (default: data)")
     parser.add_argument("--image-size", type=int, default=64, help="of folders: side in pixels (default: 64)")
     parser.add_argument("--split-seed", type=int, default=0, help="of folders without own split (default: 0)")
     options = parser.parse_args(argv)
+    from train.data import datasets  # torch takes seconds to import: --help does without
+    from train.data.folders import Reading
+
     check_outputs([options.output], inputs=sources_of(options.data, options.data_root))
     # Everything goes into one file: it has to fit into memory.
     reading = Reading(options.image_size, options.split_seed, memory_bytes=sys.maxsize, workers=None)

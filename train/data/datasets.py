@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError
 from train.data import folders
 from train.data.folders import Reading
 from train.data.images import ImageData
-from train.data.splits import NAMED, PREFIX, is_folder
+from train.data.names import check_name, is_folder
 
-DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", *NAMED)
-EXPECTED = f"{', '.join(DATA_SETS)} or {PREFIX}PATH"
 # Pixels that the normalization is measured on.
 _DIGITS_TEST_SHARE = 5  # every fifth image; the set has no split of its own
 
@@ -55,13 +53,6 @@ def load(name: str, root: str | Path = "data", reading: Reading | None = None) -
     # torchvision names MNIST's classes "0 - zero".
     classes = tuple(str(c).split(" - ")[0] for c in part.classes)
     return ImageData(name, classes, parts[0], parts[1], parts[2], parts[3])
-
-
-def check_name(name: str) -> str:
-    """Return the name of a data set; raise OptionError if there is none of that name."""
-    if name not in DATA_SETS and not is_folder(name):
-        raise OptionError(f"data set {name!r}: expected one of {EXPECTED}")
-    return name
 
 
 def _digits() -> ImageData:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FileError
+from train.choices import MEMORY_BYTES
 from train.data import splits
 from train.data.decoding import Decoder, read_all, worker_count
 from train.data.images import FileImages, ImageData, Images, channels_first
 from train.data.splits import PARTS, Split
 
-MEMORY_BYTES = 4 << 30
 IMAGE_SIDE = 64
 
 
@@ -45,7 +45,7 @@ def load(data: str, root: str | Path, reading: Reading) -> ImageData:
     """Return an image folder; the files that cannot be read are named in its split's `skipped`.
 
     Args:
-        data: "folder:PATH" or one of train.data.splits.NAMED.
+        data: "folder:PATH" or one of train.data.names.NAMED.
         root: folder below which a named data set lies.
         reading: how it is read.
 

@@ -14,62 +14,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 from runtime.images import is_hidden, is_image_file
+from train.data.names import NAMED, ORIGINALS, PREFIX, data_name, place_of
 
-PREFIX = "folder:"
 SPLIT_NAME = "split.json"
 PARTS = ("train", "val", "test")
 FORMAT, VERSION = "clearpact.split", 1
 
 _OTHER_NAMES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 _LAYOUTS = "expected a folder for each class (cat/, dog/, ...), or train/ and test/ (and val/) with such folders"
-_KVASIR_CLASSES = (
-    "dyed-lifted-polyps", "dyed-resection-margins", "esophagitis", "normal-cecum", "normal-pylorus",
-    "normal-z-line", "polyps", "ulcerative-colitis",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class NamedFolder:
-    """A published data set that comes as class folders.
-
-    Args:
-        archive: what to unpack below the data root.
-        places: folders below the data root where its class folders may lie, the first that is there.
-        classes: number of class folders.
-        names: of the class folders, where all are known.
-        dropped: class folders that are left out.
-    """
-
-    archive: str
-    places: tuple[str, ...]
-    classes: int
-    names: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-
-NAMED = {
-    # Pogorelov et al. 2017, version 2.
-    "kvasir": NamedFolder(
-        "kvasir-dataset-v2.zip", ("kvasir-dataset-v2", "kvasir-dataset", "kvasir"), 8, _KVASIR_CLASSES
-    ),
-    # Li et al. 2004; the clutter class belongs to detection, not to classification.
-    "caltech101": NamedFolder(
-        "101_ObjectCategories.tar.gz of caltech-101.zip",
-        ("caltech101/101_ObjectCategories", "caltech-101/101_ObjectCategories", "101_ObjectCategories"),
-        101,
-        dropped=("BACKGROUND_Google",),
-    ),
-}
-
-
-# Where torchvision keeps the others, below the data root.
-_ORIGINALS = {
-    "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,22 +69,6 @@ class Split:
         return [path for path, _ in chosen], [label for _, label in chosen]
 
 
-def is_folder(data: str) -> bool:
-    """Return whether a data set's name means class folders."""
-    return data.startswith(PREFIX) or data in NAMED
-
-
-def short_name(data: str) -> str:
-    """Return a data set's name without the path of its folder: "folder:/home/me/mine" is "mine"."""
-    return Path(data.removeprefix(PREFIX)).resolve().name if data.startswith(PREFIX) else data
-
-
-def data_name(data: str, digest: str) -> str:
-    """Return the name of a data set and, where it has one, its split, without the path of its folder."""
-    prefix = PREFIX if data.startswith(PREFIX) else ""
-    return f"{prefix}{short_name(data)}" + (f"@{digest}" if digest else "")
-
-
 def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
     """Return the files and folders that are read for a data set's name, whether or not they are there.
 
@@ -143,18 +82,13 @@ def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
         return [Path(data.removeprefix(PREFIX))]
     if data in NAMED:
         return [Path(root, place) for place in NAMED[data].places]
-    if data in _ORIGINALS:
-        return [Path(root, _ORIGINALS[data])]
+    if data in ORIGINALS:
+        return [Path(root, ORIGINALS[data])]
     found = [Path(data)] if data.endswith((".npz", ".json")) else []
     if data.endswith(".json"):
         with contextlib.suppress(FileError):  # which is said when the images are read
             found.append(Path(read(data).root))
     return found
-
-
-def place_of(data: str, root: str | Path = "data") -> Path:
-    """Return the folder of "folder:PATH" or, below `root`, of one of NAMED; FileError if that is not there."""
-    return Path(data.removeprefix(PREFIX)) if data.startswith(PREFIX) else _named_path(data, Path(root))
 
 
 def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
@@ -257,18 +191,6 @@ def _own_split(
     if not any(files["test"].values()):
         raise FileError(f"{path / parts['test']}: no class folder with images, {_LAYOUTS}")
     return classes, files
-
-
-def _named_path(data: str, root: Path) -> Path:
-    if data not in NAMED:
-        raise OptionError(f"data set {data!r}: expected {PREFIX}PATH or one of {', '.join(NAMED)}")
-    for place in NAMED[data].places:
-        if (root / place).is_dir():
-            return root / place
-    raise FileError(
-        f"{root}: holds no {data}, expected the folder {NAMED[data].places[0]}; unpack {NAMED[data].archive} "
-        "there, or name another folder with --data-root"
-    )
 
 
 def _checked(data: str, path: Path, folders: list[str]) -> list[str]:

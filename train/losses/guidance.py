@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FILLS = ("random", "zero", "mean")
-
 
 @dataclass(frozen=True)
 class LossTerms:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from train.losses.adaptive_threshold import AdaptiveThreshold, start_threshold
 from train.losses.guidance import (
-    FILLS,
     LossTerms,
     cross_entropy_loss,
     filling,
@@ -25,7 +24,7 @@ from train.losses.guidance import (
 from train.losses.smoot import Smoot
 
 __all__ = [
-    "FILLS", "AdaptiveThreshold", "LossTerms", "Smoot", "filling", "frozen_statistics", "plain_loss", "sgt_loss",
+    "AdaptiveThreshold", "LossTerms", "Smoot", "filling", "frozen_statistics", "plain_loss", "sgt_loss",
     "start_threshold",
 ]  # fmt: skip
 

@@ -18,12 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
-from train.choices import FLOAT_BITS, QUANTIZED_BITS
+from train.choices import FLOAT_BITS, QUANTIZED_BITS, WEIGHT_METHODS
 from train.quantization import grids, signs
 from train.quantization.quantizers import PACT, InputQuantizer, WeightQuantizer
 from train.quantization.tracing import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
-
-WEIGHT_METHODS = ("absmax", "sawb", "lsq")
 
 Quantizer = PACT | InputQuantizer
 
@@ -39,7 +37,7 @@ class QuantSpec:
 
     Args:
         bits: weights and activations, 2 to 8 (32 leaves the network in float).
-        weights: weight quantizer, one of WEIGHT_METHODS.
+        weights: weight quantizer, one of train.choices.WEIGHT_METHODS.
         first_last_bits: bits of the first and the last layer.
         full_grid: 8-bit activations use 0..255 (signed: -128..127) instead of the portable 0..127 (-127..127); not
             exact on TensorRT.
