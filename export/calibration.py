@@ -13,37 +13,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train import loop
-from train.checkpoint import Checkpoint, new_network
+from train.checkpoint import Checkpoint
 from train.choices import FLOAT_BITS
 from train.data import datasets
 from train.data.images import ImageData
+from train.input_spec import InputSpec
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas
 from train.post_training.equalization import equalize
-from train.quantization.quantize import QuantSpec
+from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.tracing import copied, cut_softmax, trace
 from train.resuming import reading_of
 
-_BATCH = 64
+# Pixels of a batch: at 224 x 224, batches of 64 spend most of their time waiting for memory.
+_BATCH_PIXELS = 64 * 32 * 32
+_SMALLEST_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibrated checkpoint, and what was done to it.
+    """A network that was quantized without training, and what was done to it.
 
     Args:
-        checkpoint: quantized; its history is empty.
+        network: quantized, in evaluation mode.
         samples: real images that were looked at.
         equalized: pairs of layers.
         errors: mean squared error of the logits by candidate of the alpha search, the chosen one first.
         uncorrected: layers without bias or BatchNorm; None where biases were left as they are.
     """
 
-    checkpoint: Checkpoint
+    network: nn.Module
     samples: int
     equalized: int
     errors: dict[str, float]
@@ -60,6 +64,70 @@ class Calibrated:
         )
 
 
+@dataclass(frozen=True)
+class CalibratedCheckpoint(Calibrated):
+    """A checkpoint that was quantized without training.
+
+    Args:
+        checkpoint: quantized; its history is empty.
+    """
+
+    checkpoint: Checkpoint
+
+
+def calibrate_network(
+    network: nn.Module,
+    input_spec: InputSpec,
+    images: Tensor,
+    quant: QuantSpec | None = None,
+    *,
+    search: str = "best",
+    equalizes: bool = True,
+    corrects_biases: bool = True,
+    status: Callable[[str], None] = lambda text: None,
+) -> Calibrated:
+    """Quantize anyone's float network on real images; the network itself stays as it is.
+
+    Args:
+        network: float, one image tensor [N, C, H, W] in, logits [N, K] out.
+        input_spec: how pixels become what it takes.
+        images: uint8 [n, C, H, W], without labels; a few hundred are enough.
+        quant: bits; None: 8.
+        search: of the alphas, one of train.choices.SEARCHES.
+        equalizes: cross-layer equalization (section 4.1).
+        corrects_biases: bias correction (section 4.2).
+        status: told what is being done, step by step.
+
+    Raises:
+        ModelError: the network cannot be quantized.
+        OptionError: no image.
+    """
+    if not len(images):
+        raise OptionError("calibration: no image, expected a few hundred real ones")
+    batch = max(_SMALLEST_BATCH, _BATCH_PIXELS // (input_spec.size[0] * input_spec.size[1]))
+    batches = [input_spec.normalize(part) for part in images.split(batch)]
+    shape = (input_spec.channels, *input_spec.size)
+    # What the network does in training only, such as dropping whole blocks, is no matter here.
+    floating = trace(copied(network), shape, evaluated=True).eval()
+    cut_softmax(floating)
+    equalized = 0
+    if equalizes:
+        status("equalizing ...")
+        equalized = equalize(floating)
+    quantized = quantize(floating, quant or QuantSpec(), input_scale=input_spec.grid_scale).eval()
+    status("searching alphas ...")
+    with torch.no_grad():
+        logits = [floating(batch) for batch in batches]
+    errors = search_alphas(quantized, batches, logits, search)
+    uncorrected = None
+    if corrects_biases:
+        status("correcting biases ...")
+        assert isinstance(quantized, torch.fx.GraphModule)
+        uncorrected = correct_biases(quantized, floating, batches)
+    status("")
+    return Calibrated(quantized, len(images), equalized, errors, uncorrected)
+
+
 def calibrate(
     checkpoint: Checkpoint,
     images: Tensor,
@@ -69,17 +137,10 @@ def calibrate(
     equalizes: bool = True,
     corrects_biases: bool = True,
     status: Callable[[str], None] = lambda text: None,
-) -> Calibrated:
-    """Quantize a float checkpoint on real images.
+) -> CalibratedCheckpoint:
+    """Quantize a float checkpoint on real images, uint8 [n, C, H, W] of the training split.
 
-    Args:
-        checkpoint: trained in float.
-        images: of the training split, uint8 [n, C, H, W]; a few hundred are enough.
-        quant: bits; None: 8.
-        search: of the alphas, one of train.post_training.clipping.SEARCHES.
-        equalizes: cross-layer equalization (section 4.1).
-        corrects_biases: bias correction (section 4.2).
-        status: told what is being done, step by step.
+    The other arguments are those of `calibrate_network`.
 
     Raises:
         OptionError: the checkpoint is quantized already.
@@ -91,27 +152,14 @@ def calibrate(
             "(--bits 32); export this one without --calibrate"
         )
     quant = quant or QuantSpec()
-    batches = [checkpoint.input.normalize(part) for part in images.split(_BATCH)]
-    floating = checkpoint.network()
-    equalized = 0
-    if equalizes:
-        status("equalizing ...")
-        equalized = equalize(floating)
-    quantized = new_network(checkpoint.arch, quant, checkpoint.input, _copy(floating)).eval()
-    status("searching alphas ...")
-    with torch.no_grad():
-        logits = [floating(batch) for batch in batches]
-    errors = search_alphas(quantized, batches, logits, search)
-    uncorrected = None
-    if corrects_biases:
-        status("correcting biases ...")
-        assert isinstance(quantized, torch.fx.GraphModule)
-        uncorrected = correct_biases(quantized, floating, batches)
-    status("")
+    found = calibrate_network(
+        checkpoint.network(), checkpoint.input, images, quant,
+        search=search, equalizes=equalizes, corrects_biases=corrects_biases, status=status,
+    )  # fmt: skip
     calibrated = replace(
-        checkpoint, quant=quant, state_dict=quantized.state_dict(), optimizer={}, guidance={}, history=[]
+        checkpoint, quant=quant, state_dict=found.network.state_dict(), optimizer={}, guidance={}, history=[]
     )
-    return Calibrated(calibrated, len(images), equalized, errors, uncorrected)
+    return CalibratedCheckpoint(**vars(found), checkpoint=calibrated)
 
 
 def spec_of(bits: int) -> QuantSpec:
@@ -189,7 +237,3 @@ def run(options: argparse.Namespace, checkpoint: Checkpoint, status: Callable[[s
     figures = ", ".join(f"{name} {value:.2f} %" for name, value in measured.items())
     print(f"accuracy on {len(images.test_labels):,} test images: {figures}")
     return replace(found.checkpoint, history=[{"epoch": 0, "test_accuracy": reached}])
-
-
-def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}

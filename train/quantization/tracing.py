@@ -64,7 +64,9 @@ class _Tracer(fx.Tracer):
         )
 
 
-def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module, image_shape: tuple[int, ...] | None = None, *, evaluated: bool = False
+) -> fx.GraphModule:
     """Return a network as a graph, with in-place operations and functional dropout written as what they mean.
 
     The graph holds the network's own layers. A GraphModule is returned as it is, if nothing needs rewriting.
@@ -72,6 +74,8 @@ def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.Gr
     Args:
         model: in any mode, which is left as it is.
         image_shape: channels, height and width of an image: graph and network are compared on two random ones.
+        evaluated: the graph is the network's in evaluation and will not be trained; what the network does besides
+            in training is left out.
 
     Raises:
         ModelError: its control flow depends on the data, or on more than dropout between training and evaluation;
@@ -80,12 +84,12 @@ def trace(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> fx.Gr
     if isinstance(model, fx.GraphModule) and is_out_of_place(model):
         return model
     graphs = _in_both_modes(model, _graph)
-    if _calls_of(model, graphs[0]) != _calls_of(model, graphs[1]):
+    if not evaluated and _calls_of(model, graphs[0]) != _calls_of(model, graphs[1]):
         raise ModelError(
             f"{type(model).__name__}: its forward reads self.training, and one graph cannot hold both; "
             "leave that to modules such as nn.Dropout"
         )
-    graph = graphs[0]
+    graph = graphs[1] if evaluated else graphs[0]
     traced = fx.GraphModule(model, graph, type(model).__name__)
     write_out_of_place(traced)
     for node in list(graph.nodes):
