@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from runtime.errors import ModelError
+from train.quantization.functional_layers import make_layers
 from train.quantization.in_place import OUT_OF_PLACE, is_out_of_place, write_out_of_place
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -92,6 +93,7 @@ def trace(
     graph = graphs[1] if evaluated else graphs[0]
     traced = fx.GraphModule(model, graph, type(model).__name__)
     write_out_of_place(traced)
+    make_layers(traced)
     for node in list(graph.nodes):
         if node.target is torch._assert:
             graph.erase_node(node)
