@@ -41,6 +41,7 @@ class Calibrated:
 
     Args:
         network: quantized, in evaluation mode.
+        floating: the float network as a graph of the same layers, without a softmax at its end.
         samples: real images that were looked at.
         equalized: pairs of layers.
         errors: mean squared error of the logits by candidate of the alpha search, the chosen one first.
@@ -48,6 +49,7 @@ class Calibrated:
     """
 
     network: nn.Module
+    floating: nn.Module
     samples: int
     equalized: int
     errors: dict[str, float]
@@ -125,7 +127,7 @@ def calibrate_network(
         assert isinstance(quantized, torch.fx.GraphModule)
         uncorrected = correct_biases(quantized, floating, batches)
     status("")
-    return Calibrated(quantized, len(images), equalized, errors, uncorrected)
+    return Calibrated(quantized, floating, len(images), equalized, errors, uncorrected)
 
 
 def calibrate(

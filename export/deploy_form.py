@@ -139,7 +139,12 @@ def deploy_form(network: nn.Module, input_spec: InputSpec, *, int8: bool = True)
             name = _unique(module, f"{node.target}", node)
             grid = grid_source(source(node), modules)
             inputs = modules[str(grid.target)].scale.detach() if grid is not None else None
-            module.add_submodule(name, _fold(layer, norm, inputs if int8 else None, int8=int8, axis=int(rows)))
+            folded = _fold(layer, norm, inputs if int8 else None, int8=int8, axis=int(rows))
+            # What the network calls inside the layer, such as its padding.
+            for child_name, child in layer.named_children():
+                if child_name != "parametrizations":
+                    folded.add_module(child_name, child)
+            module.add_submodule(name, folded)
             node.target = name
             if norm_node is not None:
                 norm_node.replace_all_uses_with(node)

@@ -1,4 +1,4 @@
-"""`python -m export.onnx`: a checkpoint becomes one ONNX file that takes pixels and gives logits."""
+"""`python -m export.onnx`: a checkpoint or your own network becomes one ONNX file that takes pixels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.choices import GATES, SALIENCY_PRECISIONS, TARGETS
 from runtime import command
@@ -19,7 +20,11 @@ from runtime.files import read_bytes, write_atomically
 from runtime.manifest import RESIZES
 from runtime.outputs import check_outputs
 from train.choices import CALIBRATION_SAMPLES, FLOAT_BITS, QUANTIZED_BITS, SEARCHES
+from train.data.splits import sources_of
 from train.models import factory
+
+if TYPE_CHECKING:
+    from train.model import QuantizedModel
 
 _NOT_RUN = {"tensorrt": "python -m export.engine builds a plan and checks its layers"}
 
@@ -29,13 +34,15 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
   python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
+  python -m export.onnx my_nets:make --state weights.pt --int8 --data folder:photos    # your own
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export one checkpoint; a graph that fails its verification is not written."""
-    parser = command.parser("export.onnx", "Export a checkpoint to ONNX, verified before it is written.", EXAMPLES)
-    parser.add_argument("checkpoint", help="ckpt.pt written by python -m train")
+    parser = command.parser("export.onnx", "Export to ONNX: a checkpoint, or a network of your own.", EXAMPLES)
+    parser.add_argument("checkpoint", metavar="SOURCE",
+                        help="ckpt.pt of python -m train, or module:factory of your own network")  # fmt: skip
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--int8", action="store_true",
                            help="the trained integer grids, as Q/DQ (default of a quantized network)")  # fmt: skip
@@ -61,11 +68,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.calibrate and options.fp32:
         raise OptionError("--calibrate makes integer grids, which --fp32 leaves out; give --int8")
     # Loaded once the options are known to be right: torch takes seconds.
-    from export import calibration
     from export.pipeline import export
-    from train import checkpoint as checkpoints
-    from train.data.splits import sources_of
     from train.quantization.quantize import warnings_of
+
+    own = factory.is_factory(options.checkpoint) and not Path(options.checkpoint).exists()
+    model, output, sha256 = _own(options) if own else _trained(options)
+    int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
+    exported = export(
+        model,
+        int8=int8,
+        target=options.target,
+        saliency=not options.no_saliency,
+        gate=options.gate,
+        saliency_precision=options.saliency_precision,
+        required_agreement=options.require_agreement,
+        resize=options.resize,
+        checkpoint_sha256=sha256,
+        status=command.status,
+    )
+    command.status("")
+    for layer in exported.manifest.layers:
+        form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
+        print(f"  {layer['name']:20} {layer['kind']:7} {form}")
+    for warning in warnings_of(model.network) if int8 else ():
+        print(_wrapped(f"warning: {warning}"))
+    if int8 and options.target == "ort" and not model.quant.bias_grid:
+        print(_wrapped("note: biases moved to whole steps of their sums, which the network was trained without"))
+    print(_wrapped(f"verified: {exported.verification}"))
+    not_run = f"not run on {options.target}: {_NOT_RUN.get(options.target, 'it is not installed here')}"
+    print(_wrapped(f"verified: {exported.engine or not_run}"))
+    for part in filter(None, (exported.gradients, exported.differentiated, exported.agreement)):
+        print(_wrapped(f"explains: {part}"))
+    write_atomically(output, exported.data)
+    gives = "class only" if options.no_saliency else "class and input gradient"
+    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
+def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
+    """Return a checkpoint's network, where its export goes, and the checkpoint's sha256."""
+    from export import calibration
+    from train import checkpoint as checkpoints
 
     source = Path(options.checkpoint)
     checkpoint = checkpoints.load(source)
@@ -82,41 +124,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         output = Path(options.output or source.with_suffix(".onnx"))
         check_outputs([output], inputs=inputs)
-    sha256 = hashlib.sha256(read_bytes(source)).hexdigest()
-    int8 = options.int8 or (checkpoint.quant.bits != FLOAT_BITS and not options.fp32)
-    exported = export(
-        checkpoint,
-        int8=int8,
-        target=options.target,
-        saliency=not options.no_saliency,
-        gate=options.gate,
-        saliency_precision=options.saliency_precision,
-        required_agreement=options.require_agreement,
-        resize=options.resize,
-        checkpoint_sha256=sha256,
-        status=command.status,
-    )
-    command.status("")
-    for layer in exported.manifest.layers:
-        form = f"{layer['bits']}-bit codes; input {layer['input']}" if layer["bits"] else "float32"
-        print(f"  {layer['name']:20} {layer['kind']:7} {form}")
-    for warning in warnings_of(checkpoint.network()) if int8 else ():
-        print(_wrapped(f"warning: {warning}"))
-    if int8 and options.target == "ort" and not checkpoint.quant.bias_grid:
-        print(_wrapped("note: biases moved to whole steps of their sums, which the network was trained without"))
-    print(_wrapped(f"verified: {exported.verification}"))
-    not_run = f"not run on {options.target}: {_NOT_RUN.get(options.target, 'it is not installed here')}"
-    print(_wrapped(f"verified: {exported.engine or not_run}"))
-    for part in filter(None, (exported.gradients, exported.differentiated, exported.agreement)):
-        print(_wrapped(f"explains: {part}"))
-    write_atomically(output, exported.data)
-    gives = "class only" if options.no_saliency else "class and input gradient"
-    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+    return checkpoint.model(), output, hashlib.sha256(read_bytes(source)).hexdigest()
+
+
+def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
+    """Return the user's own network, where its export goes, and the sha256 of its parameters' file."""
+    from export import own_network
+
+    output = Path(options.output or f"{options.checkpoint.rpartition(':')[2]}.onnx")
+    inputs = own_network.inputs_of(options)
+    check_outputs([output], inputs=[*inputs, *sources_of(options.data, options.data_root)])
+    model = own_network.run(options, command.status)
+    return model, output, hashlib.sha256(read_bytes(options.state)).hexdigest() if options.state else ""
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise OptionError(f"--size {text}: expected pixels, as in 224, or height x width, as in 96x128")
+    return int(sides[0]), int(sides[-1])
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("post-training quantization of a float checkpoint")
-    group.add_argument("--calibrate", action="store_true", help="quantize it without training; writes a .pt too")
+    group = parser.add_argument_group("post-training quantization, of a float checkpoint or of your own network")
+    group.add_argument("--calibrate", action="store_true", help="quantize a checkpoint; writes a .pt too")
     group.add_argument("--data", metavar="NAME", help="its training images (default: what it was trained on)")
     group.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     group.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="images (default: %(default)d)")
@@ -124,6 +155,13 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
     group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
     group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
+    own = parser.add_argument_group("your own PyTorch network, quantized without training on --data")
+    own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")
+    own.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the folders')")
+    own.add_argument("--size", type=_size, metavar="PIXELS",
+                     help="side of its image, or HxW (default: the data set's, of photos 224)")  # fmt: skip
+    own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
+    own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
 
 

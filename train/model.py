@@ -43,6 +43,8 @@ class QuantizedModel:
         calibration_images: training images uint8 [n, C, H, W], which give INT8 gradients their grids; None: every
             second sample does.
         facts: for the manifest.
+        original: the float network that was quantized without training, whose maps and classes the export is
+            compared with; None: the float network is this one without rounding, which is what was trained.
     """
 
     network: nn.Module
@@ -52,6 +54,7 @@ class QuantizedModel:
     labels: Tensor | None = None
     calibration_images: Tensor | None = None
     facts: Facts = Facts()
+    original: nn.Module | None = None
 
     @property
     def quant(self) -> QuantSpec:

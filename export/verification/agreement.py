@@ -114,13 +114,14 @@ class ExportAgreement:
 def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgreement:
     """Compare an exported graph with autograd on the float network, for each image's true class.
 
-    The float network is the model's without its grids: float weights, and PACT's clips without rounding.
+    The float network is the one that was quantized after training, where the model has it; else the model's own
+    without its grids: float weights, and PACT's clips without rounding.
 
     Args:
         graph: with the output `saliency`.
         model: it was exported from; its samples are compared.
     """
-    network = deploy_form(model.evaluated(), model.input, int8=False).network
+    network = model.original or deploy_form(model.evaluated(), model.input, int8=False).network
     x = model.input.normalize(model.samples).requires_grad_()
     logits = network(x)
     truth = logits.argmax(1) if model.labels is None else model.labels

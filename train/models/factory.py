@@ -10,7 +10,9 @@ import argparse
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import OptionError
@@ -58,6 +60,9 @@ def find(arch: str, arguments: dict[str, Any]) -> Callable[..., Any]:
             f"--arch {arch} (in Python: train.models.factory.allow)"
         )
     module_name, _, name = arch.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # behind all others, so that nothing of the user's stands in another's place
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

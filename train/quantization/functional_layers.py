@@ -70,17 +70,11 @@ def _add(
             layer = nn.Linear(w.shape[1], w.shape[0], bias=b is not None)
         else:
             stride, padding, dilation, groups = settings
-            layer = _CONVOLUTIONS[function](
-                w.shape[1] * groups,
-                w.shape[0],
-                tuple(w.shape[2:]),
-                stride,
-                padding,
-                dilation,
-                groups,
-                b is not None,
-            )
-    layer.weight, layer.bias = w, b
+            kind: Any = _CONVOLUTIONS[function]
+            channels, kernel = (w.shape[1] * groups, w.shape[0]), tuple(w.shape[2:])
+            layer = kind(*channels, kernel, stride, padding, dilation, groups, b is not None)
+    for parameter, value in (("weight", w), ("bias", b)):
+        setattr(layer, parameter, value)
     path, _, attribute = str(weight.target).rpartition(".")
     owner = network.get_submodule(path)
     parameters = {name for name, _ in owner.named_parameters(recurse=False)}

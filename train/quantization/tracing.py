@@ -84,13 +84,14 @@ def trace(
     """
     if isinstance(model, fx.GraphModule) and is_out_of_place(model):
         return model
-    graphs = _in_both_modes(model, _graph)
-    if not evaluated and _calls_of(model, graphs[0]) != _calls_of(model, graphs[1]):
+    graph_of = _evaluation_graph if evaluated else _graph
+    graphs = _in_both_modes(model, graph_of)
+    if _calls_of(model, graphs[0]) != _calls_of(model, graphs[1]):
         raise ModelError(
             f"{type(model).__name__}: its forward reads self.training, and one graph cannot hold both; "
             "leave that to modules such as nn.Dropout"
         )
-    graph = graphs[1] if evaluated else graphs[0]
+    graph = graphs[0]
     traced = fx.GraphModule(model, graph, type(model).__name__)
     write_out_of_place(traced)
     make_layers(traced)
@@ -286,6 +287,10 @@ def _depends_on_mode(module: nn.Module) -> bool:
     except Exception:  # it cannot be traced alone, and the trace of what calls it will say why
         return False
     return _calls_of(module, graphs[0]) != _calls_of(module, graphs[1])
+
+
+def _evaluation_graph(model: nn.Module) -> fx.Graph:
+    return _graph(model.eval())
 
 
 def _in_both_modes(model: nn.Module, graph_of: Callable[[nn.Module], fx.Graph]) -> tuple[fx.Graph, fx.Graph]:

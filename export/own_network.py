@@ -1,0 +1,179 @@
+"""Anyone's float network becomes what `export` takes: quantized on real images, measured before and after."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.calibration import Calibrated, calibrate_network, spec_of
+from export.sources.images import RealImages, real_images
+from export.sources.torch_network import load_network
+from runtime.errors import FileError, OptionError
+from runtime.files import read_bytes
+from train.choices import FLOAT_BITS
+from train.data.names import is_folder
+from train.input_spec import InputSpec
+from train.model import Facts, QuantizedModel
+from train.quantization.tracing import copied, cut_softmax, trace
+
+# What torchvision's networks expect of RGB; pixels from 0 to 1 of grey.
+_NORMALIZATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.0,), (1.0,))}
+_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32}
+_PHOTO_SIDE = 224
+# The file is verified on so many images, of large ones on fewer: 41 of 224 x 224.
+_VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 21
+_BATCH = 32
+
+
+def quantized_model(
+    network: nn.Module,
+    input_spec: InputSpec,
+    images: RealImages,
+    classes: Sequence[str],
+    *,
+    bits: int = 8,
+    search: str = "best",
+    equalizes: bool = True,
+    corrects_biases: bool = True,
+    arch: str = "own",
+    status: Callable[[str], None] = lambda text: None,
+) -> tuple[QuantizedModel, Calibrated | None]:
+    """Return a float network quantized after training, ready for `export`, and what was done.
+
+    Args:
+        network: one image tensor [N, C, H, W] in, logits [N, K] out; it stays as it is.
+        input_spec: how pixels become what it takes.
+        images: to calibrate on and to verify with.
+        classes: K names, in the order of the logits.
+        bits: 2 to 8, or 32: not quantized, and nothing is done.
+        search: of alpha, one of train.choices.SEARCHES.
+        equalizes: cross-layer equalization.
+        corrects_biases: bias correction.
+        arch: the network's name in the manifest.
+        status: told what is being done, step by step.
+
+    Raises:
+        ModelError: the network cannot be traced or quantized.
+    """
+    found: Calibrated | None = None
+    result: nn.Module
+    if bits == FLOAT_BITS:
+        shape = (input_spec.channels, *input_spec.size)
+        result = trace(copied(network), shape, evaluated=True).eval()
+        cut_softmax(result)  # the runtime computes probabilities from logits
+    else:
+        found = calibrate_network(
+            network, input_spec, images.calibration, spec_of(bits),
+            search=search, equalizes=equalizes, corrects_biases=corrects_biases, status=status,
+        )  # fmt: skip
+        result = found.network
+    count = max(2, min(_VERIFIED_IMAGES, _VERIFIED_PIXELS // (input_spec.size[0] * input_spec.size[1])))
+    labels = None if images.labels is None else images.labels[:count]
+    facts = Facts(arch=arch, resize="crop")
+    return QuantizedModel(
+        result, input_spec, tuple(classes), images.test[:count], labels,
+        images.calibration[:count], facts, found.floating if found is not None else None,
+    ), found  # fmt: skip
+
+
+def accuracy(network: nn.Module, input_spec: InputSpec, images: Tensor, labels: Tensor) -> float:
+    """Return how many of the images uint8 [n, C, H, W] get their class, int64 [n], in percent."""
+    with torch.no_grad():
+        found = torch.cat([network(input_spec.normalize(part)).argmax(1) for part in images.split(_BATCH)])
+    return 100 * (found == labels).double().mean().item()
+
+
+def run(options: argparse.Namespace, status: Callable[[str], None]) -> QuantizedModel:
+    """Load, quantize and measure the network that a command line names, and print what came of it.
+
+    Raises:
+        OptionError: --data is missing, or an option does not fit the network.
+        FileError: a file of the network's, or an image, cannot be read.
+        ModelError: the network cannot be quantized.
+    """
+    if options.data is None:
+        raise OptionError(
+            f"{options.checkpoint}: needs real images, to choose grids by and to verify with; "
+            "give --data folder:PATH (labels are not needed) or a data set's name"
+        )
+    network = load_network(options.checkpoint, options.state)
+    input_spec = _input_spec(options, network)
+    status("reading images ...")
+    images = real_images(options.data, options.data_root, input_spec, options.samples)
+    with torch.no_grad():
+        shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
+    if len(shape) != 2:
+        raise OptionError(f"{options.checkpoint}: gives {list(shape)} for one image, expected logits [1, K]")
+    classes = _classes(options.classes, images, shape[1])
+    images = _labelled(images, classes)
+    bits = FLOAT_BITS if options.fp32 else options.bits
+    model, found = quantized_model(
+        network, input_spec, images, classes,
+        bits=bits, search=options.search, equalizes=not options.no_equalize,
+        corrects_biases=not options.no_bias_correction, arch=options.checkpoint, status=status,
+    )  # fmt: skip
+    status("")
+    mean, std = (" ".join(f"{v:.3g}" for v in values) for values in (input_spec.mean, input_spec.std))
+    height, width = input_spec.size
+    print(f"image: {height}x{width}, {input_spec.channels} channels; pixels from 0 to 1, mean {mean}, std {std}")
+    if found is not None:
+        print(f"calibrated: {found}")
+    if images.labels is None:
+        return model
+    status("measuring accuracy ...")
+    measured = {"float": accuracy(network, input_spec, images.test, images.labels)}
+    if found is not None:
+        measured[f"calibrated, {bits} bit"] = accuracy(model.evaluated(), input_spec, images.test, images.labels)
+    status("")
+    figures = ", ".join(f"{name} {value:.2f} %" for name, value in measured.items())
+    print(f"accuracy on {len(images.test):,} other images of {images.name}: {figures}")
+    *_, reached = measured.values()
+    return replace(model, facts=replace(model.facts, metrics={"test_accuracy": reached}))
+
+
+def _input_spec(options: argparse.Namespace, network: nn.Module) -> InputSpec:
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    channels = 1 if kernels and kernels[0].shape[1] == 1 else 3
+    side = _PHOTO_SIDE if is_folder(options.data) else _SIDES[options.data]
+    mean, std = _NORMALIZATION[channels]
+    mean = _values("--mean", options.mean, channels) or mean
+    std = _values("--std", options.std, channels) or std
+    if min(std) <= 0:
+        raise OptionError(f"--std {' '.join(map(str, std))}: expected numbers above 0")
+    return InputSpec(options.size or (side, side), channels, mean, std)
+
+
+def _values(option: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    if not given:
+        return ()
+    if len(given) not in (1, channels):
+        raise OptionError(f"{option}: {len(given)} numbers, expected 1 or {channels}, one a channel")
+    return tuple(given) * (channels // len(given))
+
+
+def _classes(path: str | None, images: RealImages, count: int) -> tuple[str, ...]:
+    if path is not None:
+        text = read_bytes(path).decode(errors="replace")
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if len(names) != count:
+            raise FileError(f"{path}: {len(names)} names, expected {count}, one a line, as the logits are")
+        return names
+    return images.classes if len(images.classes) == count else tuple(map(str, range(count)))
+
+
+def _labelled(images: RealImages, classes: Sequence[str]) -> RealImages:
+    """Return the images with labels in the order of the classes; without where they are of other classes."""
+    if images.labels is None or not set(images.classes) <= set(classes):
+        return replace(images, labels=None)
+    order = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=order[images.labels])
+
+
+def inputs_of(options: argparse.Namespace) -> list[Path]:
+    """Return the files that the command line names as inputs, so that none of them is overwritten."""
+    return [Path(path) for path in (options.state, options.classes) if path]
