@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("train", "export", "embed")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("train", "export", "embed", "your-model")]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# (\w+\.py)\n")
 
@@ -39,7 +39,7 @@ def script(page: Path, folder: Path) -> str:
 
 def test_the_pages_python_runs_in_order(tmp_path: Path) -> None:
     for page in PAGES:
-        name = f"page_{page.stem}.py"
+        name = f"page_{page.stem.replace('-', '_')}.py"
         (tmp_path / name).write_text(script(page, tmp_path))
         done = subprocess.run(
             [sys.executable, "-W", "error", name],
