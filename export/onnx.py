@@ -35,6 +35,7 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
   python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
   python -m export.onnx my_nets:make --state weights.pt --int8 --data folder:photos    # your own
+  python -m export.onnx model.onnx --pixels 255    # of anyone: map and manifest, not quantized
 """
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export one checkpoint; a graph that fails its verification is not written."""
     parser = command.parser("export.onnx", "Export to ONNX: a checkpoint, or a network of your own.", EXAMPLES)
     parser.add_argument("checkpoint", metavar="SOURCE",
-                        help="ckpt.pt of python -m train, or module:factory of your own network")  # fmt: skip
+                        help="ckpt.pt, module:factory of your own network, or a .onnx file")  # fmt: skip
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--int8", action="store_true",
                            help="the trained integer grids, as Q/DQ (default of a quantized network)")  # fmt: skip
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from export.pipeline import export
     from train.quantization.quantize import warnings_of
 
+    if Path(options.checkpoint).suffix == ".onnx":
+        _export_onnx(options)
+        return
     own = factory.is_factory(options.checkpoint) and not Path(options.checkpoint).exists()
     model, output, sha256 = _own(options) if own else _trained(options)
     int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
@@ -138,6 +142,22 @@ def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
     return model, output, hashlib.sha256(read_bytes(options.state)).hexdigest() if options.state else ""
 
 
+def _export_onnx(options: argparse.Namespace) -> None:
+    """Write anyone's ONNX classifier as a file of ours."""
+    from export import own_onnx
+
+    source = Path(options.checkpoint)
+    output = Path(options.output or source.with_name(f"{source.stem}_clearpact.onnx"))
+    inputs = [source, *(Path(path) for path in (options.classes,) if path)]
+    check_outputs([output], inputs=[*inputs, *sources_of(options.data, options.data_root)])
+    exported = own_onnx.run(options, command.status)
+    for line in exported.lines:
+        print(_wrapped(line))
+    write_atomically(output, exported.data)
+    gives = "class only" if options.no_saliency else "class and input gradient"
+    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
 def _size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
@@ -155,13 +175,15 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
     group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
     group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
-    own = parser.add_argument_group("your own PyTorch network, quantized without training on --data")
+    own = parser.add_argument_group("your own network: PyTorch, quantized on --data, or ONNX as it is")
     own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")
     own.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the folders')")
     own.add_argument("--size", type=_size, metavar="PIXELS",
                      help="side of its image, or HxW (default: the data set's, of photos 224)")  # fmt: skip
     own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
     own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")
+    own.add_argument("--pixels", type=int, choices=(1, 255), default=1,
+                     help="of a .onnx file: it takes pixels from 0 to 1, or to 255 (default: 1)")  # fmt: skip
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
 
 

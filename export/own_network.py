@@ -109,8 +109,8 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
         shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
     if len(shape) != 2:
         raise OptionError(f"{options.checkpoint}: gives {list(shape)} for one image, expected logits [1, K]")
-    classes = _classes(options.classes, images, shape[1])
-    images = _labelled(images, classes)
+    classes = class_names(options.classes, images.classes, shape[1])
+    images = labelled(images, classes)
     bits = FLOAT_BITS if options.fp32 else options.bits
     model, found = quantized_model(
         network, input_spec, images, classes,
@@ -141,14 +141,15 @@ def _input_spec(options: argparse.Namespace, network: nn.Module) -> InputSpec:
     channels = 1 if kernels and kernels[0].shape[1] == 1 else 3
     side = _PHOTO_SIDE if is_folder(options.data) else _SIDES[options.data]
     mean, std = _NORMALIZATION[channels]
-    mean = _values("--mean", options.mean, channels) or mean
-    std = _values("--std", options.std, channels) or std
+    mean = values_of("--mean", options.mean, channels) or mean
+    std = values_of("--std", options.std, channels) or std
     if min(std) <= 0:
         raise OptionError(f"--std {' '.join(map(str, std))}: expected numbers above 0")
     return InputSpec(options.size or (side, side), channels, mean, std)
 
 
-def _values(option: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+def values_of(option: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    """Return one number a channel of an option that takes one or as many; none where it is not given."""
     if not given:
         return ()
     if len(given) not in (1, channels):
@@ -156,17 +157,18 @@ def _values(option: str, given: Sequence[float] | None, channels: int) -> tuple[
     return tuple(given) * (channels // len(given))
 
 
-def _classes(path: str | None, images: RealImages, count: int) -> tuple[str, ...]:
+def class_names(path: str | None, known: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return the names in a file, one a line, or those known, if they are as many as the logits; else numbers."""
     if path is not None:
         text = read_bytes(path).decode(errors="replace")
         names = tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(names) != count:
             raise FileError(f"{path}: {len(names)} names, expected {count}, one a line, as the logits are")
         return names
-    return images.classes if len(images.classes) == count else tuple(map(str, range(count)))
+    return tuple(known) if len(known) == count else tuple(map(str, range(count)))
 
 
-def _labelled(images: RealImages, classes: Sequence[str]) -> RealImages:
+def labelled(images: RealImages, classes: Sequence[str]) -> RealImages:
     """Return the images with labels in the order of the classes; without where they are of other classes."""
     if images.labels is None or not set(images.classes) <= set(classes):
         return replace(images, labels=None)

@@ -165,7 +165,7 @@ def test_the_description_lists_products_functions_and_parameters() -> None:
             self.scale = nn.Parameter(torch.ones(4, 4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(super().forward(x), self.scale)
+            return F.linear(super().forward(x), 2 * self.scale)  # a computed weight: no layer holds it
 
     rows = describe(quantize(Mixed(), QuantSpec(4), input_scale=0.01))
     assert [(r.name, r.kind, r.bits) for r in rows if r.kind == "MatMul"] == [

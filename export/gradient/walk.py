@@ -44,7 +44,9 @@ OUTPUTS = ("saliency", "gradient")
 _LOCALLY_CONSTANT = {
     "ArgMax",
     "ArgMin",
+    "Ceil",
     "Equal",
+    "Floor",
     "Greater",
     "GreaterOrEqual",
     "IsInf",
@@ -52,7 +54,9 @@ _LOCALLY_CONSTANT = {
     "Less",
     "LessOrEqual",
     "NonZero",
+    "Round",
     "Shape",
+    "Sign",
     "Size",
 }
 

@@ -187,10 +187,16 @@ def _reduce_max(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     yield x, _first_maximum(t, x, axes, kept(t, node, dy, axes))
 
 
-def _first_maximum(t: Tape, x: str, axes: list[int], dy: str) -> str:
-    """Give dy, of size 1 along `axes`, to the first maximum of x there in row-major order."""
+def _reduce_min(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    x = node.input[0]
+    axes = axes_of(t, node, t.rank(x))
+    yield x, _first_maximum(t, x, axes, kept(t, node, dy, axes), values=t.op("Neg", x))
+
+
+def _first_maximum(t: Tape, x: str, axes: list[int], dy: str, *, values: str | None = None) -> str:
+    """Give dy, of size 1 along `axes`, to the first maximum of x, or of `values`, there in row-major order."""
     sizes, rank = t.sizes(x, axes), t.rank(x)
-    levels = [x]
+    levels = [values or x]
     for axis in reversed(axes[1:]):
         levels.append(t.op("ReduceMax", levels[-1], [axis], keepdims=1))
     for axis, size in zip(axes, sizes, strict=True):
@@ -210,4 +216,5 @@ RULES: dict[str, Rule] = {
     "GlobalMaxPool": _global_max_pool,
     "MaxPool": _max_pool,
     "ReduceMax": _reduce_max,
+    "ReduceMin": _reduce_min,
 }

@@ -74,7 +74,7 @@ def _quantize(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     if t.gate == "code":
         gate = _code_gate(t, unit)
     else:
-        low, high = ((code - grid.zero_point) * grid.scale for code in (unit.low, unit.high))
+        low, high = ((code - grid.zero_point) * grid.scale.astype(np.float64) for code in (unit.low, unit.high))
         low = np.where(unit.low == grid.zero_point, -BELOW_ZERO_STEPS * grid.scale, low)
         gate = _ste_gate(t, unit.x, low, high)
     dx = t.op("Mul", dy, gate)
@@ -162,7 +162,10 @@ def _grid(t: Tape, node: onnx.NodeProto) -> _Grid:
 
 def _code(value: float, grid: _Grid) -> np.ndarray:
     """Return the code that `value` rounds to, without saturating at the type's limits."""
-    return np.rint(np.clip(value / grid.scale, -(2.0**31), 2.0**31)).astype(np.int64) + grid.zero_point
+    return (
+        np.rint(np.clip(value / grid.scale.astype(np.float64), -(2.0**31), 2.0**31)).astype(np.int64)
+        + grid.zero_point
+    )
 
 
 def _on_grid(t: Tape, x: str, grid: _Grid) -> bool:

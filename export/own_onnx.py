@@ -1,0 +1,236 @@
+"""Anyone's ONNX classifier becomes a file of ours as it is: pixels in, class and map out, with a manifest.
+
+Nothing is quantized. The file's logits are compared with the original's, image by image, in the graph as written
+and on the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from export.gradient.joining import NORMALIZED
+from export.gradient.walk import OUTPUTS, append_input_gradient
+from export.own_network import class_names, labelled, values_of
+from export.reference import reference_run
+from export.sources.images import real_images
+from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from runtime.agreement import spearman
+from runtime.errors import EngineError, ModelError, OptionError
+from runtime.files import read_bytes
+from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, ImageInput, Manifest
+from runtime.session import ENGINES, open_session
+from train.input_spec import InputSpec
+
+# Of the logits' norm about their mean, median: by so much two engines round floats otherwise; and by so much codes
+# of a file that is quantized already, which nobody lowered for the engine.
+LARGEST_DIFFERENCE = 1e-3
+LARGEST_OF_CODES = 0.1
+_RANDOM_IMAGES = 16
+_COMPARED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class OwnOnnx:
+    """The finished file and what is known of it.
+
+    Args:
+        data: contents of the file.
+        manifest: in the file.
+        lines: what the comparisons found.
+    """
+
+    data: bytes
+    manifest: Manifest
+    lines: tuple[str, ...]
+
+
+def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
+    """Return the file of a classifier that a command line names.
+
+    Raises:
+        OptionError: an option does not fit the file.
+        FileError: a file or an image cannot be read.
+        ModelError: it is no classifier, an operator has no gradient, or the result computes something else.
+    """
+    path = Path(options.checkpoint)
+    if options.int8 or options.calibrate:
+        raise OptionError(
+            f"{path}: ONNX files are taken as they are, not quantized; export the network itself "
+            "(module:factory --int8), or quantize the file first (onnxruntime, NNCF) and leave --int8 out"
+        )
+    if options.target not in ENGINES:
+        raise OptionError(f"--target {options.target}: expected one of {', '.join(ENGINES)} for an ONNX file")
+    found = read_classifier(path)
+    size = options.size or found.size
+    if size is None or (found.size is not None and size != found.size):
+        given = f"--size {size[0]}x{size[1]}" if size else "the file leaves its image's size open"
+        wanted = f"expected {found.size[0]}x{found.size[1]}" if found.size else "give it with --size"
+        raise OptionError(f"{path}: {given}, {wanted}")
+    mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
+    std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
+    spec = InputSpec(size, found.channels, mean, std)
+    labels = None
+    names: tuple[str, ...] = ()
+    pixels = np.random.default_rng(0).integers(0, 256, (_RANDOM_IMAGES, *size, found.channels), dtype=np.uint8)
+    if options.data is not None:
+        status("reading images ...")
+        images = real_images(options.data, options.data_root, spec, 2)
+        names = class_names(options.classes, images.classes, found.classes)
+        images = labelled(images, names)
+        labels = images.labels.numpy() if images.labels is not None else None
+        pixels = np.ascontiguousarray(images.test.permute(0, 2, 3, 1).numpy())
+    names = names or class_names(options.classes, (), found.classes)
+    exported = as_it_is(
+        found, spec, names, target=options.target, saliency=not options.no_saliency, gate=options.gate,
+        arch=path.stem, sha256=hashlib.sha256(read_bytes(path)).hexdigest(), resize=options.resize or "crop",
+    )  # fmt: skip
+    status("verifying ...")
+    original = onnx.load(path)
+    original.graph.name = original.graph.name or "classifier"
+    kind = "real" if options.data is not None else "random"
+    lines = compared(original, found, exported, spec, pixels[:_COMPARED_IMAGES], target=options.target, kind=kind)
+    if labels is not None:
+        logits = _on_engine(exported, options.target, pixels, ("logits",))
+        if logits is not None:
+            right = 100 * float((logits["logits"].argmax(1) == labels).mean())
+            lines.append(f"accuracy on {len(labels):,} images of {options.data}: {right:.2f} %")
+    status("")
+    return OwnOnnx(exported.data, exported.manifest, tuple(lines))
+
+
+def as_it_is(
+    found: OnnxClassifier,
+    input_spec: InputSpec,
+    classes: Sequence[str],
+    *,
+    target: str = "openvino",
+    saliency: bool = True,
+    gate: str = "code",
+    arch: str = "own",
+    sha256: str = "",
+    resize: str = "crop",
+) -> OwnOnnx:
+    """Return a classifier as a file of ours, not verified: its normalization, its gradient and a manifest added.
+
+    Args:
+        found: from `export.sources.onnx_file.read_classifier`.
+        input_spec: how pixels become what it takes.
+        classes: names, in the order of the logits.
+        target: engine that the manifest names.
+        saliency: add the input gradient.
+        gate: see `export.gradient.append_input_gradient`.
+        arch: the network's name in the manifest.
+        sha256: of the file it came from.
+        resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
+
+    Raises:
+        ModelError: an operator has no gradient.
+    """
+    mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
+    model = with_pixels(found, input_spec.size, mean, std)
+    if saliency:
+        model = append_input_gradient(model, input=NORMALIZED, logits="logits", outputs=OUTPUTS, gate=gate)
+    quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    image = ImageInput(input_spec.size, input_spec.channels, input_spec.mean, input_spec.std, resize)
+    manifest = Manifest(
+        arch=arch, precision="int8" if quantized else "fp32", target=target, input=image, classes=tuple(classes),
+        checkpoint=sha256, versions={"onnx": onnx.__version__},
+    )  # fmt: skip
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+    onnx.checker.check_model(model, full_check=True)
+    return OwnOnnx(model.SerializeToString(), manifest, ())
+
+
+def compared(
+    original: onnx.ModelProto,
+    found: OnnxClassifier,
+    exported: OwnOnnx,
+    input_spec: InputSpec,
+    pixels: np.ndarray,
+    *,
+    target: str,
+    kind: str,
+) -> list[str]:
+    """Compare a file with the classifier it was made of and say what was found.
+
+    Args:
+        original: the classifier as it came.
+        found: what was understood of it.
+        exported: the file.
+        input_spec: how pixels become what the classifier takes.
+        pixels: images uint8 [n, H, W, C].
+        target: engine that the file is also run on, where it is installed.
+        kind: of the images, for the text.
+
+    Raises:
+        ModelError: the file gives other logits.
+    """
+    mean, std = (np.asarray(values, np.float32) for values in (input_spec.mean, input_spec.std))
+    floats = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
+    floats = floats if found.layout == "NHWC" else floats.transpose(0, 3, 1, 2)
+    run_original, runner = reference_run(original)
+    outputs = [run_original({found.input: np.ascontiguousarray(floats[i : i + 1])}) for i in range(len(floats))]
+    name = original.graph.output[0].name
+    expected = np.concatenate([output[name].reshape(1, -1) for output in outputs])
+    as_logits = found.output == name
+    model = onnx.load_model_from_string(exported.data)
+    explains = any(value.name == TARGET_NAME for value in model.graph.input)
+    feeds = {INPUT_NAME: pixels}
+    if explains:
+        feeds[TARGET_NAME] = np.full(len(pixels), -1)
+    inside = reference_run(model)[0](feeds)
+    lines = [
+        f"verified: on {len(pixels)} {kind} images "
+        + _difference(inside["logits"], expected, as_logits, runner, LARGEST_DIFFERENCE)
+    ]
+    wanted = ("logits", "saliency") if explains else ("logits",)
+    engine = _on_engine(exported, target, pixels, wanted)
+    largest = LARGEST_OF_CODES if exported.manifest.precision == "int8" else LARGEST_DIFFERENCE
+    if engine is None:
+        lines.append(f"verified: not run on {target}: it is not installed here")
+        return lines
+    lines.append(f"verified: {_difference(engine['logits'], expected, as_logits, target, largest)}")
+    if explains:
+        agreement = spearman(engine["saliency"], inside["saliency"]).mean()
+        lines.append(f"explains: maps on {target} against the graph's: Spearman {agreement:.3f}")
+    return lines
+
+
+def _difference(logits: np.ndarray, expected: np.ndarray, as_logits: bool, runner: str, largest: float) -> str:
+    """Say how far logits are from the original's output; raise ModelError where they are another network's."""
+    if not as_logits:
+        logits = np.exp(logits - logits.max(1, keepdims=True))
+        logits = logits / logits.sum(1, keepdims=True)
+    spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
+    difference = float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
+    changed = int((logits.argmax(1) != expected.argmax(1)).sum())
+    classes = "all classes equal" if not changed else f"{changed} of {len(logits)} classes differ"
+    if not difference <= largest:
+        raise ModelError(
+            f"on {runner}: logits differ by {difference:.2g} of their size (median), {classes}; expected the "
+            f"original's, within {largest}; export for another --target, or report the network"
+        )
+    return f"logits by {difference:.1g} of their size (median), {classes} ({runner})"
+
+
+def _on_engine(
+    exported: OwnOnnx, target: str, pixels: np.ndarray, outputs: tuple[str, ...]
+) -> dict[str, np.ndarray] | None:
+    try:
+        session = open_session(exported.data, engine=target)
+    except EngineError:
+        return None
+    feeds = {INPUT_NAME: pixels}
+    if len(outputs) > 1:
+        feeds[TARGET_NAME] = np.full(len(pixels), -1)
+    try:
+        return session.run(feeds, outputs)
+    finally:
+        session.close()

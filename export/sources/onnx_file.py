@@ -1,0 +1,184 @@
+"""Anyone's ONNX classifier as it is: pixels in front, the softmax at its end left out, its batch opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, numpy_helper
+
+from export.gradient.joining import NORMALIZED, channel_axis, find_source, first_line, prepare_model
+from export.gradient.tape import Tape
+from export.graph import infer_shapes
+from runtime.errors import FileError, ModelError
+from runtime.files import read_bytes
+from runtime.manifest import INPUT_NAME
+
+_LAYOUTS = {1: "NCHW", 3: "NHWC"}
+
+
+@dataclass(frozen=True)
+class OnnxClassifier:
+    """An ONNX classifier, read and understood.
+
+    Args:
+        model: at an opset that the gradient's rules know, with shapes.
+        input: name of its image.
+        output: name of its logits; what a softmax at the end is given.
+        layout: "NCHW" or "NHWC".
+        size: height and width of its image; None where the file leaves them open.
+        channels: 1 or 3.
+        classes: number of logits.
+    """
+
+    model: onnx.ModelProto
+    input: str
+    output: str
+    layout: str
+    size: tuple[int, int] | None
+    channels: int
+    classes: int
+
+
+def read_classifier(path: str | Path) -> OnnxClassifier:
+    """Read an ONNX file of anyone's.
+
+    Raises:
+        FileError: it is not there, or no whole ONNX file.
+        ModelError: it is no classifier of one image of floats.
+    """
+    path = Path(path)
+    try:
+        original = onnx.load_from_string(read_bytes(path))
+        onnx.load_external_data_for_model(original, str(path.parent))
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None
+    try:
+        return _understood(original)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def _understood(original: onnx.ModelProto) -> OnnxClassifier:
+    original.graph.name = original.graph.name or "classifier"  # ONNX asks for a name, and some writers give none
+    _keep_one_of_each_output(original.graph)
+    model = prepare_model(original)
+    _open_batch(model)
+    inferred = infer_shapes(model)
+    tape = Tape(inferred, "code", int8=False)
+    source = find_source(inferred, tape, None)
+    if tape.rank(source) != 4:
+        raise ModelError(f"input {source!r}: has {tape.rank(source)} axes, expected an image [N, C, H, W]")
+    shape = tape.shape(source)
+    axis = channel_axis(inferred, tape, source)
+    channels = shape[axis]
+    if channels not in (1, 3):
+        raise ModelError(f"input {source!r}: has {channels} channels, expected 1 (grey) or 3 (RGB)")
+    height, width = (side for i, side in enumerate(shape) if i not in (0, axis))
+    (output, *others) = [value.name for value in model.graph.output]
+    if others:
+        raise ModelError(f"outputs {output!r}, {', '.join(map(repr, others))}: expected one, the logits [N, K]")
+    last = tape.producer[output]
+    if last.op_type == "Softmax":
+        output = last.input[0]
+    if tape.rank(output) != 2 or not isinstance(tape.shape(output)[1], int):
+        raise ModelError(f"output {output!r}: has shape {list(tape.shape(output))}, expected logits [N, K]")
+    size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    return OnnxClassifier(model, source, output, _LAYOUTS[axis], size, channels, int(tape.shape(output)[1] or 0))
+
+
+def with_pixels(
+    found: OnnxClassifier, size: tuple[int, int], mean: np.ndarray, std: np.ndarray
+) -> onnx.ModelProto:
+    """Return the graph behind the normalization of its image: uint8 [N, H, W, C] in, `logits` [N, K] out.
+
+    Args:
+        found: the classifier.
+        size: height and width of the image.
+        mean: by channel, on the scale where 255 is 1.
+        std: likewise; the network gets (p / 255 - mean) / std.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(found.model)
+    graph = model.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    for name in (INPUT_NAME, NORMALIZED, "logits"):
+        if name in taken and name not in (found.input, found.output):
+            _rename(graph, name, f"{name}/own")
+    source = found.input
+    if source == INPUT_NAME:
+        source = f"{source}/own"
+        _rename(graph, found.input, source)
+    constants = {
+        "pixel_mean": (255 * mean).astype(np.float32).reshape(1, -1, 1, 1),
+        "pixel_std": (255 * std).astype(np.float32).reshape(1, -1, 1, 1),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    behind = source if found.layout == "NCHW" else NORMALIZED
+    front = [
+        helper.make_node("Transpose", [INPUT_NAME], ["pixels"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["pixels"], ["pixels_float"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["pixels_float", "pixel_mean"], ["pixels_centred"]),
+        helper.make_node("Div", ["pixels_centred", "pixel_std"], [NORMALIZED]),
+    ]
+    if found.layout == "NHWC":
+        front.append(helper.make_node("Transpose", [NORMALIZED], [source], perm=[0, 2, 3, 1]))
+    elif behind != NORMALIZED:
+        front.append(helper.make_node("Identity", [NORMALIZED], [source]))
+    nodes = [*front, *graph.node]
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    if found.output != "logits":
+        graph.node.append(helper.make_node("Identity", [found.output], ["logits"]))
+    image = [None, *size, found.channels]
+    graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["N", *image[1:]]))
+    graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", found.classes]))
+    return model
+
+
+def _open_batch(model: onnx.ModelProto) -> None:
+    """Let a graph for one image take any number, in place: input and reshapes that begin with 1.
+
+    A reshape to [1, K] of what has more than one image would mix them; the export compares images one by one.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    for value in (*graph.input, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in constants and dims and (dims[0].dim_value == 1 or dims[0].dim_param):
+            dims[0].Clear()
+            dims[0].dim_param = "N"
+    del graph.value_info[:]
+    weights = set(constants)
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in constants or node.input[0] in weights:
+            continue
+        shape = numpy_helper.to_array(constants[node.input[1]]).copy()
+        if not shape.size or shape[0] != 1:
+            continue
+        shape[0] = 0 if (shape[1:] == -1).any() else -1
+        name = f"{node.output[0]}/shape"
+        graph.initializer.append(numpy_helper.from_array(shape, name))
+        node.input[1] = name
+
+
+def _keep_one_of_each_output(graph: onnx.GraphProto) -> None:
+    """Drop, in place, outputs that are named twice."""
+    outputs = {value.name: value for value in graph.output}
+    kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs.values()]
+    del graph.output[:]
+    graph.output.extend(kept)
+
+
+def _rename(graph: onnx.GraphProto, name: str, new: str) -> None:
+    for node in graph.node:
+        node.input[:] = [new if value == name else value for value in node.input]
+        node.output[:] = [new if value == name else value for value in node.output]
+    for tensor in graph.initializer:
+        tensor.name = new if tensor.name == name else tensor.name
