@@ -33,7 +33,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "gradient/rules": {".", "gradient"},
         "verification": {".", "gradient"},
         "engine": {"."},
-        "sources": set(),
+        "sources": {".", "gradient"},
     },
     "bench": {
         "measure": set(),
