@@ -26,6 +26,22 @@ from train.models import factory
 if TYPE_CHECKING:
     from train.model import QuantizedModel
 
+# What may be exported, and the options that say nothing of it.
+_CHECKPOINT, _NETWORK, _ONNX = "a checkpoint", "a network of your own", "an ONNX file"
+_NOT_OF = {
+    _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels"),
+    _NETWORK: ("calibrate", "qat", "pixels"),
+    _ONNX: (
+        "state",
+        "qat",
+        "bits",
+        "search",
+        "samples",
+        "no_equalize",
+        "no_bias_correction",
+        "saliency_precision",
+    ),
+}
 _NOT_RUN = {"tensorrt": "python -m export.engine builds a plan and checks its layers"}
 
 EXAMPLES = """
@@ -72,11 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from export.pipeline import export
     from train.quantization.quantize import warnings_of
 
-    if Path(options.checkpoint).suffix == ".onnx":
+    kind = _kind(options.checkpoint)
+    for name in _NOT_OF[kind]:
+        if getattr(options, name) != parser.get_default(name):
+            raise OptionError(
+                f"--{name.replace('_', '-')}: is not for {kind}, which {options.checkpoint} is; drop it"
+            )
+    if kind == _ONNX:
         _export_onnx(options)
         return
-    own = factory.is_factory(options.checkpoint) and not Path(options.checkpoint).exists()
-    model, output, sha256 = _own(options) if own else _trained(options)
+    model, output, sha256 = _own(options) if kind == _NETWORK else _trained(options)
     int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
     exported = export(
         model,
@@ -106,6 +127,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomically(output, exported.data)
     gives = "class only" if options.no_saliency else "class and input gradient"
     print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
+def _kind(source: str) -> str:
+    """Return what is to be exported, by the form of its name."""
+    if Path(source).suffix == ".onnx":
+        return _ONNX
+    return _NETWORK if factory.is_factory(source) and not Path(source).exists() else _CHECKPOINT
 
 
 def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:

@@ -105,8 +105,15 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     input_spec = _input_spec(options, network)
     status("reading images ...")
     images = real_images(options.data, options.data_root, input_spec, options.samples)
-    with torch.no_grad():
-        shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
+    try:
+        with torch.no_grad():
+            shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
+    except (RuntimeError, ValueError) as error:
+        height, width = input_spec.size
+        raise OptionError(
+            f"{options.checkpoint}: does not run on an image of {height}x{width} "
+            f"({str(error).splitlines()[0]}); give its size with --size"
+        ) from None
     if len(shape) != 2:
         raise OptionError(f"{options.checkpoint}: gives {list(shape)} for one image, expected logits [1, K]")
     classes = class_names(options.classes, images.classes, shape[1])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from export.gradient.joining import NORMALIZED
+from export.gradient.joining import NORMALIZED, first_line
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.own_network import class_names, labelled, values_of
 from export.reference import reference_run
@@ -175,10 +175,18 @@ def compared(
     mean, std = (np.asarray(values, np.float32) for values in (input_spec.mean, input_spec.std))
     floats = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
     floats = floats if found.layout == "NHWC" else floats.transpose(0, 3, 1, 2)
-    run_original, runner = reference_run(original)
-    outputs = [run_original({found.input: np.ascontiguousarray(floats[i : i + 1])}) for i in range(len(floats))]
+    floats = floats.astype(onnx.helper.tensor_dtype_to_np_dtype(found.kinds[0]))
+    try:
+        run_original, runner = reference_run(original)
+        parts = np.ascontiguousarray(floats).reshape(-1, 1, *floats.shape[1:])
+        outputs = [run_original({found.input: part}) for part in parts]
+    except Exception as error:  # of whichever library runs it
+        height, width = input_spec.size
+        raise ModelError(
+            f"the file itself does not run on an image of {height}x{width} ({first_line(error)}); check --size"
+        ) from None
     name = original.graph.output[0].name
-    expected = np.concatenate([output[name].reshape(1, -1) for output in outputs])
+    expected = np.concatenate([output[name].reshape(1, -1) for output in outputs]).astype(np.float32)
     as_logits = found.output == name
     model = onnx.load_model_from_string(exported.data)
     explains = any(value.name == TARGET_NAME for value in model.graph.input)

@@ -135,6 +135,8 @@ def test_calibration_keeps_mean_outputs_in_one_walk(digits: ImageData) -> None:
         (["grey", "--data", "digits", "--mean", "1", "2"], OptionError, "2 numbers, expected 1 or 1"),
         (["grey", "--data", "digits", "--std", "0"], OptionError, "expected numbers above 0"),
         (["grey", "--data", "digits", "--size", "big"], OptionError, "expected pixels, as in 224"),
+        (["grey", "--data", "digits", "--qat", "TEXT"], OptionError, "--qat: is not for a network of your own"),
+        (["square", "--data", "digits", "--size", "7"], OptionError, "does not run on an image of 7x7"),
         (["grey", "--data", "digits", "--samples", "1"], OptionError, "expected a whole number from 2"),
     ],
 )

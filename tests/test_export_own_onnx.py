@@ -152,6 +152,8 @@ def test_every_command_takes_the_result(tmp_path: Path, capsys: pytest.CaptureFi
         ({}, ["--int8"], OptionError, "taken as they are, not quantized"),
         ({}, ["--size", "9x9"], OptionError, "--size 9x9, expected 6x8"),
         ({}, ["--target", "tensorrt"], OptionError, "expected one of openvino, ort"),
+        ({}, ["--bits", "4"], OptionError, "--bits: is not for an ONNX file"),
+        ({"batch": 4}, [], ModelError, "takes 4 images at a time, expected one or any number"),
         ({"channels": 2}, [], ModelError, "has 2 channels, expected 1 .grey. or 3 .RGB."),
         ({"ends": ("Hardmax",)}, [], ModelError, "Hardmax node"),
     ],
@@ -165,6 +167,41 @@ def test_what_cannot_be_taken_is_told_and_nothing_is_written(
         main([str(path), *arguments, "-o", str(output)])
     assert "\n" not in str(caught.value)
     assert not output.exists()
+
+
+def test_a_file_of_half_precision_keeps_it(tmp_path: Path) -> None:
+    kind = TensorProto.FLOAT16
+    path, output = tmp_path / "net.onnx", tmp_path / "ours.onnx"
+    model = classifier_file(path, image="normalized", ends=())
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor).astype(dtype)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = kind
+    path.write_bytes(model.SerializeToString())
+    main([str(path), "--target", "ort", "-o", str(output)])
+    frame = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    run, _ = reference_run(model)
+    pixels = (frame / np.float32(255)).transpose(2, 0, 1)[None].astype(dtype)
+    classifier = Classifier(output, engine="ort")
+    np.testing.assert_allclose(classifier.logits(frame[None]), run({"normalized": pixels})["out0"], atol=5e-3)
+    assert classifier.explain(frame).map.max() > 0
+
+
+def test_an_open_size_is_asked_for_and_a_wrong_one_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    model = classifier_file(path)
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].Clear()
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(OptionError, match="leaves its image's size open, give it with --size"):
+        main([str(path)])
+    with pytest.raises(ModelError, match=r"does not run on an image of 9x9 .*; check --size"):
+        main([str(path), "--size", "9x9"])
+    main([str(path), "--size", "6x8", "-o", str(tmp_path / "ours.onnx")])
+    assert Classifier(tmp_path / "ours.onnx").session.manifest.input.size == (6, 8)
 
 
 def test_a_broken_file_and_the_file_itself_as_output_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ class OnnxClassifier:
         size: height and width of its image; None where the file leaves them open.
         channels: 1 or 3.
         classes: number of logits.
+        kinds: element types of image and logits, of onnx.TensorProto.
     """
 
     model: onnx.ModelProto
@@ -41,6 +42,7 @@ class OnnxClassifier:
     size: tuple[int, int] | None
     channels: int
     classes: int
+    kinds: tuple[int, int]
 
 
 def read_classifier(path: str | Path) -> OnnxClassifier:
@@ -73,21 +75,26 @@ def _understood(original: onnx.ModelProto) -> OnnxClassifier:
     if tape.rank(source) != 4:
         raise ModelError(f"input {source!r}: has {tape.rank(source)} axes, expected an image [N, C, H, W]")
     shape = tape.shape(source)
+    if shape[0] is not None:
+        raise ModelError(f"input {source!r}: takes {shape[0]} images at a time, expected one or any number")
     axis = channel_axis(inferred, tape, source)
     channels = shape[axis]
     if channels not in (1, 3):
         raise ModelError(f"input {source!r}: has {channels} channels, expected 1 (grey) or 3 (RGB)")
     height, width = (side for i, side in enumerate(shape) if i not in (0, axis))
-    (output, *others) = [value.name for value in model.graph.output]
-    if others:
-        raise ModelError(f"outputs {output!r}, {', '.join(map(repr, others))}: expected one, the logits [N, K]")
+    outputs = [value.name for value in model.graph.output]
+    if len(outputs) != 1 or outputs[0] not in tape.producer:
+        raise ModelError(f"{len(outputs)} outputs ({', '.join(outputs)}), expected one, the logits [N, K]")
+    output = outputs[0]
     last = tape.producer[output]
     if last.op_type == "Softmax":
         output = last.input[0]
     if tape.rank(output) != 2 or not isinstance(tape.shape(output)[1], int):
         raise ModelError(f"output {output!r}: has shape {list(tape.shape(output))}, expected logits [N, K]")
     size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-    return OnnxClassifier(model, source, output, _LAYOUTS[axis], size, channels, int(tape.shape(output)[1] or 0))
+    return OnnxClassifier(model, source, output, _LAYOUTS[axis], size, channels, int(tape.shape(output)[1] or 0),
+        (tape.type(source), tape.type(output)),
+    )  # fmt: skip
 
 
 def with_pixels(
@@ -117,22 +124,27 @@ def with_pixels(
         "pixel_std": (255 * std).astype(np.float32).reshape(1, -1, 1, 1),
     }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    behind = source if found.layout == "NCHW" else NORMALIZED
     front = [
         helper.make_node("Transpose", [INPUT_NAME], ["pixels"], perm=[0, 3, 1, 2]),
         helper.make_node("Cast", ["pixels"], ["pixels_float"], to=TensorProto.FLOAT),
         helper.make_node("Sub", ["pixels_float", "pixel_mean"], ["pixels_centred"]),
         helper.make_node("Div", ["pixels_centred", "pixel_std"], [NORMALIZED]),
     ]
+    if source == NORMALIZED:
+        source = f"{source}/own"
+        _rename(graph, found.input, source)
+    typed = source if found.layout == "NCHW" else "pixels_typed"
+    front.append(helper.make_node("Cast", [NORMALIZED], [typed], to=found.kinds[0]))
     if found.layout == "NHWC":
-        front.append(helper.make_node("Transpose", [NORMALIZED], [source], perm=[0, 2, 3, 1]))
-    elif behind != NORMALIZED:
-        front.append(helper.make_node("Identity", [NORMALIZED], [source]))
+        front.append(helper.make_node("Transpose", [typed], [source], perm=[0, 2, 3, 1]))
     nodes = [*front, *graph.node]
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
-    if found.output != "logits":
-        graph.node.append(helper.make_node("Identity", [found.output], ["logits"]))
+    output = found.output
+    if output == "logits":
+        output = "logits/own"
+        _rename(graph, "logits", output)
+    graph.node.append(helper.make_node("Cast", [output], ["logits"], to=TensorProto.FLOAT))
     image = [None, *size, found.channels]
     graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["N", *image[1:]]))
     graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", found.classes]))
