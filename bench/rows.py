@@ -81,6 +81,27 @@ def _of_every_method(data: str) -> tuple[Row, ...]:
     )
 
 
+# ResNet-20 from scratch; 3,494 of 3,882 training images show pneumonia, so each class is drawn equally often.
+_XRAYS = ("--data pneumoniamnist --arch resnet20 --balanced-sampling --crop-padding 3 --rotate-degrees 8 "
+          "--zoom 0.1 --weight-decay 5e-4 --batch-size 64 --precision bfloat16")  # fmt: skip
+_STEEL = ("--data folder:data/neu-128 --image-size 128 --test-share 0.2 --arch resnet20 --flip --crop-padding 8 "
+          "--rotate-degrees 10 --zoom 0.1 --weight-decay 5e-4 --batch-size 32 --precision bfloat16")  # fmt: skip
+
+
+def _of_a_chest(seed: int) -> tuple[Row, ...]:
+    """Return the rows of one seed: float, and from it 8 bits by every method."""
+    start = f"pneumoniamnist-resnet20-float-plain-seed{seed}"
+    methods = {"plain": "--lr 0.01", "sgt": "--lr 0.01 --kl-weight 0.05", "asg": ""}
+    return (
+        Row(start, f"{_XRAYS} --bits 32 --method plain --epochs 20 --lr 0.05 --seed {seed}"),
+        *(
+            Row(f"pneumoniamnist-resnet20-8bit-{method}-seed{seed}",
+                f"{_XRAYS} --bits 8 --method {method} --epochs 6 {rates} --seed {seed}", init=start)
+            for method, rates in methods.items()
+        ),
+    )  # fmt: skip
+
+
 TABLES = {
     "digits": (
         Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
@@ -108,6 +129,12 @@ TABLES = {
             init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
         Row("cifar10-resnet20-2bit-sgt", "--recipe clearpact-cifar10-2bit", asked=90.0,
             init="cifar10-resnet20-4bit-sgt", teacher="cifar10-resnet20-float-plain"),
+    ),
+    "chest-xrays": tuple(row for seed in _SEEDS for row in _of_a_chest(seed)),
+    "steel": (
+        Row("neu-128-resnet20-float-plain", f"{_STEEL} --bits 32 --method plain --epochs 24 --lr 0.05"),
+        Row("neu-128-resnet20-8bit-sgt", f"{_STEEL} --bits 8 --method sgt --epochs 6 --lr 0.01 --kl-weight 0.05",
+            asked=99.0, init="neu-128-resnet20-float-plain"),
     ),
     "deit": (
         Row("cifar10-deit_tiny-8bit-plain", f"{_DEIT} --method plain"),

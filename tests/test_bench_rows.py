@@ -16,6 +16,7 @@ from train import checkpoint as checkpoints
 from train import loop, run
 from train.choices import FLOAT_BITS
 from train.data.images import ImageData
+from train.data.names import short_name
 from train.options import training_parser
 from train.quantization.quantize import describe
 
@@ -25,7 +26,7 @@ ROWS = [row for table in TABLES.values() for row in table]
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_command_that_train_takes(row: Row, tmp_path: Path) -> None:
     arch, quant, recipe = run.settings(training_parser().parse_args(row.arguments(tmp_path)))
-    assert row.name.startswith(f"{recipe.data}-{arch}-{run.bits_name(quant)}-{recipe.method}")
+    assert row.name.startswith(f"{short_name(recipe.data)}-{arch}-{run.bits_name(quant)}-{recipe.method}")
     assert recipe.teacher == (str(tmp_path / row.teacher / "ckpt.pt") if row.teacher else "")
 
 

@@ -88,6 +88,37 @@ def test_mnist_is_read_from_its_original_files(tmp_path: Path) -> None:
     assert loaded.classes == tuple("0123456789")
 
 
+def write_medmnist(path: Path, counts: dict[str, int], labels: int = 2) -> dict[str, np.ndarray]:
+    """Write random images uint8 [N, 28, 28] in the layout of MedMNIST; return the arrays."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{p}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for p, n in counts.items()}
+    arrays |= {f"{p}_labels": rng.integers(0, labels, (n, 1), dtype=np.uint8) for p, n in counts.items()}
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    return arrays
+
+
+def test_medmnist_brings_its_own_validation_split(tmp_path: Path) -> None:
+    arrays = write_medmnist(tmp_path / "pneumoniamnist.npz", {"train": 20, "val": 6, "test": 9})
+    loaded = datasets.load("pneumoniamnist", tmp_path)
+    assert loaded.classes == ("normal", "pneumonia")
+    assert loaded.val_images is not None
+    for part, images in (("train", loaded.train_images), ("val", loaded.val_images), ("test", loaded.test_images)):
+        assert np.array_equal(images[:].numpy()[:, 0], arrays[f"{part}_images"])
+    assert np.array_equal(loaded.test_labels.numpy(), arrays["test_labels"][:, 0])
+
+
+@pytest.mark.parametrize("labels", [0, 3])
+def test_another_file_in_the_place_of_medmnist_is_refused(tmp_path: Path, labels: int) -> None:
+    path = tmp_path / "pneumoniamnist.npz"
+    path.write_bytes(b"PK\x03\x04 cut")
+    if labels:
+        write_medmnist(path, {"train": 50, "val": 6, "test": 9}, labels)
+    with pytest.raises(FileError, match=r"not what it should be, expected MedMNIST's pneumoniamnist\.npz"):
+        datasets.load("pneumoniamnist", tmp_path)
+    with pytest.raises(FileError, match="no such file"):
+        datasets.load("pneumoniamnist", tmp_path / "nowhere")
+
+
 def test_command_writes_a_split_that_needs_no_torch(tmp_path: Path, digits: ImageData) -> None:
     main(["digits", "-o", str(tmp_path / "d.npz")])
     with np.load(tmp_path / "d.npz", allow_pickle=False) as archive:

@@ -31,6 +31,17 @@ def test_a_class_is_split_80_10_10_without_overlap(count: int, seed: int) -> Non
     assert len(train) >= 1
 
 
+@given(st.integers(3, 200), st.floats(0, 0.5))
+def test_the_share_that_tests_can_be_chosen(count: int, share: float) -> None:
+    names = tuple(f"cat/{i}.png" for i in range(count))
+    parts = splits._shares(names, 0, share)
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert len(parts[1]) == max(1, round(count / 10))
+    assert len(parts[2]) == min(max(1, round(count * share)), count - len(parts[1]) - 1)
+    # More test images leave those of a smaller share where they are.
+    assert set(splits._shares(names, 0, share / 2)[2]) <= set(parts[2])
+
+
 def test_a_split_depends_on_seed_and_names_alone(folder: Path, tmp_path: Path) -> None:
     split = splits.find(f"folder:{folder}")
     assert split.classes == ("one", "two", "zero")

@@ -62,6 +62,8 @@ def training_parser() -> argparse.ArgumentParser:
     folders.add_argument("--image-size", type=int, metavar="PIXELS",
                          help="side they get, cropped and resized (default: 64; the named ones 224)")  # fmt: skip
     folders.add_argument("--split-seed", type=int, help="of the split 80/10/10, where there is none (default: 0)")
+    folders.add_argument("--test-share", type=float, metavar="SHARE",
+                         help="of such a split that tests, 0 to 0.5 (default: 0.1)")  # fmt: skip
     folders.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
     folders.add_argument("--workers", type=int, help="processes that decode (default: one a core, if worth it)")
     folders.add_argument("--memory-gib", type=float, default=MEMORY_BYTES / 2**30, metavar="GIB",

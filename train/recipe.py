@@ -9,7 +9,7 @@ from typing import Any
 from runtime.errors import OptionError
 from train.choices import FILLS, METHODS, OPTIMIZERS, SCHEDULES, STEP_PRECISIONS
 from train.data.augment import Augmentation
-from train.data.names import DATA_SETS, EXPECTED, PREFIX, data_name, is_folder
+from train.data.names import DATA_SETS, EXPECTED, MEDMNIST, PREFIX, data_name, is_folder
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Recipe:
         data: one of train.data.names.DATA_SETS, or "folder:PATH".
         image_size: side in pixels to which an image folder's images are cropped and resized; 0 for other data.
         split_seed: of the split of an image folder that has none of its own.
+        test_share: of the images that such a split tests on, 0 to 0.5.
         split: digest of an image folder's split, see train.data.splits; "" before the run has begun.
         validation: training images held out to choose among runs, where the data set has no such split; the same
             ones whatever the seed, so that what starts from a run or learns from it has not seen them either.
@@ -95,6 +96,7 @@ class Recipe:
     seed: int = 0
     image_size: int = 0
     split_seed: int = 0
+    test_share: float = 0.1
     split: str = ""
     validation: int = 0
 
@@ -113,7 +115,7 @@ class Recipe:
         if is_folder(self.data) != (self.image_size > 0):
             expected = "a side in pixels, as in 64" if is_folder(self.data) else "none, its images have one size"
             raise OptionError(f"image_size {self.image_size} of {self.data}: expected {expected}")
-        if self.validation and is_folder(self.data):
+        if self.validation and (is_folder(self.data) or self.data in MEDMNIST):
             raise OptionError(
                 f"validation {self.validation} of {self.data}: expected none, it has a split of its own"
             )
@@ -132,6 +134,8 @@ class Recipe:
                 "class_weights" if self.class_weights else "method smoot, which adapts each image once an epoch"
             )
             raise OptionError(f"balanced_sampling together with {other}: expected one of them; drop the other")
+        if self.test_share > 0.5:
+            raise OptionError(f"test_share {self.test_share}: expected a share from 0 to 0.5")
         if self.color_jitter > 1:
             raise OptionError(f"color_jitter {self.color_jitter}: expected a share from 0 to 1")
         if self.init and self.pretrained:

@@ -90,4 +90,4 @@ def reading_of(recipe: Recipe, run: Path | None) -> Reading:
             raise FileError(
                 f"{run / SPLIT_NAME}: split {split.digest}, expected the checkpoint's {recipe.split}; restore it"
             )
-    return Reading(recipe.image_size, recipe.split_seed, split=split)
+    return Reading(recipe.image_size, recipe.split_seed, recipe.test_share, split=split)

@@ -15,7 +15,7 @@ from runtime import command
 from runtime.files import write_atomically
 from runtime.outputs import check_outputs
 from train.data import names
-from train.data.splits import sources_of
+from train.data.splits import TEST_SHARE, sources_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,13 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", default="data", help="folder of the original files (default: data)")
     parser.add_argument("--image-size", type=int, default=64, help="of folders: side in pixels (default: 64)")
     parser.add_argument("--split-seed", type=int, default=0, help="of folders without own split (default: 0)")
+    parser.add_argument("--test-share", type=float, default=TEST_SHARE, help="of such a split (default: 0.1)")
     options = parser.parse_args(argv)
     from train.data import datasets  # torch takes seconds to import: --help does without
     from train.data.folders import Reading
 
     check_outputs([options.output], inputs=sources_of(options.data, options.data_root))
     # Everything goes into one file: it has to fit into memory.
-    reading = Reading(options.image_size, options.split_seed, memory_bytes=sys.maxsize, workers=None)
+    reading = Reading(
+        options.image_size, options.split_seed, options.test_share, memory_bytes=sys.maxsize, workers=None
+    )
     data = datasets.load(options.data, options.data_root, reading)
     images, labels = (
         (data.test_images, data.test_labels) if options.split == "test" else (data.train_images, data.train_labels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import urllib.error
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FileError
+from runtime.files import read_bytes
 from train.data import folders
 from train.data.folders import Reading
-from train.data.images import ImageData
-from train.data.names import check_name, is_folder
+from train.data.images import ImageData, channels_first
+from train.data.names import MEDMNIST, check_name, is_folder
+from train.data.splits import PARTS
 
 # Pixels that the normalization is measured on.
 _DIGITS_TEST_SHARE = 5  # every fifth image; the set has no split of its own
@@ -25,7 +29,7 @@ def load(name: str, root: str | Path = "data", reading: Reading | None = None) -
 
     Args:
         name: one of DATA_SETS, or "folder:PATH".
-        root: folder that torchvision's data sets read, or that `kvasir` and `caltech101` lie in.
+        root: folder that torchvision's data sets read, or that MedMNIST's files, `kvasir` and `caltech101` lie in.
         reading: how image folders are read.
 
     Raises:
@@ -35,6 +39,8 @@ def load(name: str, root: str | Path = "data", reading: Reading | None = None) -
     check_name(name)
     if name == "digits":
         return _digits()
+    if name in MEDMNIST:
+        return _medmnist(name, Path(root))
     if is_folder(name):
         return folders.load(name, root, reading or folders.Reading())
     from torchvision import datasets as torchvision_data
@@ -65,6 +71,28 @@ def _digits() -> ImageData:
     test = torch.arange(len(images)) % _DIGITS_TEST_SHARE == 0
     classes = tuple(str(c) for c in digits.target_names)
     return ImageData("digits", classes, images[~test], labels[~test], images[test], labels[test])
+
+
+def _medmnist(name: str, root: Path) -> ImageData:
+    """Return one of MEDMNIST: images uint8 [N, H, W] or [N, H, W, 3] and labels [N, 1] of three parts.
+
+    Raises:
+        FileError: the file is missing, or holds something else.
+    """
+    path, classes = root / f"{name}.npz", MEDMNIST[name]
+    expected = f"expected MedMNIST's {name}.npz"
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    try:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+            for part in PARTS:
+                images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].reshape(-1)
+                if images.dtype != np.uint8 or len(images) != len(labels) or labels.max() >= len(classes):
+                    raise ValueError
+                pixels = images[..., None] if images.ndim == 3 else images
+                parts[part] = channels_first(pixels), torch.from_numpy(labels.astype(np.int64))
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+        raise FileError(f"{path}: not what it should be, {expected}; download it again") from None
+    return ImageData(name, classes, *parts["train"], *parts["test"], *parts["val"])
 
 
 def _open(kind: Any, name: str, root: Path, train: bool) -> Any:

@@ -14,18 +14,19 @@ from train.choices import MEMORY_BYTES
 from train.data import splits
 from train.data.decoding import Decoder, read_all, worker_count
 from train.data.images import FileImages, ImageData, Images, channels_first
-from train.data.splits import PARTS, Split
+from train.data.splits import PARTS, TEST_SHARE, Split
 
 IMAGE_SIDE = 64
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an image folder is read; only the first two change what is trained on.
+    """How an image folder is read; only the first three change what is trained on.
 
     Args:
         side: height and width in pixels that every image is cropped and resized to.
         seed: of the split, where the folder has none of its own.
+        test_share: of every class that such a split tests on.
         strict: an image that cannot be read is an error; otherwise it is skipped.
         workers: processes that decode, None: as many as are worth it. A script that asks for any must do so below
             `if __name__ == "__main__"`, since the processes import it; without, this one decodes.
@@ -35,6 +36,7 @@ class Reading:
 
     side: int = IMAGE_SIDE
     seed: int = 0
+    test_share: float = TEST_SHARE
     strict: bool = False
     workers: int | None = 0
     memory_bytes: int = MEMORY_BYTES
@@ -53,7 +55,7 @@ def load(data: str, root: str | Path, reading: Reading) -> ImageData:
         FileError: the folder is missing or laid out otherwise, holds no readable image for a class, or, with
             `strict` or the split of an earlier run, one image that cannot be read.
     """
-    split = reading.split or splits.find(data, root, seed=reading.seed)
+    split = reading.split or splits.find(data, root, seed=reading.seed, test_share=reading.test_share)
     if not Path(split.root).is_dir():
         raise FileError(f"{split.root}: no such folder; where the images have moved, name it: --data folder:PATH")
     paths = {part: split.part(part)[0] for part in PARTS}

@@ -53,7 +53,10 @@ ORIGINALS = {
     "cifar100": "cifar-100-python",
 }  # fmt: skip
 
-DATA_SETS = ("digits", *ORIGINALS, *NAMED)
+# Yang et al. 2023, MedMNIST v2, 28 pixels: one file with a split of its own, by the names of its classes.
+MEDMNIST = {"pneumoniamnist": ("normal", "pneumonia")}
+
+DATA_SETS = ("digits", *ORIGINALS, *MEDMNIST, *NAMED)
 EXPECTED = f"{', '.join(DATA_SETS)} or {PREFIX}PATH"
 
 

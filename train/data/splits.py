@@ -17,10 +17,11 @@ from pathlib import Path, PurePosixPath
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 from runtime.images import is_hidden, is_image_file
-from train.data.names import NAMED, ORIGINALS, PREFIX, data_name, place_of
+from train.data.names import MEDMNIST, NAMED, ORIGINALS, PREFIX, data_name, place_of
 
 SPLIT_NAME = "split.json"
 PARTS = ("train", "val", "test")
+TEST_SHARE = 0.1  # of a folder without a split of its own
 FORMAT, VERSION = "clearpact.split", 1
 
 _OTHER_NAMES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
@@ -84,6 +85,8 @@ def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
         return [Path(root, place) for place in NAMED[data].places]
     if data in ORIGINALS:
         return [Path(root, ORIGINALS[data])]
+    if data in MEDMNIST:
+        return [Path(root, f"{data}.npz")]
     found = [Path(data)] if data.endswith((".npz", ".json")) else []
     if data.endswith(".json"):
         with contextlib.suppress(FileError):  # which is said when the images are read
@@ -91,16 +94,17 @@ def sources_of(data: str | None, root: str | Path = "data") -> list[Path]:
     return found
 
 
-def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
+def find(data: str, root: str | Path = "data", *, seed: int = 0, test_share: float = TEST_SHARE) -> Split:
     """Return the split of a folder: its own, or 80/10/10 of every class.
 
-    Which part a file belongs to depends on the seed and on the names in its class, on nothing else: the same files
-    give the same split on every machine.
+    Which part a file belongs to depends on the seed, the share and the names in its class, on nothing else: the
+    same files give the same split on every machine.
 
     Args:
         data: "folder:PATH" or one of NAMED.
         root: folder below which a named data set lies.
         seed: of the split made here.
+        test_share: of every class that the split made here tests on; a tenth validates.
 
     Raises:
         FileError: the folder is missing or laid out otherwise.
@@ -130,7 +134,7 @@ def find(data: str, root: str | Path = "data", *, seed: int = 0) -> Split:
                 f"{path / name}: {len(names)} images, expected {len(PARTS)} at least to split them into train, "
                 "val and test; add images or remove the folder"
             )
-        for part, chosen in zip(PARTS, _shares(names, seed), strict=True):
+        for part, chosen in zip(PARTS, _shares(names, seed, test_share), strict=True):
             files[part][name] = chosen
     return Split(data_name(data, ""), str(path.resolve()), seed, tuple(folders), files)
 
@@ -240,9 +244,16 @@ def _images(root: Path, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _shares(names: tuple[str, ...], seed: int) -> tuple[tuple[str, ...], ...]:
-    """Return 80, 10 and 10 % of the files of one class, at least one each, drawn by the hash of seed and name."""
+def _shares(names: tuple[str, ...], seed: int, test_share: float = TEST_SHARE) -> tuple[tuple[str, ...], ...]:
+    """Return 80, 10 and 10 % of the files of one class, at least one each, drawn by the hash of seed and name.
+
+    Args:
+        names: at least 3.
+        seed: of the draw.
+        test_share: what the last part gets; the middle one gets a tenth.
+    """
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    tenth = max(1, round(len(names) / 10))
-    parts = drawn[2 * tenth :], drawn[tenth : 2 * tenth], drawn[:tenth]
+    val = max(1, round(len(names) / 10))
+    test = min(max(1, round(len(names) * test_share)), len(names) - val - 1)
+    parts = drawn[test + val :], drawn[test : test + val], drawn[:test]
     return tuple(tuple(sorted(part)) for part in parts)
