@@ -2,7 +2,7 @@
 
 Three curves of every network (measure/removal.py): accuracy without the most salient pixels, and the probability
 of the explained class without them (deletion) and with them alone (insertion). Between any two networks: rank
-correlation and overlap of the maps of the same image (runtime.agreement).
+correlation and overlap of the maps of the same image; bench.agreement says more of two.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bench.measure.data import HELP
 from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.record import append
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
+from bench.networks.agreement import of_maps
 from bench.networks.network import Network, find
 from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from runtime import command
-from runtime.agreement import spearman, top_overlap
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
@@ -109,7 +109,7 @@ def measure(
         found = [removal_curves(network, images, labels, fill=fill, canvas=canvas, target=target, first=first)
                  for network in networks]  # fmt: skip
         maps = [m for _, m in found]
-        agreeing = [[spearman(maps[a], maps[b]).sum(), top_overlap(maps[a], maps[b]).sum()] for a, b in pairs]
+        agreeing = [of_maps(maps[a], maps[b]).sum(0) for a, b in pairs]
         return [Sums.of(curves) for curves, _ in found], np.array(agreeing).reshape(len(pairs), 2)
 
     steps = command.progress(in_parallel(of_batch, _numbered(test.batches()), workers), label="images / 64",

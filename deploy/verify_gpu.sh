@@ -65,7 +65,7 @@ fi
 
 step accuracy_plan required "$python" -m bench.accuracy "$plan" --data "$data" --json
 step accuracy_cpu required "$python" -m bench.accuracy "$model" --data "$data" --json
-step agreement required "$python" -m bench.plan_agreement "$plan" "$model" --data "$data" --json
+step agreement required "$python" -m bench.agreement "$plan" "$model" --data "$data" --json
 
 latency=("$python" -m bench.latency --seconds "$seconds" --json)
 step latency_map required "${latency[@]}" "$plan" --batch 1,8,32 --explain --streams 4
@@ -77,7 +77,7 @@ step energy_class optional "${latency[@]}" "$work/class.plan" --energy --no-cold
 for name in int8 fp16 dla; do
     if [[ -f $work/$name.plan ]]; then
         step "latency_$name" optional "${latency[@]}" "$work/$name.plan" --no-cold-start
-        step "agreement_$name" optional "$python" -m bench.plan_agreement "$work/$name.plan" "$model" --data "$data" --json
+        step "agreement_$name" optional "$python" -m bench.agreement "$work/$name.plan" "$model" --data "$data" --json
     fi
 done
 step latency_cpu optional "${latency[@]}" "$model" --explain --no-cold-start

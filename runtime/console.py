@@ -23,6 +23,7 @@ COMMANDS = {
     "accuracy": ("bench.accuracy", "accuracy of a model on its engine"),
     "saliency": ("bench.saliency", "how well explanations find what a network relies on"),
     "compare": ("bench.compare", "one checkpoint on several engines"),
+    "agreement": ("bench.agreement", "two files, or a file and its checkpoint, image by image"),
     "inspect": ("bench.inspect", "what is in a file, and what an engine makes of it"),
     "sensitivity": ("bench.sensitivity", "what each layer costs at fewer bits"),
     "report": ("bench.report.__main__", "one page of figures of runs and files"),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 OTHERS = {f"bench.{path.stem}" for path in (ROOT / "bench").glob("[a-z]*.py")} | {"bench.report.__main__"}
 MODULES = sorted({module for module, _ in COMMANDS.values()} | OTHERS)
 # Measurements of networks in torch, whose parsers stand beside them.
-WITH_TORCH = {"bench.sensitivity", "bench.calibration", "bench.gradient_price"}
+WITH_TORCH = {"bench.sensitivity", "bench.calibration"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - WITH_TORCH))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import agreement as bench_agreement
 from bench import compare as bench_compare
-from bench import gradient_price as bench_gradient_price
 from bench import saliency as bench_saliency
 from export import onnx as export_onnx
 from export.engine import __main__ as export_engine
@@ -86,7 +86,7 @@ COMMANDS = {
     train.main: ("--resume", "."),
     bench_saliency.main: ("ckpt.pt", "--data", "digits"),
     bench_compare.main: ("ckpt.pt",),
-    bench_gradient_price.main: ("ckpt.pt", "--data", "digits"),
+    bench_agreement.main: ("ckpt.pt", "ckpt.pt", "--data", "digits"),
 }
 
 

@@ -25,6 +25,8 @@ class Network:
         logits: uint8 [N, H, W, C] -> float32 [N, K].
         explain: the same images and the classes to explain, int64 [N] with -1 for the predicted one -> logits, and
             saliency float32 [N, H, W]: the largest |d logit / d normalized pixel| over channels.
+        explains: whether it can; `explain` of a network that gives classes only raises ModelError.
+        close: gives back what the network holds on a GPU.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Network:
     classes: tuple[str, ...]
     logits: Callable[[np.ndarray], np.ndarray]
     explain: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    explains: bool = True
+    close: Callable[[], None] = lambda: None
 
 
 def find(path: str) -> Path:

@@ -26,16 +26,18 @@ def open_networks(
     threads: int | None = None,
     parallel_runs: int = 1,
     with_float: bool = False,
+    classes_only: bool = False,
 ) -> list[Network]:
     """Return the network in a file and, if asked for, the float network that was quantized to it.
 
     Args:
-        path: ONNX file, checkpoint (.pt), or run folder with a checkpoint in it.
+        path: ONNX file, plan, checkpoint (.pt), or run folder with a checkpoint in it.
         engine: of ONNX files; None takes the one the file was exported for.
         threads: CPU threads of one inference; None leaves the number to the engine.
         parallel_runs: how many threads will call at the same time.
         with_float: of a quantized checkpoint, add its network with the quantizers off: float weights, and of PACT
             the clip alone.
+        classes_only: also take a file without maps.
 
     Raises:
         ClearpactError: the file is missing or of another kind, gives classes only, or needs what is not installed.
@@ -43,7 +45,11 @@ def open_networks(
     file = find(path)
     name = display_name(file)
     if file.suffix != ".pt":
-        return [exported_network(file, name, engine=engine, threads=threads, parallel_runs=parallel_runs)]
+        return [
+            exported_network(
+                file, name, engine=engine, threads=threads, parallel_runs=parallel_runs, classes_only=classes_only
+            )
+        ]
     try:
         from bench.networks.checkpoint import checkpoint_networks
     except ImportError as error:
@@ -97,8 +103,9 @@ def exported_network(
     engine: str | None = None,
     threads: int | None = None,
     parallel_runs: int = 1,
+    classes_only: bool = False,
 ) -> Network:
-    """Return the network in an ONNX file.
+    """Return the network in an ONNX file or a plan.
 
     Args:
         source: the file, or its contents.
@@ -106,21 +113,37 @@ def exported_network(
         engine: None takes the one it was exported for.
         threads: CPU threads of one inference; None leaves the number to the engine.
         parallel_runs: see `open_networks`.
+        classes_only: likewise.
 
     Raises:
         ClearpactError: the file is missing or of another kind, gives classes only, or needs what is not installed.
     """
     session = Classifier(source, engine=engine, threads=threads, parallel_runs=parallel_runs).session
     manifest = session.manifest
-    if "saliency" not in session.outputs:
-        file = source if isinstance(source, Path) else name
-        raise ModelError(f"{file}: gives classes only; export it again without --no-saliency")
+    explains = "saliency" in session.outputs
+    file = source if isinstance(source, Path) else name
+    without_maps = ModelError(f"{file}: gives classes only; export it again without --no-saliency")
+    if not explains and not classes_only:
+        session.close()
+        raise without_maps
+
+    def run(inputs: dict[str, np.ndarray], outputs: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return the outputs; a plan takes as many images at a time as it was built for."""
+        n = len(inputs[INPUT_NAME])
+        size = session.max_batch or n
+        parts = [
+            session.run({key: np.ascontiguousarray(value[i : i + size]) for key, value in inputs.items()}, outputs)
+            for i in range(0, n, size)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in outputs}
 
     def logits(images: np.ndarray) -> np.ndarray:
-        return session.run({INPUT_NAME: images})["logits"]
+        return run({INPUT_NAME: images}, ("logits",))["logits"]
 
     def explain(images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "saliency"))
+        if not explains:
+            raise without_maps
+        found = run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "saliency"))
         return found["logits"], found["saliency"]
 
     return Network(
@@ -132,4 +155,6 @@ def exported_network(
         classes=manifest.classes,
         logits=logits,
         explain=explain,
+        explains=explains,
+        close=session.close,
     )
