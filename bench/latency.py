@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import startup
 from bench.layers import profile as layer_profile
 from bench.measure import gpu_latency, power
+from bench.measure.cold_start import ColdStart, Loading, in_turns
 from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
 from runtime import command
@@ -190,11 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(where))
 
 
-def _cold_start(model: str, session: Session, threads: int | None, starts: int = 5) -> startup.ColdStart:
-    steps = command.progress(range(starts), label="cold start")
-    return startup.median([
-        startup.start(model, engine=session.engine, device=session.device, threads=threads) for _ in steps
-    ])  # fmt: skip
+def _cold_start(model: str, session: Session, threads: int | None, starts: int = 5) -> ColdStart:
+    loading = Loading("runtime", Path(model), session.engine, session.device)
+    image = session.manifest.input
+    shape = (*image.size, image.channels)
+    return in_turns({model: loading}, shape=shape, threads=threads, starts=starts)[model]
 
 
 def _open(options: argparse.Namespace) -> Session:

@@ -10,19 +10,16 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.startup")
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
+from bench.measure.cold_start import ColdStart, Loading, median, start
 from bench.measure.environment import describe, environment
 from bench.measure.record import append
 from runtime import command
-from runtime.errors import ModelError, OptionError
+from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES, open_session
 
@@ -34,110 +31,21 @@ EXAMPLES = """
 
 WITHOUT, FIRST, SECOND = "without cache", "first, cache empty", "second, from cache"
 
-_PROCESS = """
-import sys, time
-def resident():
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
-    except OSError:
-        return 0
-memory, times = [resident()], [time.perf_counter()]
-import numpy as np
-memory.append(resident())
-from runtime import Classifier
-times.append(time.perf_counter())
-model, engine, device, threads, cache, explain = sys.argv[1:]
-options = {"engine": engine, "device": device, "threads": int(threads) or None, "cache": cache or None}
-with Classifier(model, **options) as classifier:
-    times.append(time.perf_counter())
-    height, width = classifier.manifest.input.size
-    image = np.zeros((height, width, classifier.manifest.input.channels), np.uint8)
-    if explain:
-        classifier.explain(image)
-    else:
-        classifier.predict(image)
-    times.append(time.perf_counter())
-    memory.append(resident())
-print(*times, *memory)
-"""
-
-
-@dataclass(frozen=True)
-class ColdStart:
-    """Medians of fresh processes.
-
-    Args:
-        import_ms: importing numpy and `runtime`.
-        open_ms: `Classifier(...)`, which imports the engine.
-        predict_ms: the first prediction, which compiles for its batch size.
-        classifier_ms: the two together.
-        first_prediction_ms: everything from the process's first line on.
-        resident_bytes: memory after the prediction; 0 where the system does not say.
-        above_numpy_bytes: of it, what came after numpy was imported.
-        above_interpreter_bytes: of it, what came after the bare interpreter.
-    """
-
-    import_ms: float
-    open_ms: float
-    predict_ms: float
-    classifier_ms: float
-    first_prediction_ms: float
-    resident_bytes: float
-    above_numpy_bytes: float
-    above_interpreter_bytes: float
-
-
-def start(
-    model: str, *, engine: str, device: str, threads: int | None, cache: str = "", explain: bool = False
-) -> list[float]:
-    """Start one fresh process that loads a model and classifies one image; return the fields of a ColdStart.
-
-    Args:
-        model: path of an exported model.
-        engine: see `runtime.session.open_session`.
-        device: likewise.
-        threads: likewise.
-        cache: folder of compiled models, or "" for none.
-        explain: ask for the image's saliency too.
-
-    Raises:
-        ModelError: the process fails; the text is its last line.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", _PROCESS, model, engine, device, str(threads or 0), cache, "explain" * explain],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise ModelError(f"{model}: cold start failed ({reason}); see runtime.classify")
-    *times, interpreter, with_numpy, resident = map(float, done.stdout.split())
-    began, imported, opened, predicted = (1000 * value for value in times)
-    return [imported - began, opened - imported, predicted - opened, predicted - imported, predicted - began,
-            resident, resident - with_numpy, resident - interpreter]  # fmt: skip
-
-
-def median(starts: Sequence[Sequence[float]]) -> ColdStart:
-    """Return the medians, field by field, of what `start` returned."""
-    values = [float(value) for value in np.median(np.array(starts), axis=0)]
-    return ColdStart(*values)
-
 
 def cold_starts(
-    model: str, *, engine: str, device: str, threads: int | None, starts: int, explain: bool = False
+    loading: Loading, *, shape: Sequence[int], threads: int | None, starts: int
 ) -> dict[str, ColdStart]:
     """Return the cold start without a cache, with an empty one and from a filled one, measured in turns.
 
     Raises:
-        ModelError: see `start`.
+        ModelError: see `bench.measure.cold_start.start`.
     """
-    measured: dict[str, list[list[float]]] = {WITHOUT: [], FIRST: [], SECOND: []}
+    measured: dict[str, list[ColdStart]] = {WITHOUT: [], FIRST: [], SECOND: []}
     for _ in command.progress(range(starts), label="cold starts"):
         with tempfile.TemporaryDirectory() as folder:
             for name, found in measured.items():
-                cache = "" if name == WITHOUT else folder
-                found.append(start(model, engine=engine, device=device, threads=threads, cache=cache,
-                                   explain=explain))  # fmt: skip
+                cached = replace(loading, cache="" if name == WITHOUT else folder)
+                found.append(start(cached, shape=shape, threads=threads))
     return {name: median(found) for name, found in measured.items()}
 
 
@@ -159,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Path(options.model).resolve()
     session = open_session(model, engine=options.engine, device=options.device, threads=options.threads)
     session.close()
-    found = cold_starts(str(model), engine=session.engine, device=session.device, threads=options.threads,
-                        starts=options.starts, explain=options.explain)  # fmt: skip
+    image = session.manifest.input
+    loading = Loading("runtime", model, session.engine, session.device, explain=options.explain)
+    found = cold_starts(
+        loading, shape=(*image.size, image.channels), threads=options.threads, starts=options.starts
+    )
     where = environment()
     result = {
         "bench": "startup",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.compare import main
-from bench.measure.first_prediction import first_predictions
+from bench.measure.cold_start import in_turns
 from bench.measure.record import append, missing_by_reason
 from bench.measure.statistics import Ratio, ratio
 from bench.peers.contenders import contenders
@@ -79,9 +79,9 @@ def test_the_peers_are_set_up_to_classify_as_the_float_network(
     for name, by in (("ONNX Runtime PTQ", "ONNX Runtime FP32"), ("NNCF PTQ", "OpenVINO FP32")):
         assert 0 < found[name].file_bytes < found[by].file_bytes / 2
     loadings = {name: contender.loading for name, contender in found.items()}
-    starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
+    starts = in_turns(loadings, shape=(8, 8, 1), threads=1, starts=1)
     assert list(starts) == [*NAMES, *PEERS]
-    assert all(start.cold_start_ms > 0 and start.peak_memory_bytes > 30e6 for start in starts.values())
+    assert all(start.first_prediction_ms > 0 and start.peak_memory_bytes > 30e6 for start in starts.values())
 
 
 def test_quality_of_every_contender_on_the_same_images(
@@ -120,14 +120,14 @@ def test_quality_of_every_contender_on_the_same_images(
 def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False).ready
     loadings = {name: found[name].loading for name in ("PyTorch FP32", OURS)}
-    starts = first_predictions(loadings, shape=(8, 8, 1), threads=1, starts=1)
+    starts = in_turns(loadings, shape=(8, 8, 1), threads=1, starts=1)
     torch_start, ours = starts.values()
     # Measured: 98 and 618 MB. Times are not compared: on a busy machine a single start says nothing.
     assert 30e6 < ours.peak_memory_bytes < torch_start.peak_memory_bytes / 2
-    assert min(ours.cold_start_ms, torch_start.cold_start_ms) > 50
+    assert min(ours.first_prediction_ms, torch_start.first_prediction_ms) > 50
     broken = {OURS: dataclasses.replace(loadings[OURS], path=tmp_path / "absent.onnx")}
     with pytest.raises(ModelError, match=f"^{OURS}: cold start failed .*absent.onnx: no such file"):
-        first_predictions(broken, shape=(8, 8, 1), threads=1, starts=1)
+        in_turns(broken, shape=(8, 8, 1), threads=1, starts=1)
 
 
 def test_the_interval_of_a_ratio_holds_its_median() -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.startup import FIRST, SECOND, WITHOUT, main, median, start
+from bench.measure.cold_start import ColdStart, Loading, median, start
+from bench.startup import FIRST, SECOND, WITHOUT, main
 from runtime.errors import ModelError, OptionError
 
 
 def test_a_start_counts_import_load_compile_and_the_first_prediction(digits_models: dict[str, Path]) -> None:
-    found = median([start(str(digits_models["ort"]), engine="ort", device="cpu", threads=1)])
+    found = median([start(Loading("runtime", digits_models["ort"], "ort"), shape=(8, 8, 1), threads=1)])
     assert min(found.import_ms, found.open_ms, found.predict_ms) > 0
     assert found.classifier_ms == pytest.approx(found.open_ms + found.predict_ms)
     assert found.first_prediction_ms == pytest.approx(found.import_ms + found.classifier_ms)
@@ -18,16 +19,17 @@ def test_a_start_counts_import_load_compile_and_the_first_prediction(digits_mode
 
 
 def test_the_medians_are_those_of_each_field() -> None:
-    found = median([[1, 2, 3, 5, 6, 9, 9, 9], [2, 9, 1, 10, 12, 7, 8, 8], [3, 1, 2, 3, 6, 8, 7, 7]])
+    rows = ([1, 2, 3, 5, 6, 9, 9, 9, 4], [2, 9, 1, 10, 12, 7, 8, 8, 4], [3, 1, 2, 3, 6, 8, 7, 7, 5])
+    found = median([ColdStart(*row) for row in rows])
     assert (found.import_ms, found.open_ms, found.predict_ms, found.classifier_ms) == (2, 2, 2, 5)
-    assert (found.resident_bytes, found.above_numpy_bytes) == (8, 8)
+    assert (found.resident_bytes, found.above_numpy_bytes, found.peak_memory_bytes) == (8, 8, 4)
 
 
 def test_a_start_that_fails_says_why() -> None:
     with pytest.raises(
         ModelError, match=r"^absent.onnx: cold start failed \(.*absent.onnx: no such file; check the"
     ):
-        start("absent.onnx", engine="ort", device="cpu", threads=None)
+        start(Loading("runtime", Path("absent.onnx"), "ort"), shape=(8, 8, 1), threads=None)
 
 
 def test_a_person_and_a_program_read_three_kinds_of_start(

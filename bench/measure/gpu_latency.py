@@ -14,12 +14,12 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from bench.measure.statistics import SETTLE_MS
+from bench.measure.statistics import SETTLE_MS, Percentiles
 from runtime import command
 from runtime.engines.tensorrt.cuda import Resources
 from runtime.engines.tensorrt.session import TensorRTSession
@@ -27,23 +27,6 @@ from runtime.engines.tensorrt.worker import Worker
 
 PHASES = ("enqueue", "h2d", "compute", "d2h", "end_to_end")
 TITLES = {"enqueue": "enqueue", "h2d": "H2D", "compute": "compute", "d2h": "D2H", "end_to_end": "end to end"}
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Run times in milliseconds."""
-
-    p50_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    mean_ms: float
-
-
-def percentiles(samples_ms: np.ndarray) -> Percentiles:
-    """Return the percentiles of run times float [n] in milliseconds."""
-    p50, p90, p95, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 95, 99]))
-    return Percentiles(p50, p90, p95, p99, float(samples_ms.mean()))
 
 
 def phase_samples(
@@ -121,7 +104,7 @@ def streams_images_per_second(
 
 def as_json(samples: np.ndarray) -> dict[str, dict[str, float]]:
     """Return phase -> percentiles of the samples float64 [runs, 5] of one contender."""
-    return {phase: asdict(percentiles(samples[:, index])) for index, phase in enumerate(PHASES)}
+    return {phase: asdict(Percentiles.of(samples[:, index])) for index, phase in enumerate(PHASES)}
 
 
 def table(phases: dict[str, dict[str, dict[str, float]] | None]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,22 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         FileError: a file cannot be read, or a line of it is no result.
     """
-    found = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        for number, line in enumerate(read_bytes(path).splitlines(), 1):
-            try:
-                result = json.loads(line)
-            except ValueError:
-                result = None
-            if not isinstance(result, dict) or "bench" not in result:
-                raise FileError(f"{path}, line {number}: expected one result of a bench command; remove the line")
-            found.append(result)
-    return found
+    return [result for path in sorted(Path(folder).glob("*.jsonl")) for _, result in numbered(path)]
+
+
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the results of one .jsonl file with the numbers of their lines, from 1; empty lines are passed over.
+
+    Raises:
+        FileError: the file cannot be read, or a line of it is no result.
+    """
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            result = json.loads(line)
+        except (ValueError, RecursionError):
+            result = None
+        if not isinstance(result, dict) or not isinstance(result.get("bench"), str):
+            raise FileError(f"{path}, line {number}: expected one result of a bench command; remove the line")
+        yield number, result

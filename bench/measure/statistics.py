@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -17,11 +17,8 @@ QUANTILE_PERCENTS = tuple(range(0, 101, 5))
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Percentiles of one contender's run times, in milliseconds, and the images it does in a second.
-
-    `quantiles_ms` are the percentiles QUANTILE_PERCENTS, the distribution from the smallest time to the largest.
-    """
+class Percentiles:
+    """What is said of n run times."""
 
     n: int
     p50_ms: float
@@ -30,22 +27,31 @@ class Latency:
     p99_ms: float
     mean_ms: float
     std_ms: float
+
+    @staticmethod
+    def of(samples_ms: np.ndarray) -> Percentiles:
+        """Return it for run times float [n] in milliseconds."""
+        p50, p90, p95, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 95, 99]))
+        return Percentiles(len(samples_ms), p50, p90, p95, p99, float(samples_ms.mean()), float(samples_ms.std()))
+
+
+@dataclass(frozen=True)
+class Latency(Percentiles):
+    """Percentiles of one contender's run times, and the images it does in a second.
+
+    `quantiles_ms` are the percentiles QUANTILE_PERCENTS, the distribution from the smallest time to the largest.
+    """
+
     images_per_second: float
     quantiles_ms: tuple[float, ...]
 
 
 def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
     """Return the statistics of run times float [n] in milliseconds of batches of `batch` images."""
-    p50, p90, p95, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 95, 99]))
+    found = Percentiles.of(samples_ms)
     return Latency(
-        n=len(samples_ms),
-        p50_ms=p50,
-        p90_ms=p90,
-        p95_ms=p95,
-        p99_ms=p99,
-        mean_ms=float(samples_ms.mean()),
-        std_ms=float(samples_ms.std()),
-        images_per_second=1000 * batch / p50,
+        **asdict(found),
+        images_per_second=1000 * batch / found.p50_ms,
         quantiles_ms=tuple(round(float(q), 6) for q in np.percentile(samples_ms, QUANTILE_PERCENTS)),
     )
 

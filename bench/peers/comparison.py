@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from bench.measure import data
+from bench.measure.cold_start import in_turns
 from bench.measure.environment import environment
-from bench.measure.first_prediction import first_predictions
 from bench.measure.statistics import SETTLE_MS, measure, ratio, summarize
 from bench.measure.streams import ImageStream, cores
 from bench.networks.network import Network
@@ -57,7 +57,7 @@ def compared(
     command.status("")
     latencies = {batch: _latency(options, checkpoint, (batch, *size), found, folder) for batch in batches}
     loadings = {name: contender.loading for name, contender in found.ready.items()} if options.starts else {}
-    starts = first_predictions(loadings, shape=size, threads=options.threads, starts=options.starts)
+    starts = in_turns(loadings, shape=size, threads=options.threads, starts=options.starts)
     quality = qualities(found.ready, test, len(checkpoint.classes)) if test is not None else {}
     maps, networks = {}, Found[Network]({}, {})
     if test is not None:
@@ -73,7 +73,10 @@ def compared(
         yield latency | {
             "file_bytes": {name: contender.file_bytes for name, contender in found.ready.items()},
             "starts": options.starts,
-            "first_prediction": {name: asdict(value) for name, value in starts.items()},
+            "first_prediction": {
+                name: {"cold_start_ms": found.first_prediction_ms, "peak_memory_bytes": found.peak_memory_bytes}
+                for name, found in starts.items()
+            },
             "data": test.name if test is not None else None,
             "quality": {name: asdict(value) for name, value in quality.items()},
             "map_images": options.map_images if maps else None,

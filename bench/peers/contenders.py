@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.measure.first_prediction import Loading
+from bench.measure.cold_start import Loading
 from bench.networks.checkpoint import as_network
 from bench.networks.network import CHECKPOINT_NAME, Network
 from bench.networks.opened import open_networks

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure.first_prediction import Loading
+from bench.measure.cold_start import Loading
 from bench.networks.network import Network
 from bench.networks.opened import open_networks
 from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_export

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.measure.record import numbered
 from bench.networks.network import CHECKPOINT_NAME, display_name
 from bench.report.page import legible
 from runtime.errors import FileError, OptionError
@@ -152,15 +153,7 @@ def _read_run(file: Path) -> Run:
 
 
 def _read_records(file: Path) -> Iterator[Record]:
-    for number, line in enumerate(read_bytes(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict) or not isinstance(values.get("bench"), str):
-            raise FileError(f"{file}, line {number}: expected one result of a bench command; remove the line")
+    for number, values in numbered(file):
         yield Record(f"{file}, line {number}", _legible(values))
 
 
