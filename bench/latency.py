@@ -38,7 +38,7 @@ EXAMPLES = """
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchLatency:
     """One batch size: what was timed -> its latency, and -> its phases, None where the engine shows none."""
 
     latency: dict[str, Latency]
@@ -67,7 +67,9 @@ def contenders(session: Session, batch: int, *, explain: bool) -> dict[str, Call
     return found
 
 
-def session_latency(session: Session, batch: int, *, explain: bool, runs: int | None, seconds: float) -> Measured:
+def session_latency(
+    session: Session, batch: int, *, explain: bool, runs: int | None, seconds: float
+) -> BatchLatency:
     """Time the engine on random pixels, the contenders in turns; a plan with and without a CUDA graph.
 
     Raises:
@@ -77,7 +79,7 @@ def session_latency(session: Session, batch: int, *, explain: bool, runs: int | 
     if not isinstance(session, TensorRTSession):
         samples = measure(calls, runs=runs, seconds=seconds, label=f"batch {batch}")
         latency = {name: summarize(times, batch) for name, times in samples.items()}
-        return Measured(latency, dict.fromkeys(samples))
+        return BatchLatency(latency, dict.fromkeys(samples))
     asked = {"class": ("logits",), "class + map": ("logits", "saliency")}
     ways = {
         f"{name}{suffix}": (asked[name], graph)
@@ -87,7 +89,7 @@ def session_latency(session: Session, batch: int, *, explain: bool, runs: int | 
     found = gpu_latency.phase_samples(
         session, random_images(session, batch), ways, runs=runs, seconds=seconds, label=f"batch {batch}"
     )
-    return Measured(
+    return BatchLatency(
         {name: summarize(times[:, -1], batch) for name, times in found.items()},
         {name: gpu_latency.as_json(times) for name, times in found.items()},
     )

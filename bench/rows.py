@@ -105,7 +105,7 @@ def _of_a_chest(seed: int) -> tuple[Row, ...]:
 TABLES = {
     "digits": (
         Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
-        Row("digits-cnn2-4bit-sgt", f"{_DIGITS} --bits 4 --weights lsq --method sgt",
+        Row("digits-cnn2-4bit-sgt", f"{_DIGITS} --bits 4 --weight-quantizer lsq --method sgt",
             init="digits-cnn2-float-plain", teacher="digits-cnn2-float-plain"),
     ),
     "mnist": (

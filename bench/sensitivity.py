@@ -43,7 +43,7 @@ EXAMPLES = """
   python -m bench.sensitivity ckpt.pt --data mnist
   python -m bench.sensitivity ckpt.pt --data cifar10 --samples 1000 --mean-bits 4 -o bits.json
   python -m bench.sensitivity ckpt.pt --data cifar10 --size-bytes 100000 -o bits.json
-  python -m train --data cifar10 --arch resnet20 --weights lsq --init ckpt.pt --bits-file bits.json
+  python -m train --data cifar10 --arch resnet20 --weight-quantizer lsq --init ckpt.pt --bits-file bits.json
 """
 
 # One point of accuracy counts as much as 0.1 of rank correlation.

@@ -36,7 +36,7 @@ _SMALLEST_BATCH = 4
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrationResult:
     """A network that was quantized without training, and what was done to it.
 
     Args:
@@ -67,7 +67,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class CalibratedCheckpoint(Calibrated):
+class CalibratedCheckpoint(CalibrationResult):
     """A checkpoint that was quantized without training.
 
     Args:
@@ -87,7 +87,7 @@ def calibrate_network(
     equalizes: bool = True,
     corrects_biases: bool = True,
     status: Callable[[str], None] = lambda text: None,
-) -> Calibrated:
+) -> CalibrationResult:
     """Quantize anyone's float network on real images; the network itself stays as it is.
 
     Args:
@@ -127,7 +127,7 @@ def calibrate_network(
         assert isinstance(quantized, torch.fx.GraphModule)
         uncorrected = correct_biases(quantized, floating, batches)
     status("")
-    return Calibrated(quantized, floating, len(images), equalized, errors, uncorrected)
+    return CalibrationResult(quantized, floating, len(images), equalized, errors, uncorrected)
 
 
 def calibrate(

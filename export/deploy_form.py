@@ -70,7 +70,7 @@ class FoldedLayer(nn.Module):
 
 
 class FoldedQuantizer(nn.Module):
-    """An activation quantizer with constant alpha and scale; without rounding, the clip alone."""
+    """An activation quantizer with constant alpha and scale. Without rounding it only clips."""
 
     alpha: Tensor
     scale: Tensor
@@ -121,7 +121,7 @@ def deploy_form(network: nn.Module, input_spec: InputSpec, *, int8: bool = True)
     Args:
         network: from `Checkpoint.network`.
         input_spec: size and normalization of its image.
-        int8: keep the integer grids; False keeps float weights, and of PACT the clip alone.
+        int8: keep the integer grids; False keeps float weights, and PACT only clips.
     """
     module = copy.deepcopy(trace(network)).eval()
     modules = dict(module.named_modules())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.calibration import Calibrated, calibrate_network, spec_of
+from export.calibration import CalibrationResult, calibrate_network, spec_of
 from export.sources.images import RealImages, real_images
 from export.sources.torch_network import load_network
 from runtime.errors import FileError, OptionError
@@ -42,7 +42,7 @@ def quantized_model(
     corrects_biases: bool = True,
     arch: str = "own",
     status: Callable[[str], None] = lambda text: None,
-) -> tuple[QuantizedModel, Calibrated | None]:
+) -> tuple[QuantizedModel, CalibrationResult | None]:
     """Return a float network quantized after training, ready for `export`, and what was done.
 
     Args:
@@ -60,7 +60,7 @@ def quantized_model(
     Raises:
         ModelError: the network cannot be traced or quantized.
     """
-    found: Calibrated | None = None
+    found: CalibrationResult | None = None
     result: nn.Module
     if bits == FLOAT_BITS:
         shape = (input_spec.channels, *input_spec.size)

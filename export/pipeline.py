@@ -28,7 +28,7 @@ from export.passes.keep_rounding import keep_rounding
 from export.passes.move_codes import move_codes
 from export.passes.store_float_weights import store_float_weights
 from export.passes.take_pixels_as_codes import take_pixels_as_codes
-from export.verification.agreement import Differentiated, ExportAgreement, differentiate, export_agreement
+from export.verification.agreement import ExportAgreement, GradientGraph, differentiate, export_agreement
 from export.verification.engine_run import EngineRun, run_on_engine
 from export.verification.forward import MAX_TIED_SHARE, Verification, verify
 from export.verification.gradient import GradientVerification, verify_gradient
@@ -44,7 +44,7 @@ from train.quantization.quantize import QuantSpec, describe
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A verified file, and what the comparisons found.
 
     Args:
@@ -64,7 +64,7 @@ class Exported:
     verification: Verification
     gradients: GradientVerification | None
     engine: EngineRun | None
-    differentiated: Differentiated | None
+    differentiated: GradientGraph | None
     agreement: ExportAgreement | None
 
 
@@ -80,12 +80,12 @@ def export(
     resize: str | None = None,
     checkpoint_sha256: str = "",
     status: Callable[[str], None] = lambda text: None,
-) -> Exported:
+) -> ExportResult:
     """Return the ONNX graph of a trained network, verified on the checkpoint's real images.
 
     Args:
         source: a network of any training loop's, or a checkpoint (`train.checkpoint.load`), which contains one.
-        int8: keep the trained integer grids as Q/DQ; False gives a float32 graph, of PACT the clip alone.
+        int8: keep the trained integer grids as Q/DQ; False gives a float32 graph in which PACT only clips.
         target: engine to lower for, one of export.operators.TARGETS.
         saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
             logits alone does not compute them.
@@ -170,7 +170,7 @@ def export(
                 f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
                 f"{required_agreement} at least; train with more bits, or require less"
             )
-    return Exported(data, model, manifest, verification, gradients, engine, differentiated, agreement)
+    return ExportResult(data, model, manifest, verification, gradients, engine, differentiated, agreement)
 
 
 def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], None]]:
@@ -190,14 +190,14 @@ def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], No
 
 def _refuse_for_tensorrt(quant: QuantSpec) -> None:
     """Raise OptionError for a network on grids that TensorRT has no exact or no fast form of."""
-    if quant.full_grid:
+    if quant.full_range:
         raise OptionError(
-            "target tensorrt: has signed activations only; a network trained with --full-grid has codes 0..255"
+            "target tensorrt: has signed activations only; a network trained with --full-range has codes 0..255"
         )
-    if quant.addends:
+    if quant.quantize_adds:
         raise OptionError(
-            "target tensorrt: adds in the convolution's kernel, before rounding; a network trained with --addends "
-            "rounds what it adds; train it without"
+            "target tensorrt: adds in the convolution's kernel, before rounding; a network trained with "
+            "--quantize-adds rounds what it adds; train it without"
         )
 
 

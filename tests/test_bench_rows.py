@@ -89,7 +89,7 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
     assert str(tmp_path) not in text
     assert not (tmp_path / "digits-cnn2-float-plain.pt").exists()  # a step only
     assert str(tmp_path) not in json.dumps(lines)
-    assert checkpoint.quant.weights == "lsq"
+    assert checkpoint.quant.weight_quantizer == "lsq"
     assert checkpoint.recipe.init == checkpoint.recipe.teacher
     assert Path(checkpoint.recipe.init).parent.name == "digits-cnn2-float-plain"
     for line in lines:

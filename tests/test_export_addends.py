@@ -25,12 +25,12 @@ def untrained(digits: ImageData, quant: QuantSpec) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def addends_checkpoint(digits: ImageData) -> Checkpoint:
-    return untrained(digits, QuantSpec(8, addends=True))
+    return untrained(digits, QuantSpec(8, quantize_adds=True))
 
 
 @pytest.fixture(scope="module")
 def full_checkpoint(digits: ImageData) -> Checkpoint:
-    return untrained(digits, QuantSpec(8, addends=True, full_grid=True))
+    return untrained(digits, QuantSpec(8, quantize_adds=True, full_range=True))
 
 
 @pytest.mark.parametrize("grid", ["addends_checkpoint", "full_checkpoint"])
@@ -44,7 +44,7 @@ def test_addends_on_grids_are_exported_exactly(request: pytest.FixtureRequest, g
 
 
 @pytest.mark.parametrize("target", ["openvino", "ort"])
-def test_on_the_full_grid_saturation_is_the_clip(
+def test_on_the_full_range_saturation_is_the_clip(
     addends_checkpoint: Checkpoint, full_checkpoint: Checkpoint, target: str
 ) -> None:
     def clips(checkpoint: Checkpoint) -> int:
@@ -68,6 +68,6 @@ def test_onnx_runtime_adds_codes_where_addends_have_grids(
 
 def test_addends_on_grids_do_not_go_to_tensorrt(addends_checkpoint: Checkpoint) -> None:
     with pytest.raises(
-        OptionError, match="a network trained with --addends rounds what it adds; train it without"
+        OptionError, match="a network trained with --quantize-adds rounds what it adds; train it without"
     ):
         export(addends_checkpoint, target="tensorrt")

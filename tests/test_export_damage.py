@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from export import pipeline as exporter
 from export.choices import TARGETS
-from export.verification.agreement import Differentiated
+from export.verification.agreement import GradientGraph
 from export.verification.engine_run import run_on_engine
 from runtime.errors import ModelError
 from runtime.onnx_bytes import GRADIENT_PREFIX
@@ -107,7 +107,7 @@ def made(digits_checkpoint: Checkpoint) -> Iterator[pytest.MonkeyPatch]:
 def damaged(pass_: Callable[..., Any], damage: Callable[[onnx.ModelProto], None]) -> Callable[..., Any]:
     def run(model: Any, *args: Any, **options: Any) -> Any:
         made = pass_(model, *args, **options)
-        found = made.model if isinstance(made, Differentiated) else made if made is not None else model
+        found = made.model if isinstance(made, GradientGraph) else made if made is not None else model
         damage(found)
         return made
 

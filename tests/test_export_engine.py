@@ -12,7 +12,7 @@ import pytest
 
 from export.engine import __main__ as engine
 from export.engine import autotune
-from export.engine.autotune import Budget, Measured
+from export.engine.autotune import Budget, PlanScore
 from export.engine.gpu import GPU, find_gpu
 from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.errors import ClearpactError, EngineError, FileError, ModelError, OptionError
@@ -228,9 +228,9 @@ def test_the_gpu_is_named_as_cuda_names_it(gpu: FakeGpu) -> None:
 # --autotune: the choice. Plans are measured on a GPU; here their measurements are given.
 
 ROWS = {
-    "mixed": Measured(latency_ms=1.0, accuracy=99.0, spearman=0.99),
-    "int8": Measured(latency_ms=0.8, accuracy=98.0, spearman=0.99),
-    "fp16": Measured(latency_ms=1.5, accuracy=99.1, spearman=1.0),
+    "mixed": PlanScore(latency_ms=1.0, accuracy=99.0, spearman=0.99),
+    "int8": PlanScore(latency_ms=0.8, accuracy=98.0, spearman=0.99),
+    "fp16": PlanScore(latency_ms=1.5, accuracy=99.1, spearman=1.0),
 }
 
 
@@ -272,7 +272,7 @@ def test_outputs_are_compared_with_those_of_the_exported_graph(digits_models: di
     expected = autotune.expected_outputs(model, images, np.arange(6))
     labels = expected["logits"].argmax(1)
     same = autotune.compare(expected, expected, labels, 2.0)
-    assert same == Measured(latency_ms=2.0, accuracy=100.0, spearman=pytest.approx(1.0))
+    assert same == PlanScore(latency_ms=2.0, accuracy=100.0, spearman=pytest.approx(1.0))
     turned = {"logits": -expected["logits"], "saliency": -expected["saliency"]}
     other = autotune.compare(turned, expected, labels, 2.0)
     assert other.accuracy == 0.0
@@ -310,11 +310,11 @@ def test_autotune_builds_every_precision_and_writes_the_one_it_keeps(
 ) -> None:
     measured: list[PlanSidecar] = []
 
-    def measure(plan: bytes, sidecar: PlanSidecar, images: np.ndarray, labels: np.ndarray, *_: Any) -> Measured:
+    def measure(plan: bytes, sidecar: PlanSidecar, images: np.ndarray, labels: np.ndarray, *_: Any) -> PlanScore:
         assert sidecar.plan_sha256 == hashlib.sha256(plan).hexdigest()
         assert (images.dtype, len(images)) == (np.uint8, len(labels))
         measured.append(sidecar)
-        return Measured(latency_ms=3.0 - len(measured), accuracy=100.0, spearman=None)
+        return PlanScore(latency_ms=3.0 - len(measured), accuracy=100.0, spearman=None)
 
     monkeypatch.setattr(autotune, "measure_plan", measure)
     plan = tmp_path / "engine.plan"

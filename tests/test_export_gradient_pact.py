@@ -42,7 +42,7 @@ SPECS = {
     "resnet20-8": ("resnet20", QuantSpec(8)),
     "resnet20-4": ("resnet20", QuantSpec(4)),
     "resnet20-2": ("resnet20", QuantSpec(2)),
-    "resnet20-addends": ("resnet20", QuantSpec(8, addends=True)),
+    "resnet20-addends": ("resnet20", QuantSpec(8, quantize_adds=True)),
 }
 # The export takes seconds: each target and each network once, and the rest of the table in the slow tests.
 FAST = [(name, "openvino") for name in SPECS if name != "resnet20-addends"] + [

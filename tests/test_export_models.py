@@ -18,7 +18,7 @@ from torch import nn
 
 from export.engine.builder import BuildOptions, build
 from export.engine.lowering import lower
-from export.pipeline import Exported, export
+from export.pipeline import ExportResult, export
 from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX
 from runtime import Classifier
@@ -74,7 +74,7 @@ def checkpoint(arch: str) -> Checkpoint:
 
 
 @cache
-def exported(arch: str, target: str) -> Exported:
+def exported(arch: str, target: str) -> ExportResult:
     return export(checkpoint(arch), target=target, saliency_precision="float32")
 
 

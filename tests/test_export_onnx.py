@@ -257,8 +257,8 @@ def test_int8_of_a_float_network_is_refused(digits_checkpoint: Checkpoint) -> No
         export(floating)
 
 
-def test_the_full_grid_does_not_go_to_tensorrt(digits_checkpoint: Checkpoint) -> None:
-    full = dataclasses.replace(digits_checkpoint, quant=QuantSpec(8, full_grid=True))
+def test_the_full_range_does_not_go_to_tensorrt(digits_checkpoint: Checkpoint) -> None:
+    full = dataclasses.replace(digits_checkpoint, quant=QuantSpec(8, full_range=True))
     assert export(full, target="ort").verification.flipped_codes < 10
     with pytest.raises(OptionError, match="target tensorrt: has signed activations only"):
         export(full, target="tensorrt")
@@ -346,7 +346,7 @@ def test_gradients_are_int8_on_openvino_and_their_price_is_told(
 ) -> None:
     exported = export(digits_checkpoint)
     assert exported.differentiated is not None
-    price = exported.differentiated.price
+    price = exported.differentiated.int8_agreement
     assert price is not None
     assert exported.differentiated.int8
     assert price.samples == 256  # of all samples: training images calibrate

@@ -329,7 +329,7 @@ def test_a_step_below_its_floor_is_not_pushed_further_down() -> None:
 
 
 def test_channels_of_zeros_are_counted() -> None:
-    model = quantize(net(torch.relu), QuantSpec(4, weights="lsq"))
+    model = quantize(net(torch.relu), QuantSpec(4, "lsq"))
     assert all_zero_channels(model) == {}
     with torch.no_grad():
         float_weight(model.get_submodule("conv2"))[1:3] = 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 
 import pytest
@@ -61,7 +62,7 @@ def test_every_quantized_layer_reads_integers_and_multiplies_integers() -> None:
 
 
 def test_addends_of_residual_sums_lie_on_grids_of_8_bits() -> None:
-    model = quantize(ResNet20(3, (12, 12), 4).eval(), QuantSpec(4, addends=True), input_scale=1 / 64).eval()
+    model = quantize(ResNet20(3, (12, 12), 4).eval(), QuantSpec(4, quantize_adds=True), input_scale=1 / 64).eval()
     found = quantizers(model)
     branches = [name for name in found if name.endswith("bn2_grid")]
     assert len(branches) == 9
@@ -95,7 +96,7 @@ def test_only_sums_that_are_rounded_get_grids_for_what_they_add() -> None:
             y = torch.relu(self.conv2(y) + torch.sigmoid(y))
             return y + nn.functional.pad(y[:, :, :, 1:], (1, 0), value=1.0)
 
-    found = quantizers(quantize(Net(), QuantSpec(8, addends=True), input_scale=1 / 64))
+    found = quantizers(quantize(Net(), QuantSpec(8, quantize_adds=True), input_scale=1 / 64))
     assert {name: q.qmin for name, q in found.items()} == {
         "x_grid": -128, "relu": 0, "conv2_grid": -127, "sigmoid_grid": 0, "relu_1": 0,
     }  # fmt: skip
@@ -335,7 +336,7 @@ def test_nothing_to_quantize_is_refused() -> None:
     [
         ({"bits": 9}, "bits 9: expected a whole number from 2 to 8, or 32 for float"),
         ({"bits": 5.5}, "bits 5.5: expected a whole number"),
-        ({"weights": "kmeans"}, "weight quantizer 'kmeans': expected one of absmax, sawb, lsq"),
+        ({"weight_quantizer": "kmeans"}, "weight quantizer 'kmeans': expected one of absmax, sawb, lsq"),
         ({"alpha": 0.0}, "alpha 0.0: expected a positive"),
         ({"layer_bits": {"conv1": 1}}, "bits 1 of conv1: expected a whole number from 2 to 8"),
     ],
@@ -348,3 +349,10 @@ def test_specs_out_of_range_are_refused(values: dict[str, object], message: str)
 def test_bits_of_a_layer_that_is_not_there_are_refused() -> None:
     with pytest.raises(OptionError, match="no layer named 'conv9'; expected one of conv1, conv2, fc1, fc2"):
         quantize(CNN2(1, (8, 8), 10), QuantSpec(8, layer_bits={"conv9": 4}))
+
+
+def test_a_spec_of_version_0_1_is_read_under_its_old_names() -> None:
+    old = {"bits": 4, "weights": "lsq", "full_grid": True, "addends": True, "first_last_bits": 8}
+    expected = QuantSpec(4, "lsq", full_range=True, quantize_adds=True, bias_grid=False)
+    assert QuantSpec.from_dict(old) == expected
+    assert QuantSpec.from_dict(dataclasses.asdict(expected)) == expected

@@ -45,7 +45,7 @@ def codes_of(quantizer: PACT | InputQuantizer, x: torch.Tensor) -> list[int]:
     ],
 )
 def test_activation_ranges(bits: int, signed: bool, full: bool, expected: tuple[int, int]) -> None:
-    assert activation_range(bits, signed=signed, full_grid=full) == expected
+    assert activation_range(bits, signed=signed, full_range=full) == expected
 
 
 def test_pact_rounds_half_to_even_and_saturates() -> None:
@@ -90,7 +90,7 @@ def test_pact_gradients_in_closed_form(signed: bool) -> None:
 
 
 def test_a_full_signed_grid_reaches_one_code_below_minus_alpha() -> None:
-    pact = PACT(alpha=127.0, bits=8, signed=True, full_grid=True)
+    pact = PACT(alpha=127.0, bits=8, signed=True, full_range=True)
     x = torch.tensor([-130.0, -128.0, -127.6, -127.0, 0.4, 126.0, 127.0, 200.0], requires_grad=True)
     y = pact(x)
     assert y.tolist() == [-128, -128, -128, -127, 0, 126, 127, 127]
@@ -281,7 +281,7 @@ def test_pact_is_the_equations_written_out(alpha: float, bits: int, seed: int) -
     x = (
         torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * alpha
     ).requires_grad_()
-    pact = PACT(alpha, bits, full_grid=True).double()
+    pact = PACT(alpha, bits, full_range=True).double()
     y = pact(x)
     exact = pact.alpha.item()  # alpha was rounded to float32
     assert y.tolist() == pytest.approx([literal_pact(value, exact, bits) for value in x.tolist()], abs=1e-5)

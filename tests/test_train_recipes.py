@@ -68,7 +68,8 @@ def test_rows_of_deep_networks(data: str, network: str, batch_size: int) -> None
 
 def test_given_options_override_the_row() -> None:
     arch, quant, recipe = settings(
-        "--recipe", "maleki2024-cifar10", "--arch", "cnn2", "--bits", "2", "--weights", "lsq", "--method", "plain",
+        "--recipe", "maleki2024-cifar10", "--arch", "cnn2", "--bits", "2", "--weight-quantizer", "lsq",
+        "--method", "plain",
         "--epochs", "3", "--optimizer", "adam", "--momentum", "0",
     )  # fmt: skip
     assert (arch, quant) == ("cnn2", QuantSpec(2, "lsq"))
@@ -140,3 +141,9 @@ def test_bits_of_single_layers_of_a_float_network_are_refused(tmp_path: Path) ->
     path.write_text('{"conv2": 4}')
     with pytest.raises(OptionError, match="bits 32 leave every layer in float"):
         main(["--data", "digits", "--bits", "32", "--bits-file", str(path)])
+
+
+def test_options_of_version_0_1_keep_working() -> None:
+    old = settings("--data", "digits", "--weights", "lsq", "--full-grid", "--addends")
+    assert old == settings("--data", "digits", "--weight-quantizer", "lsq", "--full-range", "--quantize-adds")
+    assert old[1] == QuantSpec(8, "lsq", full_range=True, quantize_adds=True)

@@ -140,14 +140,15 @@ def test_every_option_that_a_resumed_run_does_not_take_is_named(
     (tmp_path / "bits.json").write_text('{"conv2": 3}')
     given = {
         "--bits": "8", "--method": "sgt", "--lr": "0.5", "--batch-size": "7", "--seed": "3", "--arch": "resnet20",
-        "--weights": "lsq", "--bits-file": str(tmp_path / "bits.json"), "--optimizer": "adam", "--epochs": "1",
+        "--weight-quantizer": "lsq", "--bits-file": str(tmp_path / "bits.json"), "--optimizer": "adam",
+        "--epochs": "1",
         "--name": "b", "--runs": "elsewhere", "--image-size": "99", "--split-seed": "4", "--init": "x.pt",
         "--recipe": "maleki2024-cifar10", "--temperature": "2",
     }  # fmt: skip
     flags = [
         "--overwrite",
-        "--full-grid",
-        "--addends",
+        "--full-range",
+        "--quantize-adds",
         "--no-bias-grid",
         "--flip",
         "--pretrained",

@@ -45,11 +45,14 @@ def training_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=_bits, help="2 to 8, or 32 for float (default: 8)")
     parser.add_argument("--bits-file", metavar="JSON", help='bits of single layers: {"conv2": 4, "fc1": 2}')
     parser.add_argument("--method", choices=METHODS, help="default: sgt")
-    parser.add_argument("--weights", choices=WEIGHT_METHODS, help="weight quantizer (default: absmax)")
-    parser.add_argument("--full-grid", action="store_true",
+    parser.add_argument("--weight-quantizer", choices=WEIGHT_METHODS, help="default: absmax")
+    parser.add_argument("--full-range", action="store_true",
                         help="8-bit codes 0..255, not 0..127: faster on CPUs, not for TensorRT")  # fmt: skip
-    parser.add_argument("--addends", action="store_true",
-                        help="grids on what sums add: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
+    parser.add_argument("--quantize-adds", action="store_true",
+                        help="residual sums add codes: faster on ONNX Runtime, refused by TensorRT")  # fmt: skip
+    for old, new in (("--full-grid", "full_range"), ("--addends", "quantize_adds")):  # what 0.1 called them
+        parser.add_argument(old, dest=new, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", dest="weight_quantizer", choices=WEIGHT_METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--bias-grid", action=argparse.BooleanOptionalAction,
                         help="biases in whole steps of their sums: exact on ONNX Runtime (default)")  # fmt: skip
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")

@@ -127,8 +127,9 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of QuantSpec that the options give."""
     bits = _layer_bits(options.bits_file) if options.bits_file else None
     return _given({
-        "bits": options.bits, "weights": options.weights, "full_grid": options.full_grid or None,
-        "addends": options.addends or None, "bias_grid": options.bias_grid, "layer_bits": bits,
+        "bits": options.bits, "weight_quantizer": options.weight_quantizer,
+        "full_range": options.full_range or None, "quantize_adds": options.quantize_adds or None,
+        "bias_grid": options.bias_grid, "layer_bits": bits,
     })  # fmt: skip
 
 

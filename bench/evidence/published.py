@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """One printed result.
 
     Args:
@@ -35,21 +35,21 @@ _APOT = "Li et al. 2020 (APoT)"
 _PACT = "Choi et al. 2018 (PACT)"
 
 PUBLISHED = (
-    Published("mnist", "resnet20", 8, "sgt", 99.35, _MALEKI),
-    Published("mnist", "resnet20", 8, "plain", 99.23, _MALEKI),
-    Published("mnist", "cnn2", 32, "smoot", 99.40, _KARKEHABADI, 33.16),
-    Published("mnist", "cnn2", 32, "sgt", 99.35, _KARKEHABADI, 34.67),
-    Published("mnist", "cnn2", 32, "plain", 99.40, _KARKEHABADI, 36.35),
-    Published("fashion-mnist", "cnn2", 32, "smoot", 93.65, _KARKEHABADI, 36.18),
-    Published("fashion-mnist", "cnn2", 32, "sgt", 93.35, _KARKEHABADI, 39.91),
-    Published("fashion-mnist", "cnn2", 32, "plain", 93.60, _KARKEHABADI, 40.79),
-    Published("cifar10", "deit_tiny", 32, "smoot", 96.35, _KARKEHABADI),
-    Published("cifar10", "resnet20", 4, "plain", 92.45, _APOT),
-    Published("cifar10", "resnet20", 4, "sgt", 76.12, _MALEKI),
-    Published("cifar10", "resnet20", 4, "plain", 75.55, _MALEKI),
-    Published("cifar10", "resnet20", 2, "plain", 90.96, _APOT),
-    Published("cifar10", "resnet20", 2, "plain", 88.9, _PACT),
-    Published("cifar100", "deit_tiny", 32, "smoot", 79.65, _KARKEHABADI),
-    Published("caltech101", "resnet18", 32, "smoot", 95.10, _KARKEHABADI),
-    Published("kvasir", "", None, "asg", 79.05, _LAVAEI),
+    PublishedResult("mnist", "resnet20", 8, "sgt", 99.35, _MALEKI),
+    PublishedResult("mnist", "resnet20", 8, "plain", 99.23, _MALEKI),
+    PublishedResult("mnist", "cnn2", 32, "smoot", 99.40, _KARKEHABADI, 33.16),
+    PublishedResult("mnist", "cnn2", 32, "sgt", 99.35, _KARKEHABADI, 34.67),
+    PublishedResult("mnist", "cnn2", 32, "plain", 99.40, _KARKEHABADI, 36.35),
+    PublishedResult("fashion-mnist", "cnn2", 32, "smoot", 93.65, _KARKEHABADI, 36.18),
+    PublishedResult("fashion-mnist", "cnn2", 32, "sgt", 93.35, _KARKEHABADI, 39.91),
+    PublishedResult("fashion-mnist", "cnn2", 32, "plain", 93.60, _KARKEHABADI, 40.79),
+    PublishedResult("cifar10", "deit_tiny", 32, "smoot", 96.35, _KARKEHABADI),
+    PublishedResult("cifar10", "resnet20", 4, "plain", 92.45, _APOT),
+    PublishedResult("cifar10", "resnet20", 4, "sgt", 76.12, _MALEKI),
+    PublishedResult("cifar10", "resnet20", 4, "plain", 75.55, _MALEKI),
+    PublishedResult("cifar10", "resnet20", 2, "plain", 90.96, _APOT),
+    PublishedResult("cifar10", "resnet20", 2, "plain", 88.9, _PACT),
+    PublishedResult("cifar100", "deit_tiny", 32, "smoot", 79.65, _KARKEHABADI),
+    PublishedResult("caltech101", "resnet18", 32, "smoot", 95.10, _KARKEHABADI),
+    PublishedResult("kvasir", "", None, "asg", 79.05, _LAVAEI),
 )

@@ -35,8 +35,8 @@ def open_networks(
         engine: of ONNX files; None takes the one the file was exported for.
         threads: CPU threads of one inference; None leaves the number to the engine.
         parallel_runs: how many threads will call at the same time.
-        with_float: of a quantized checkpoint, add its network with the quantizers off: float weights, and of PACT
-            the clip alone.
+        with_float: of a quantized checkpoint, add its network with the quantizers off: float weights, and PACT
+            only clips.
         classes_only: also take a file without maps.
 
     Raises:

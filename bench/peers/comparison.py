@@ -122,5 +122,5 @@ def _latency(
 def _grid(checkpoint: Checkpoint) -> str:
     """Return the codes of the activations, such as "0..127", and whether what is added is on grids, too."""
     quant = checkpoint.quant
-    _, qmax = activation_range(quant.bits, full_grid=quant.full_grid)
-    return f"0..{qmax}{', addends' if quant.addends else ''}"
+    _, qmax = activation_range(quant.bits, full_range=quant.full_range)
+    return f"0..{qmax}{', addends' if quant.quantize_adds else ''}"

@@ -23,7 +23,7 @@ def build_plan(model: Path, plan: Path, *, batch: int, precision: str) -> Path:
         model: ONNX file lowered for TensorRT.
         plan: to write; the sidecar is put beside it, and a timing cache that the next plan reuses.
         batch: images.
-        precision: one of export.engine.layers.PRECISIONS.
+        precision: one of export.engine.layers.PLAN_PRECISIONS.
 
     Raises:
         EngineError: TensorRT is not installed, or its builder fails.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.report.maps import Explained
+from bench.report.maps import ExplainedImages
 from bench.report.page import Content, Html, Section, join, tag
 from bench.report.sources import Model, Run, Sources, reading
 from bench.report.speed import is_ours, milliseconds
@@ -31,7 +31,7 @@ _STAGES = {
 
 
 def glance_section(
-    sources: Sources, subjects: Sequence[Subject], explained: Sequence[Explained | None]
+    sources: Sources, subjects: Sequence[Subject], explained: Sequence[ExplainedImages | None]
 ) -> Section:
     """Return the pipeline of each subject and the figures that count."""
     figures = [*_accuracies(subjects, sources), *_speeds(sources, subjects), *_agreements(explained)]
@@ -101,7 +101,7 @@ def _speeds(sources: Sources, subjects: Sequence[Subject]) -> list[Html]:
     return tiles
 
 
-def _agreements(explained: Sequence[Explained | None]) -> list[Html]:
+def _agreements(explained: Sequence[ExplainedImages | None]) -> list[Html]:
     tiles = []
     for found in explained:
         if found is not None and len(found.maps) > 1:
@@ -135,7 +135,7 @@ def _run_facts(run: Run) -> dict[str, list[str]]:
         "Train": [
             f"{checkpoint.arch['name']} on {recipe.data}",
             f"method {recipe.method}",
-            "float" if quant.bits == FLOAT_BITS else f"{quant.bits} bit, weights by {quant.weights}",
+            "float" if quant.bits == FLOAT_BITS else f"{quant.bits} bit, weights by {quant.weight_quantizer}",
             f"{len(checkpoint.history)} of {recipe.epochs} epochs",
         ],
         "Checkpoint": [*reached, f"{parameters:,} parameters", f"sha256 {run.sha256[:12]}…"],

@@ -26,7 +26,7 @@ _CPU_ENGINES = ("openvino", "ort")
 
 
 @dataclass(frozen=True)
-class Executed:
+class ExecutedProduct:
     """A product of an exported file on its engine.
 
     Args:
@@ -55,7 +55,7 @@ class Layers:
     subject: Subject
     statistics: tuple[LayerStatistics, ...]
     samples: LabelledImages | None
-    executed: dict[str, Executed]
+    executed: dict[str, ExecutedProduct]
     engine: str
 
 
@@ -76,7 +76,7 @@ def look_into(subject: Subject, samples: LabelledImages | None, *, engine: str |
         command.status(f"layers of {subject.name} ...")
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2)
         statistics = tuple(layer_statistics(subject.run.checkpoint, images))
-    executed: dict[str, Executed] = {}
+    executed: dict[str, ExecutedProduct] = {}
     used = engine or (subject.model.manifest.target if subject.model is not None else "")
     if subject.model is not None and used in _CPU_ENGINES:
         executed = _executed(subject, used)
@@ -102,7 +102,7 @@ def layers_section(found: Sequence[Layers], sources: Sources) -> Section:
     return Section("Layers", join(note, parts))
 
 
-def _executed(subject: Subject, engine: str) -> dict[str, Executed]:
+def _executed(subject: Subject, engine: str) -> dict[str, ExecutedProduct]:
     try:
         from bench.inspect import contents
         from bench.layers.times import kernels
@@ -114,12 +114,12 @@ def _executed(subject: Subject, engine: str) -> dict[str, Executed]:
     image = subject.model.manifest.input
     blank = np.zeros((1, *image.size, image.channels), np.uint8)
     kernel_of = {node: k for k in kernels(subject.model.contents, engine, blank) for node in k.nodes}
-    found: dict[str, Executed] = {}
+    found: dict[str, ExecutedProduct] = {}
     for product in contents(subject.model.contents, engine).products:
         if product.part == "forward":
             kernel = kernel_of.get(product.node)
             others = tuple(name for name, e in found.items() if kernel is not None and e.kernel is kernel)
-            found[product.layer] = Executed(product, kernel, others)
+            found[product.layer] = ExecutedProduct(product, kernel, others)
     return found
 
 
@@ -139,7 +139,7 @@ def _table(layers: Layers) -> Html:
     return table(caption, header, rows, align="llrrrrlrrrrrrrl")
 
 
-def _row(layer: LayerStatistics, executed: Executed | None) -> list[Content]:
+def _row(layer: LayerStatistics, executed: ExecutedProduct | None) -> list[Content]:
     grid = layer.input
     alpha, clipped = "-", "-"
     if grid is not None and grid.alpha is not None:
@@ -161,7 +161,7 @@ def _grid(use: GridUse | None) -> tuple[str, str, str, str]:
     return str(use.bits), f"{use.codes_used} of {use.codes}", scale, noise
 
 
-def _product_row(name: str, executed: Executed) -> list[Content]:
+def _product_row(name: str, executed: ExecutedProduct) -> list[Content]:
     product = executed.product
     codes = "-" if product.codes is None else f"{product.codes[2]} in {product.codes[0]}..{product.codes[1]}"
     scale = "-" if product.scale is None else f"{product.scale[0]:.2g} to {product.scale[1]:.2g}"
@@ -169,7 +169,7 @@ def _product_row(name: str, executed: Executed) -> list[Content]:
     return [name, weight, codes, scale, *_execution(executed)]
 
 
-def _execution(executed: Executed | None) -> list[str]:
+def _execution(executed: ExecutedProduct | None) -> list[str]:
     if executed is None or executed.kernel is None:
         return ["-", "-"]
     if executed.others:

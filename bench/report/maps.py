@@ -24,7 +24,7 @@ _LARGEST_PIXELS = 112
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplainedImages:
     """Images as all networks of a subject see them; row n of every array belongs to image n.
 
     Args:
@@ -42,7 +42,7 @@ class Explained:
     shown: tuple[int, ...]
 
 
-def explain(subject: Subject, samples: LabelledImages, count: int) -> Explained | None:
+def explain(subject: Subject, samples: LabelledImages, count: int) -> ExplainedImages | None:
     """Return the maps of the samples; None where the subject explains nothing.
 
     Args:
@@ -67,10 +67,10 @@ def explain(subject: Subject, samples: LabelledImages, count: int) -> Explained 
     if len(maps) > 1:
         worst = int(spearman(maps[0], maps[-1]).argmin())
         shown = [*(number for number in shown if number != worst), worst]
-    return Explained(subject, samples, tuple(logits), tuple(maps), tuple(shown))
+    return ExplainedImages(subject, samples, tuple(logits), tuple(maps), tuple(shown))
 
 
-def maps_section(explained: Sequence[Explained | None]) -> Section:
+def maps_section(explained: Sequence[ExplainedImages | None]) -> Section:
     """Return the maps of float, fake-quantized and exported network side by side, and how much they agree."""
     parts: list[Content] = []
     for found in explained:
@@ -113,7 +113,7 @@ def picture(pixels: np.ndarray, alternative: str, *, brightest: float | None = N
     return tag("img", src=f"data:image/png;base64,{data}", alt=alternative, width=width, height=height)
 
 
-def _agreement(found: Explained) -> Html | None:
+def _agreement(found: ExplainedImages) -> Html | None:
     names = [role(network) for network in found.subject.networks]
     rows = []
     for a in range(len(names)):
@@ -128,11 +128,11 @@ def _agreement(found: Explained) -> Html | None:
     return join(agreement, paragraph(found.subject.remark) if found.subject.remark else None)
 
 
-def _cards(found: Explained) -> Html:
+def _cards(found: ExplainedImages) -> Html:
     return tag("div", (_card(found, number) for number in found.shown), class_="cards")
 
 
-def _card(found: Explained, number: int) -> Html:
+def _card(found: ExplainedImages, number: int) -> Html:
     classes, label = found.subject.classes, int(found.samples.labels[number])
     least = " · maps agree least" if number == found.shown[-1] and len(found.maps) > 1 else ""
     shown = [_thumbnail(picture(found.samples.images[number], f"Image {number}, class {classes[label]}"), "image")]

@@ -62,9 +62,9 @@ def train_command(checkpoint: Checkpoint) -> str:
     recipe, quant, usual = checkpoint.recipe, checkpoint.quant, QuantSpec()
     words = ["python", "-m", "train", "--data", recipe.data, "--arch", str(checkpoint.arch["name"])]
     words += ["--bits", str(quant.bits), "--method", recipe.method]
-    if quant.weights != usual.weights:
-        words += ["--weights", quant.weights]
-    words += ["--full-grid"] * quant.full_grid + ["--bits-file", "bits.json"] * bool(quant.layer_bits)
+    if quant.weight_quantizer != usual.weight_quantizer:
+        words += ["--weight-quantizer", quant.weight_quantizer]
+    words += ["--full-range"] * quant.full_range + ["--bits-file", "bits.json"] * bool(quant.layer_bits)
     default = default_recipe(recipe.data, recipe.method)
     for name in (field.name for field in fields(recipe)):
         value = getattr(recipe, name)

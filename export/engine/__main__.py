@@ -22,10 +22,10 @@ from types import ModuleType
 import numpy as np
 
 from export.engine import autotune
-from export.engine.builder import BuildOptions, Built, build, check_options, load_bindings, parse
+from export.engine.builder import BuildOptions, BuildResult, build, check_options, load_bindings, parse
 from export.engine.gpu import GPU, find_gpu
-from export.engine.layers import PRECISIONS
-from export.engine.lowering import ISLANDS, Lowered, lower
+from export.engine.layers import PLAN_PRECISIONS
+from export.engine.lowering import ISLANDS, LoweredGraph, lower
 from runtime import command
 from runtime.engines.tensorrt.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
 from runtime.errors import EngineError, OptionError
@@ -68,8 +68,8 @@ class Source:
 class Plan:
     """A plan, the graph it was built from and its sidecar."""
 
-    lowered: Lowered
-    built: Built
+    lowered: LoweredGraph
+    built: BuildResult
     sidecar: PlanSidecar
 
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpu = find_gpu() if builder == "tensorrt" or options.autotune else _NO_GPU
     source = _source(options, contents, output)
     manifest = read_manifest(source.onnx, source.name)
-    precisions = PRECISIONS if options.autotune else (options.precision,)
+    precisions = PLAN_PRECISIONS if options.autotune else (options.precision,)
     graphs = {
         name: lower(source.onnx, source.name, precision=name, islands=options.islands) for name in precisions
     }
@@ -138,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     add("model", help="ONNX file of python -m export.onnx --target tensorrt, or a checkpoint")
     add("-o", "--output", help="plan to write (default: the model's name with .plan)")
     add("--batch", default="1", help="batch size, or smallest, most frequent and largest: 1,8,32 (default: 1)")
-    add("--precision", choices=PRECISIONS, default="mixed",
-        help="INT8 where it should pay, wherever the file has it, or nowhere (default: mixed)")  # fmt: skip
+    add("--precision", choices=PLAN_PRECISIONS, default="mixed",
+        help="INT8 where it is faster, wherever the file has it, or in no layer (default: mixed)")  # fmt: skip
     add("--islands", choices=ISLANDS, default="fp16", help="type of what is not INT8 (default: fp16)")
     add("--no-saliency", action="store_true", help="leave the input gradient out: a plan computes all it gives")
     add("--builder", choices=("auto", *BUILDERS), default="auto",
@@ -214,7 +214,7 @@ def _source(options: argparse.Namespace, contents: bytes, output: Path) -> Sourc
     return Source(str(path), model, (images, checkpoint.samples["labels"].numpy()))
 
 
-def _dry_run(builder: str, lowered: Lowered, source: str) -> None:
+def _dry_run(builder: str, lowered: LoweredGraph, source: str) -> None:
     _print_layers(lowered)
     try:
         trt, name = load_bindings(builder)
@@ -227,7 +227,7 @@ def _dry_run(builder: str, lowered: Lowered, source: str) -> None:
 
 
 def _plan(
-    trt: ModuleType, lowered: Lowered, source: str, options: BuildOptions, cache: bytes, template: PlanSidecar
+    trt: ModuleType, lowered: LoweredGraph, source: str, options: BuildOptions, cache: bytes, template: PlanSidecar
 ) -> Plan:
     command.status("building ...")
     built = build(trt, template.builder, lowered.onnx, source, options, cache)
@@ -268,7 +268,7 @@ def _report(plan: Plan) -> None:
             print(f"warning: {name}: meant for INT8, but the builder computes it otherwise")
 
 
-def _print_layers(lowered: Lowered) -> None:
+def _print_layers(lowered: LoweredGraph) -> None:
     for layer in lowered.layers:
         print(f"  {layer}")
     counts = Counter(layer.precision for layer in lowered.layers)

@@ -36,7 +36,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PlanScore:
     """One plan on the samples.
 
     Args:
@@ -65,10 +65,10 @@ def expected_outputs(model: bytes, images: np.ndarray, labels: np.ndarray) -> di
 
 def compare(
     outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], labels: np.ndarray, latency_ms: float
-) -> Measured:
+) -> PlanScore:
     """Return how a plan's outputs for the samples do beside those of the exported graph."""
     maps = outputs.get("saliency")
-    return Measured(
+    return PlanScore(
         latency_ms=latency_ms,
         accuracy=accuracy(outputs, labels),
         spearman=None if maps is None else float(spearman(maps, expected["saliency"]).mean()),
@@ -81,7 +81,7 @@ def measure(
     images: np.ndarray,
     labels: np.ndarray,
     expected: Mapping[str, np.ndarray],
-) -> Measured:
+) -> PlanScore:
     """Run a loaded model on the samples, and the most frequent batch again and again.
 
     Args:
@@ -110,7 +110,7 @@ def measure(
 
 def measure_plan(
     plan: bytes, sidecar: PlanSidecar, images: np.ndarray, labels: np.ndarray, expected: Mapping[str, np.ndarray]
-) -> Measured:
+) -> PlanScore:
     """Run a plan on the GPU at hand; see `measure`.
 
     Raises:
@@ -127,7 +127,7 @@ def measure_plan(
             session.close()
 
 
-def choose(measured: Mapping[str, Measured], expected_accuracy: float, budget: Budget) -> str:
+def choose(measured: Mapping[str, PlanScore], expected_accuracy: float, budget: Budget) -> str:
     """Return the name of the fastest plan within the budget.
 
     Args:
@@ -147,7 +147,7 @@ def choose(measured: Mapping[str, Measured], expected_accuracy: float, budget: B
     return min(within, key=lambda name: within[name].latency_ms)
 
 
-def table(measured: Mapping[str, Measured], expected_accuracy: float, budget: Budget, chosen: str) -> str:
+def table(measured: Mapping[str, PlanScore], expected_accuracy: float, budget: Budget, chosen: str) -> str:
     """Return what was measured, one plan a line, as text."""
     lines = [f"{'plan':8} {'median':>9} {'accuracy':>10} {'maps':>7}"]
     for name, row in measured.items():
@@ -174,6 +174,6 @@ def _batches(
         yield np.resize(x, (size, *x.shape[1:])), np.resize(y, size)
 
 
-def _within(row: Measured, expected_accuracy: float, budget: Budget) -> bool:
+def _within(row: PlanScore, expected_accuracy: float, budget: Budget) -> bool:
     explains = row.spearman is None or row.spearman >= budget.spearman
     return explains and row.accuracy >= expected_accuracy - budget.accuracy_drop

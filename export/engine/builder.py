@@ -46,7 +46,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """A plan and what the builder told of it.
 
     Args:
@@ -99,7 +99,7 @@ def parse(trt: Any, model: bytes, source: str) -> tuple[str, ...]:
 
 def build(
     trt: Any, builder_name: str, model: bytes, source: str, options: BuildOptions, timing_cache: bytes = b""
-) -> Built:
+) -> BuildResult:
     """Build a plan.
 
     Args:
@@ -143,7 +143,7 @@ def build(
     if plan is None:
         raise EngineError(f"{source}: the builder failed: {log.reason()}")
     cache = config.get_timing_cache() if caches else None
-    return Built(
+    return BuildResult(
         plan=bytes(plan),
         timing_cache=bytes(cache.serialize()) if cache is not None else b"",
         warnings=log.warnings(),

@@ -1,4 +1,4 @@
-"""Half precision for what is not INT8, and for nothing whose codes or classes it could change.
+"""float16 for the layers that are not INT8, except where float16 could change a code or a class.
 
 TensorRT 11 is strongly typed: a tensor that the file says is float32 is computed in float32. This pass makes the
 float islands of a graph, forward and gradient, float16, node by node, and leaves in float32

@@ -13,7 +13,7 @@ from export.engine.rules import output_axis
 from export.graph import GraphFacts, attributes, infer_shapes
 from runtime.errors import OptionError
 
-PRECISIONS = ("mixed", "int8", "fp16")
+PLAN_PRECISIONS = ("mixed", "int8", "fp16")
 """INT8 where it is expected to pay; wherever the graph has it; nowhere."""
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -90,13 +90,13 @@ def set_precision(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
     Args:
         model: a graph that keeps the rules of export/engine/rules.py.
-        precision: one of PRECISIONS.
+        precision: one of PLAN_PRECISIONS.
 
     Raises:
         OptionError: no such precision.
     """
-    if precision not in PRECISIONS:
-        raise OptionError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in PLAN_PRECISIONS:
+        raise OptionError(f"precision {precision!r}: expected one of {', '.join(PLAN_PRECISIONS)}")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     if precision == "int8":

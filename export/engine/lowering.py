@@ -16,7 +16,7 @@ ISLANDS = ("fp16", "fp32")
 
 
 @dataclass(frozen=True)
-class Lowered:
+class LoweredGraph:
     """A graph ready for NVIDIA's parser.
 
     Args:
@@ -33,13 +33,13 @@ class Lowered:
         return tuple(layer.name for layer in self.layers if layer.precision == "INT8")
 
 
-def lower(model: bytes, source: str, *, precision: str = "mixed", islands: str = "fp16") -> Lowered:
+def lower(model: bytes, source: str, *, precision: str = "mixed", islands: str = "fp16") -> LoweredGraph:
     """Return an exported graph as TensorRT is to see it.
 
     Args:
         model: contents of an ONNX file.
         source: its name, for messages.
-        precision: which layers compute on INT8, one of export.engine.layers.PRECISIONS.
+        precision: which layers compute on INT8, one of export.engine.layers.PLAN_PRECISIONS.
         islands: one of ISLANDS; "fp16" makes float16 what is not INT8, "fp32" leaves it.
 
     Raises:
@@ -59,4 +59,4 @@ def lower(model: bytes, source: str, *, precision: str = "mixed", islands: str =
             graph = half_precision(graph)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
-    return Lowered(graph.SerializeToString(), tuple(layers(graph)))
+    return LoweredGraph(graph.SerializeToString(), tuple(layers(graph)))

@@ -17,7 +17,9 @@ from runtime.onnx_bytes import GRADIENT_PREFIX
 
 
 def clip_after_pooling(model: onnx.ModelProto) -> None:
-    """Clip codes after a max pooling that thins them out, in place; only the gradient clips them before it, too.
+    """Move the Clip of codes behind a max pooling that makes them fewer; edits the model in place.
+
+    The gradient still reads the codes clipped before the pooling.
 
     The largest code of a window, clipped, is the largest of its clipped codes. ONNX Runtime pools in the layout of
     its convolutions only what comes straight from one; a Clip between costs a transposition of all that, too.

@@ -38,44 +38,44 @@ class MapAgreement:
 
 
 @dataclass(frozen=True)
-class Differentiated:
-    """A graph with its input gradient, and what int8 gradients cost it.
+class GradientGraph:
+    """A graph with its input gradient, and how its gradients are computed.
 
     Args:
         model: with the outputs `saliency` and `gradient`.
         int8: whether its gradients are int8.
-        price: agreement of int8 gradients with float32's; None where they were not tried.
+        int8_agreement: agreement of int8 gradients with float32's; None where they were not tried.
     """
 
     model: onnx.ModelProto
     int8: bool
-    price: MapAgreement | None
+    int8_agreement: MapAgreement | None
 
     def __str__(self) -> str:
         used = "int8" if self.int8 else "float32"
-        if self.price is None:
+        if self.int8_agreement is None:
             return f"gradients in {used}"
-        return f"gradients in {used}; int8's maps against float32's: {self.price}"
+        return f"gradients in {used}; int8's maps against float32's: {self.int8_agreement}"
 
 
 def differentiate(
     graph: onnx.ModelProto, model: QuantizedModel, *, input: str, gate: str, precision: str
-) -> Differentiated:
+) -> GradientGraph:
     """Append the input gradient, in int8 where that is asked for, or `auto` and nearly free.
 
-    The model's calibration images give the grids, and its samples tell the price. Where it has none, every second
-    sample calibrates, and the others tell.
+    The model's calibration images give the grids, and on its samples the maps are compared. Where it has no
+    calibration images, every second sample gives the grids, and the others are compared.
 
     Args:
         graph: exported.
         model: it was exported from.
         input: tensor to differentiate by.
         gate: see `export.gradient.append_input_gradient`.
-        precision: one of PRECISIONS.
+        precision: one of export.choices.SALIENCY_PRECISIONS.
     """
     exact = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate)
     if precision == "float32":
-        return Differentiated(exact, int8=False, price=None)
+        return GradientGraph(exact, int8=False, int8_agreement=None)
     feeds = _feeds(model)
     feeds[TARGET_NAME] = np.full_like(feeds[TARGET_NAME], -1)
     if model.calibration_images is None:
@@ -84,10 +84,10 @@ def differentiate(
         pixels = model.calibration_images.permute(0, 2, 3, 1).contiguous().numpy()
         seen, unseen = {INPUT_NAME: pixels, TARGET_NAME: np.full(len(pixels), -1)}, feeds
     rounded = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate, int8_samples=seen)
-    price = _agreement(*(reference_run(m)[0](unseen)["saliency"] for m in (rounded, exact)))
-    if precision == "auto" and not price.spearman >= LEAST_SPEARMAN:
-        return Differentiated(exact, int8=False, price=price)
-    return Differentiated(rounded, int8=True, price=price)
+    int8_agreement = _agreement(*(reference_run(m)[0](unseen)["saliency"] for m in (rounded, exact)))
+    if precision == "auto" and not int8_agreement.spearman >= LEAST_SPEARMAN:
+        return GradientGraph(exact, int8=False, int8_agreement=int8_agreement)
+    return GradientGraph(rounded, int8=True, int8_agreement=int8_agreement)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
 
 
 class _Constant(nn.Module):
-    """In the place of a weight's quantizer: what it gives."""
+    """Stands for a weight's quantizer and returns the weight that the quantizer gave."""
 
     weight: Tensor
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.verification.probes import Probed
+from export.verification.probes import ProbedGraph
 from runtime.errors import ModelError
 from train.model import QuantizedModel
 from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
@@ -42,7 +42,7 @@ class GradientVerification:
 
 
 def verify_gradient(
-    probed: Probed, network: nn.Module, model: QuantizedModel, *, gate: str, int8: bool
+    probed: ProbedGraph, network: nn.Module, model: QuantizedModel, *, gate: str, int8: bool
 ) -> GradientVerification:
     """Compare the output `gradient` of a graph with autograd on the network, for each image's true class.
 

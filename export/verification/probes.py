@@ -36,7 +36,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbedGraph:
     """A graph that also gives its codes.
 
     Args:
@@ -58,7 +58,7 @@ class Probed:
         return codes
 
 
-def probe(model: onnx.ModelProto, form: DeployForm) -> Probed:
+def probe(model: onnx.ModelProto, form: DeployForm) -> ProbedGraph:
     """Make a graph give its codes.
 
     Args:
@@ -74,7 +74,7 @@ def probe(model: onnx.ModelProto, form: DeployForm) -> Probed:
         if isinstance(quantizer, FoldedQuantizer) and quantizer.rounds
     }
     run, reference = reference_run(model, [p.value for p in probes.values()])
-    return Probed(run, probes, reference)
+    return ProbedGraph(run, probes, reference)
 
 
 def zero_points_of(model: onnx.ModelProto) -> dict[str, int]:

@@ -28,7 +28,7 @@ def start_guidance(recipe: Recipe, n: int, model: nn.Module, images: Tensor, lab
 
 
 def new_guidance(recipe: Recipe, n: int) -> Guidance | None:
-    """Return the same for a state to be loaded into."""
+    """Return what `start_guidance` returns, before a saved state is loaded into it."""
     if recipe.method == "asg":
         return AdaptiveThreshold(1.0, rate=recipe.threshold_rate)
     if recipe.method == "smoot":
@@ -57,7 +57,7 @@ def loss_terms(
         fill: what masked pixels hold, float [N, C, H, W].
         recipe: method and its hyperparameters.
         guidance: from `start_guidance` or `new_guidance`.
-        class_weights: of the cross options, [K]; None: all 1.
+        class_weights: weights of the cross entropy, float [K]; None: all 1.
     """
     options: dict[str, Any] = {"label_smoothing": recipe.label_smoothing, "class_weights": class_weights}
     kl_weight = recipe.kl_weight

@@ -41,7 +41,7 @@ def allow(*names: str) -> None:
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Let a command that reads checkpoints take names of factories, a list to be given to `allow`."""
     parser.add_argument("--arch", metavar="MODULE:FACTORY", action="append", default=[],
-                        help="of your own network: what it was trained with")  # fmt: skip
+                        help="the factory of your own network, as given to train")  # fmt: skip
 
 
 def find(arch: str, arguments: dict[str, Any]) -> Callable[..., Any]:

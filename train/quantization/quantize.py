@@ -28,6 +28,8 @@ Quantizer = PACT | InputQuantizer
 # Under which a quantized graph remembers its QuantSpec.
 _SPEC = "clearpact.quant"
 _ENDS_IN_SOFTMAX = "{} ends in a softmax: what that is given is taken as the logits"
+# Field of older checkpoints -> what it is called now.
+_RENAMED = {"weights": "weight_quantizer", "full_grid": "full_range", "addends": "quantize_adds"}
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -37,24 +39,25 @@ class QuantSpec:
 
     Args:
         bits: weights and activations, 2 to 8 (32 leaves the network in float).
-        weights: weight quantizer, one of train.choices.WEIGHT_METHODS.
+        weight_quantizer: one of train.choices.WEIGHT_METHODS.
         first_last_bits: bits of the first and the last layer.
-        full_grid: 8-bit activations use 0..255 (signed: -128..127) instead of the portable 0..127 (-127..127); not
-            exact on TensorRT.
+        full_range: 8-bit activations use 0..255 (signed: -128..127) instead of 0..127 (-127..127), which every
+            engine has; not exact on TensorRT.
         alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
         layer_bits: bits of single layers by module name, overriding the above.
-        addends: what is summed before a PACT gets 8-bit grids of its own, so that ONNX Runtime sums codes.
+        quantize_adds: the inputs of an addition before a PACT get 8-bit grids of their own, so that ONNX Runtime
+            adds codes.
         bias_grid: evaluated and shipped, biases are whole steps of their accumulators (accumulators.py), so that
             ONNX Runtime's integer kernels add them exactly.
     """
 
     bits: int = 8
-    weights: str = "absmax"
+    weight_quantizer: str = "absmax"
     first_last_bits: int = 8
-    full_grid: bool = False
+    full_range: bool = False
     alpha: float = 6.0
     layer_bits: dict[str, int] = field(default_factory=dict)
-    addends: bool = False
+    quantize_adds: bool = False
     bias_grid: bool = True
 
     def __post_init__(self) -> None:
@@ -72,8 +75,10 @@ class QuantSpec:
         for name, bits in {"first and last layer": self.first_last_bits, **self.layer_bits}.items():
             if bits not in QUANTIZED_BITS:
                 raise OptionError(f"bits {bits!r} of {name}: expected a whole number from 2 to 8")
-        if self.weights not in WEIGHT_METHODS:
-            raise OptionError(f"weight quantizer {self.weights!r}: expected one of {', '.join(WEIGHT_METHODS)}")
+        if self.weight_quantizer not in WEIGHT_METHODS:
+            raise OptionError(
+                f"weight quantizer {self.weight_quantizer!r}: expected one of {', '.join(WEIGHT_METHODS)}"
+            )
         if not self.alpha > 0:
             raise OptionError(f"alpha {self.alpha!r}: expected a positive clipping value")
 
@@ -84,6 +89,7 @@ class QuantSpec:
         Raises:
             OptionError: a field is unknown or out of range.
         """
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise OptionError(f"quantization spec: unknown fields {sorted(unknown)}; made by a newer version")
@@ -156,11 +162,11 @@ def quantize(
         for operand in grids.matrix_operands(node, modules):
             _quantize_operand(graph_module, grids.before_views(operand, modules), spec, input_scale)
     _assign_activation_bits(graph_module, bits, spec)
-    if spec.addends:
-        _quantize_addends(graph_module, spec)
+    if spec.quantize_adds:
+        _quantize_added(graph_module, spec)
     for name, layer_bits in bits.items():
         layer = graph_module.get_submodule(name)
-        weight_quantizer = WeightQuantizer(layer.weight, layer_bits, spec.weights)  # type: ignore[arg-type]
+        weight_quantizer = WeightQuantizer(layer.weight, layer_bits, spec.weight_quantizer)  # type: ignore[arg-type]
         parametrize.register_parametrization(layer, "weight", weight_quantizer)
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
@@ -358,7 +364,7 @@ def _replace_relus(graph_module: fx.GraphModule, modules: dict[str, nn.Module], 
     for node in list(graph_module.graph.nodes):
         bound = signs.relu_bound(node, modules)
         if bound is not None:
-            pact = PACT(spec.alpha, 8, full_grid=spec.full_grid)
+            pact = PACT(spec.alpha, 8, full_range=spec.full_range)
             pact.largest_start = bound
             _insert(graph_module, node, node.name, pact, source(node))
             graph_module.graph.erase_node(node)
@@ -377,11 +383,11 @@ def _quantize_operand(
         operand, quantizer = origin, InputQuantizer(input_scale)
     else:
         signed = not signs.never_negative(operand, modules)
-        quantizer = PACT(spec.alpha, 8, signed=signed, full_grid=spec.full_grid)
+        quantizer = PACT(spec.alpha, 8, signed=signed, full_range=spec.full_range)
     _insert(graph_module, operand, f"{operand.name}_grid", quantizer, operand)
 
 
-def _quantize_addends(graph_module: fx.GraphModule, spec: QuantSpec) -> None:
+def _quantize_added(graph_module: fx.GraphModule, spec: QuantSpec) -> None:
     """Put a grid on every addend that has none, of the sums that are rounded next."""
     modules = dict(graph_module.named_modules())
     for node in list(graph_module.graph.nodes):
@@ -411,7 +417,7 @@ def _assign_activation_bits(graph_module: fx.GraphModule, bits: dict[str, int], 
             readers.setdefault(_quantizer(operand, modules), []).append(spec.bits)
     for pact in graph_module.get_submodule("quantizers").children():
         if isinstance(pact, PACT):
-            pact.set_bits(max(readers.get(pact, [spec.bits])), full_grid=spec.full_grid)
+            pact.set_bits(max(readers.get(pact, [spec.bits])), full_range=spec.full_range)
 
 
 def _quantizer(node: fx.Node, modules: dict[str, nn.Module]) -> Quantizer:

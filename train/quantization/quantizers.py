@@ -34,16 +34,16 @@ def weight_qmax(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def activation_range(bits: int, *, signed: bool = False, full_grid: bool = False) -> tuple[int, int]:
+def activation_range(bits: int, *, signed: bool = False, full_range: bool = False) -> tuple[int, int]:
     """Return (qmin, qmax) of a PACT grid.
 
     Unsigned codes are 0..2^bits - 1, except that 8 bits use 0..127, which every engine can represent, unless
-    `full_grid` asks for 0..255. Signed codes are -(2^(bits - 1) - 1)..2^(bits - 1) - 1, and with `full_grid` one
+    `full_range` asks for 0..255. Signed codes are -(2^(bits - 1) - 1)..2^(bits - 1) - 1, and with `full_range` one
     more at 8 bits, -128..127, so that saturation alone is the clip of both kinds.
     """
     if signed:
-        return -weight_qmax(bits) - int(bits == 8 and full_grid), weight_qmax(bits)
-    if bits == 8 and not full_grid:
+        return -weight_qmax(bits) - int(bits == 8 and full_range), weight_qmax(bits)
+    if bits == 8 and not full_range:
         return 0, 127
     return 0, 2**bits - 1
 
@@ -160,7 +160,7 @@ class PACT(nn.Module):
         alpha: initial clipping value, > 0, in the activation's own unit.
         bits: 2 to 8.
         signed: the activation takes negative values (tokens, GELU, an un-rectified input).
-        full_grid: 8 bits use 0..255 instead of the portable 0..127, signed -128..127 instead of -127..127.
+        full_range: 8 bits use 0..255 instead of 0..127, signed -128..127 instead of -127..127.
 
     Attributes:
         largest_start: where `start_alphas` starts at most: the bound of the activation it replaces.
@@ -168,17 +168,17 @@ class PACT(nn.Module):
 
     MIN_ALPHA = 1e-4
 
-    def __init__(self, alpha: float, bits: int, *, signed: bool = False, full_grid: bool = False) -> None:
+    def __init__(self, alpha: float, bits: int, *, signed: bool = False, full_range: bool = False) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         self.signed = signed
         self.largest_start = math.inf
-        self.set_bits(bits, full_grid=full_grid)
+        self.set_bits(bits, full_range=full_range)
 
-    def set_bits(self, bits: int, *, full_grid: bool = False) -> None:
+    def set_bits(self, bits: int, *, full_range: bool = False) -> None:
         """Change the number of bits; alpha stays."""
         self.bits = bits
-        self.qmin, self.qmax = activation_range(bits, signed=self.signed, full_grid=full_grid)
+        self.qmin, self.qmax = activation_range(bits, signed=self.signed, full_range=full_range)
 
     @property
     def clip_alpha(self) -> Tensor:

@@ -50,7 +50,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Hold what a network asserts about its image's shape for true; refuse any other decision."""
+        """Accept what a network asserts about its image's shape; refuse any other branch on a value."""
         asker = inspect.currentframe()
         for _ in range(2):  # Proxy.__bool__, and the network's own code
             asker = asker.f_back if asker is not None else None

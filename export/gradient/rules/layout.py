@@ -16,7 +16,7 @@ from runtime.errors import ModelError
 
 @dataclass(frozen=True)
 class Places:
-    """`count` places along an axis of `size` elements, from `first` on, at a distance told elsewhere."""
+    """`count` places along an axis of `size` elements, the first at `first`; the caller knows their distance."""
 
     size: int
     first: int

@@ -97,7 +97,7 @@ def _activation(t: Tape, node: onnx.NodeProto, grid: _Grid) -> _Activation:
         high = np.minimum(high, t.constant(after[0], 2, limits.max))
         codes = after[0].output[0]
     before = t.producer.get(x)
-    # Differentiated by the clipped value itself, the clip is not on the way.
+    # GradientGraph by the clipped value itself, the clip is not on the way.
     if before is not None and before.op_type in ("Clip", "Relu") and x != t.source:
         relu = before.op_type == "Relu"
         low = np.maximum(low, _code(0.0 if relu else float(t.constant(before, 1, -np.inf)), grid))

@@ -77,7 +77,7 @@ class TensorRTSession:
         self._closed = False
         self._idle: list[Worker] = []
         self._workers = 0
-        # Taken again where a collected output gives its worker back in the middle of a run.
+        # Reentrant: Python may collect an old output in the middle of a run, which gives its worker back.
         self._lock = threading.RLock()
         # Streams of our own serve one thread each; work for the app's goes in one run after the other.
         self._turn: contextlib.AbstractContextManager[Any] = (
