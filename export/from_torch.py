@@ -16,6 +16,7 @@ import torch
 
 from export.deploy_form import DeployForm, FoldedQuantizer
 from export.gradient.joining import NORMALIZED
+from export.graph import GraphFacts
 from export.operators import OPSET, translations
 from export.passes.layer_constants import give_layers_their_constants
 from export.verification.probes import CODES_SUFFIX, UNCLIPPED_SUFFIX
@@ -86,12 +87,12 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
         if node.op == "call_module" and isinstance(form.network.get_submodule(str(node.target)), FoldedQuantizer)
     ]
     weights = {t.name for t in model.graph.initializer}
-    producer = {name: node for node in model.graph.node for name in node.output}
+    facts = GraphFacts(model)
     dequantized = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in weights]
     if len(dequantized) != len(calls) * int(any(m.rounds for m in _folded_quantizers(form))):
         raise ModelError(f"exported graph: {len(dequantized)} activation grids, expected {len(calls)}")
     for node, name in zip(dequantized, calls, strict=False):
-        codes = producer[node.input[0]]
+        codes = facts.producer[node.input[0]]
         if codes.op_type == "Clip":
             names[codes.input[0]] = f"{name}{UNCLIPPED_SUFFIX}"
         names[node.input[0]] = f"{name}{CODES_SUFFIX}"

@@ -266,3 +266,16 @@ def test_the_training_command_gives_the_same_settings(digits_checkpoint: Checkpo
 def test_sources_are_taken_once(tmp_path: Path, digits_checkpoint_path: Path) -> None:
     folder = digits_checkpoint_path.parent
     assert len(read([str(folder), str(digits_checkpoint_path)]).runs) == 1
+
+
+def test_times_of_other_networks_are_not_put_at_a_run(digits_checkpoint_path: Path, tmp_path: Path) -> None:
+    times = {"PyTorch FP32": 8.0, "OpenVINO INT8": 2.0}
+    others = [
+        comparison(times, arch="resnet20", trained_on="cifar10"),
+        comparison(times, trained_on="mnist"),
+        comparison(times),  # of before records said it
+    ]
+    for records, tiles in ((others, 0), ([*others, comparison(times, trained_on="digits")], 1)):
+        root = report(tmp_path, digits_checkpoint_path, records=records)
+        found = [tile.text for tile in section(root, "At a glance").find("div", class_="tile")]
+        assert sum("Class of one image" in text for text in found) == tiles

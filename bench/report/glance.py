@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.report.maps import ExplainedImages
 from bench.report.page import Content, Html, Section, join, tag
-from bench.report.sources import Model, Run, Sources, reading
+from bench.report.sources import HERE, Model, Run, Sources, reading
 from bench.report.speed import is_ours, milliseconds
 from bench.report.subjects import Subject, role
 from runtime.agreement import spearman
@@ -68,20 +68,23 @@ def _accuracies(subjects: Sequence[Subject], sources: Sources) -> list[Html]:
 
 def _measured_accuracy(subject: Subject, sources: Sources) -> float | None:
     names = {network.name for network in subject.networks[-1:]}
+    trained_on = {network.data for network in subject.networks[-1:]}
     for record in reversed(sources.latest("accuracy")):
         with reading(record) as values:
-            if values["model"] in names:
+            if values["model"] in names and (record.source == HERE or values.get("data") in trained_on):
                 return float(values["accuracy"])
     return None
 
 
 def _speeds(sources: Sources, subjects: Sequence[Subject]) -> list[Html]:
-    """Return our fastest times of one image, where possible of a subject's architecture."""
+    """Return our fastest times of one image: of the subjects' networks alone, where there are any."""
     tiles = []
-    archs = {subject.run.checkpoint.arch["name"] for subject in subjects if subject.run is not None}
-    archs |= {subject.model.manifest.arch for subject in subjects if subject.model is not None}
+    own = {
+        (s.run.checkpoint.arch["name"], s.run.checkpoint.recipe.data_name) for s in subjects if s.run is not None
+    }
+    own |= {(s.model.manifest.arch, s.model.manifest.data) for s in subjects if s.model is not None}
     for bench, usual in _USUAL.items():
-        best: tuple[bool, Html] | None = None
+        best: Html | None = None
         for record in sources.latest(bench):
             with reading(record) as values:
                 times = {name: float(row["p50_ms"]) for name, row in values["latency"].items()}
@@ -90,14 +93,14 @@ def _speeds(sources: Sources, subjects: Sequence[Subject]) -> list[Html]:
                 ours = [n for n, other in beside.items() if other in times]
                 if not ours or values["input"][0] != 1:
                     continue
+                if own and (values["arch"], values.get("trained_on")) not in own:
+                    continue
                 name = min(ours, key=lambda name: times[name])
                 what = "Class and map of one image" if "map" in name else "Class of one image"
                 faster = times[beside[name]] / times[name]
                 said = f"{values['arch']} on {name.removesuffix(' + map')}, {faster:.1f} times as fast"
-                known = values["arch"] in archs
-                if best is None or known >= best[0]:
-                    best = known, _tile(f"{milliseconds(times[name])} ms", what, said, f"as {beside[name]}")
-        tiles += [best[1]] if best is not None else []
+                best = _tile(f"{milliseconds(times[name])} ms", what, said, f"as {beside[name]}")
+        tiles += [best] if best is not None else []
     return tiles
 
 

@@ -13,10 +13,9 @@ from bench.measure.data import LabelledImages
 from bench.measure.streams import ImageStream, in_memory
 from bench.networks.network import Network
 from bench.networks.removal import MASKED_PERCENTS, PERCENTS
-from bench.report.sources import Record
+from bench.report.sources import HERE, Record
 from bench.report.subjects import Subject, role
 
-_SOURCE = "measured for this report"
 _FILL, _CANVAS, _TARGET = "black", "blur", "predicted"
 
 
@@ -33,12 +32,12 @@ def measurements(
     """
     if not subject.networks:
         return
-    yield Record(_SOURCE, accuracy(subject.networks, test) | {"environment": where})
+    yield Record(HERE, accuracy(subject.networks, test) | {"environment": where})
     some = in_memory(samples.name, samples.images, samples.labels)
     curves, agreements = saliency.measure(subject.networks, some, fill=_FILL, canvas=_CANVAS, target=_TARGET)
     pairs = zip(subject.networks, curves, strict=True)
     rows = [saliency.summarize(network, found) | {"precision": role(network)} for network, found in pairs]
-    yield Record(_SOURCE, {
+    yield Record(HERE, {
         "bench": "saliency", "data": samples.name, "n": len(samples.labels), "fill": _FILL, "canvas": _CANVAS,
         "target": _TARGET, "masked_percent": MASKED_PERCENTS, "percent": PERCENTS, "networks": rows,
         "agreement": [{"pair": a.pair, "spearman": a.spearman, "top_overlap": a.top_overlap} for a in agreements],

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 EXPECTED = "expected a run folder, ckpt.pt, .onnx file, .jsonl file or a folder of them"
 _EXPORTED_NAME = "ckpt.onnx"
+# Where a record comes from that the report measured itself.
+HERE = "measured for this report"
 
 
 @dataclass(frozen=True)

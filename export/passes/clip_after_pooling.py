@@ -6,12 +6,10 @@ ONNX Runtime pools what comes straight from its convolution.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import onnx
 from onnx import helper
 
-from export.graph import attributes
+from export.graph import GraphFacts, attributes
 from export.passes.barrier import replace_nodes_read
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
@@ -25,27 +23,23 @@ def clip_after_pooling(model: onnx.ModelProto) -> None:
     its convolutions only what comes straight from one; a Clip between costs a transposition of all that, too.
     """
     graph = model.graph
-    producer = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
+    facts = GraphFacts(model)
     nodes: list[onnx.NodeProto] = []
     renamed: dict[str, str] = {}
     for node in graph.node:
         nodes.append(node)
         if not _thins_out(node):
             continue
-        dequantize = producer.get(node.input[0])
-        clip = producer.get(dequantize.input[0]) if dequantize is not None else None
+        dequantize = facts.producer.get(node.input[0])
+        clip = facts.producer.get(dequantize.input[0]) if dequantize is not None else None
         if (
             dequantize is None
             or clip is None
             or (dequantize.op_type, clip.op_type) != ("DequantizeLinear", "Clip")
         ):
             continue
-        values = [n.output[0] for n in readers[clip.output[0]]]
-        of_class = [n for v in values for n in readers[v] if not n.output[0].startswith(GRADIENT_PREFIX)]
+        values = [n.output[0] for n in facts.consumers[clip.output[0]]]
+        of_class = [n for v in values for n in facts.consumers[v] if not n.output[0].startswith(GRADIENT_PREFIX)]
         if not all(map(_thins_out, of_class)):
             continue
         renamed |= {name: f"{GRADIENT_PREFIX}{name}" for name in (clip.output[0], *values)}

@@ -6,10 +6,9 @@ codes.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import onnx
 
+from export.graph import GraphFacts
 from export.passes.barrier import barrier, replace_nodes
 
 # What ONNX Runtime itself moves a DequantizeLinear past.
@@ -27,15 +26,12 @@ def hold_signed_codes(model: onnx.ModelProto) -> None:
         return
     graph = model.graph
     constants = {t.name: t.data_type for t in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
+    facts = GraphFacts(model)
 
     def quantized_again(node: onnx.NodeProto) -> bool:
         return any(
             r.op_type == "QuantizeLinear" or (r.op_type in _PROPAGATED and quantized_again(r))
-            for r in readers[node.output[0]]
+            for r in facts.consumers[node.output[0]]
         )
 
     nodes: list[onnx.NodeProto] = []
@@ -45,7 +41,7 @@ def hold_signed_codes(model: onnx.ModelProto) -> None:
         if node.op_type != "DequantizeLinear" or zero_point != onnx.TensorProto.INT8 or node.input[0] in constants:
             continue
         value = node.output[0]
-        moving = [r for r in readers[value] if r.op_type in _PROPAGATED and not quantized_again(r)]
+        moving = [r for r in facts.consumers[value] if r.op_type in _PROPAGATED and not quantized_again(r)]
         if moving:
             nodes.append(barrier(value, f"{value}/held"))
         for reader in moving:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import onnx
 
+from export.graph import GraphFacts
 from export.passes.barrier import barrier, replace_nodes
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
@@ -19,19 +18,19 @@ def keep_float(model: onnx.ModelProto) -> None:
     It does not where a barrier (export/passes/barrier.py) follows the product.
     """
     graph = model.graph
-    dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
-    readers: dict[str, set[str]] = defaultdict(set)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].add(node.op_type)
+    facts = GraphFacts(model)
+
+    def is_dequantized(name: str) -> bool:
+        return name in facts.producer and facts.producer[name].op_type == "DequantizeLinear"
+
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
         if (
             node.op_type in _PRODUCTS
-            and node.input[1] not in dequantized
+            and not is_dequantized(node.input[1])
             and not node.output[0].startswith(GRADIENT_PREFIX)
-            and readers[node.output[0]] & {"QuantizeLinear", "Relu", "Clip"}
+            and any(r.op_type in ("QuantizeLinear", "Relu", "Clip") for r in facts.consumers[node.output[0]])
         ):
             result = node.output[0]
             node.output[0] = f"{result}/float"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import onnx
 
+from export.graph import GraphFacts
 from export.passes.barrier import barrier, replace_nodes
 from runtime.onnx_bytes import GRADIENT_PREFIX
 
@@ -20,7 +21,7 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def keep_rounding(model: onnx.ModelProto) -> None:
     """Part, in place, every quantizer of the class's graph from a grid that it reads without a product between."""
     graph = model.graph
-    producer = {name: node for node in graph.node for name in node.output}
+    facts = GraphFacts(model)
     constants = {t.name for t in graph.initializer}
     on_grid: dict[str, bool] = {}
 
@@ -28,7 +29,7 @@ def keep_rounding(model: onnx.ModelProto) -> None:
         """Return whether a value is one of a grid, or made of such values alone (of a Concat: of one)."""
         if name not in on_grid:
             on_grid[name] = False
-            node = producer.get(name)
+            node = facts.producer.get(name)
             if node is not None and node.op_type not in _PRODUCTS:
                 given = [i for i in node.input if i and i not in constants]
                 if node.op_type == "DequantizeLinear":
@@ -42,7 +43,7 @@ def keep_rounding(model: onnx.ModelProto) -> None:
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         # The clip of a quantizer stands before it, or is its saturation.
-        clip = producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        clip = facts.producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
         reader = clip if clip is not None and clip.op_type in ("Clip", "Relu") else node
         if (
             node.op_type == "QuantizeLinear"

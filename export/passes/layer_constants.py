@@ -10,6 +10,8 @@ import ast
 
 import onnx
 
+from export.graph import GraphFacts
+
 _LAYERS = {"Conv", "Gemm", "MatMul"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PARTS = ("codes", "scale")
@@ -23,13 +25,13 @@ def give_layers_their_constants(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    producer = {name: node for node in graph.node for name in node.output}
+    facts = GraphFacts(model)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         module = _module(node)
         if node.op_type in _LAYERS and module:
             for index, name in enumerate(node.input):
-                source = producer.get(name)
+                source = facts.producer.get(name)
                 own = f"{module}.bias"
                 if name in constants and index == 2 and name.endswith(".bias") and name != own:
                     node.input[index] = _copied(graph, constants, name, own)

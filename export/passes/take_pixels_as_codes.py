@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export.graph import GraphFacts
+
 
 def take_pixels_as_codes(model: onnx.ModelProto, normalized: str) -> None:
     """Read the image's bytes as its codes where they are, in place: no cast, no normalization, no rounding.
@@ -18,14 +20,14 @@ def take_pixels_as_codes(model: onnx.ModelProto, normalized: str) -> None:
         normalized: name of the normalized image, which becomes that of the same values on their grid.
     """
     graph = model.graph
-    producer = {name: node for node in graph.node for name in node.output}
+    facts = GraphFacts(model)
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    scaled = producer[normalized]
-    shifted = producer[scaled.input[0]]
-    cast = producer[shifted.input[0]]
-    quantizers = [node for node in graph.node if normalized in node.input]
-    readers = [node for node in graph.node if quantizers[0].output[0] in node.input]
-    if [n.op_type for n in quantizers + readers] != ["QuantizeLinear", "DequantizeLinear"]:
+    scaled = facts.producer[normalized]
+    shifted = facts.producer[scaled.input[0]]
+    cast = facts.producer[shifted.input[0]]
+    quantizers = facts.consumers[normalized]
+    readers = facts.consumers[quantizers[0].output[0]]
+    if [n.op_type for n in (*quantizers, *readers)] != ["QuantizeLinear", "DequantizeLinear"]:
         return
     (quantize,), (dequantize,) = quantizers, readers
     scale, zero_point = (constants[name] for name in quantize.input[1:3])
@@ -34,7 +36,7 @@ def take_pixels_as_codes(model: onnx.ModelProto, normalized: str) -> None:
     codes = np.rint(apply(pixels - constants[shifted.input[1]], by) / scale) + zero_point
     if zero_point.dtype != np.uint8 or not np.all(codes == pixels):
         return
-    producer[cast.input[0]].output[0] = quantize.output[0]
+    facts.producer[cast.input[0]].output[0] = quantize.output[0]
     for node in graph.node:
         node.input[:] = [normalized if name == dequantize.output[0] else name for name in node.input]
     dequantize.output[0] = normalized

@@ -95,11 +95,14 @@ class ExportAgreement:
     """Maps and classes of the file beside the float network's, on the same images.
 
     Args:
+        reference: which float network: "the float network" that was quantized after training, or "the trained
+            network without rounding".
         maps: agreement of the maps for each image's true class.
         float_accuracy: of the float network, in percent; None where the images have no labels.
         exported_accuracy: of the file; without labels, how often it gives the float network's class.
     """
 
+    reference: str
     maps: MapAgreement
     float_accuracy: float | None
     exported_accuracy: float
@@ -108,7 +111,7 @@ class ExportAgreement:
         classes = f"its class on {self.exported_accuracy:.2f} %"
         if self.float_accuracy is not None:
             classes = f"accuracy {self.float_accuracy:.2f} -> {self.exported_accuracy:.2f} %"
-        return f"maps against the float network's: {self.maps}; {classes}"
+        return f"maps against those of {self.reference}: {self.maps}; {classes}"
 
 
 def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgreement:
@@ -130,6 +133,7 @@ def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgr
     right = {name: (values.argmax(1) == truth.numpy()).mean() for name, values in
              (("float", logits.detach().numpy()), ("exported", found["logits"]))}  # fmt: skip
     return ExportAgreement(
+        reference="the trained network without rounding" if model.original is None else "the float network",
         maps=_agreement(found["saliency"], gradient.abs().amax(1).numpy()),
         float_accuracy=None if model.labels is None else 100 * float(right["float"]),
         exported_accuracy=100 * float(right["exported"]),
