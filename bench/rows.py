@@ -29,11 +29,16 @@ _SHIPPED = (".pt", ".md")  # what is written of a row into the folder of --ship
 RESULTS = Path(__file__).parent / "results"
 
 EXAMPLES = """
-  python -m bench.rows cifar10 --device cuda --data-root data     # float, 8, 4 and 2 bits
+  python -m bench.rows cifar10 --device cuda --data-root data     # float, 8 to 2 bits
   python -m bench.rows cifar10 --only cifar10-resnet20-2bit-sgt   # one of them; those it starts from first
   python -m bench.rows deit --device cuda --data-root data        # a transformer: plain, sgt, smoot
   python -m bench.rows mnist --record bench/results/training.jsonl --ship deploy/models
 """
+
+
+def _file(runs: Path, row: str) -> str:
+    """Return the checkpoint of a row below the folder `runs`, or the file itself."""
+    return row if row.endswith(".pt") else str(runs / row / CHECKPOINT_NAME)
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Row:
         name: of the run's folder.
         options: of `python -m train`.
         asked: accuracy on the test split that the run is to reach, in percent; None where it is a step to others.
-        init: name of the row whose parameters it starts from.
-        teacher: name of the row whose probabilities it learns.
+        init: name of the row whose parameters it starts from, or a file of this repository.
+        teacher: name of the row whose probabilities it learns, or such a file.
     """
 
     name: str
@@ -58,7 +63,7 @@ class Row:
         """Return the command line of `python -m train` that starts the run below the folder `runs`."""
         given = ["--runs", str(runs), "--name", self.name, *shlex.split(self.options)]
         for option, row in (("--init", self.init), ("--teacher", self.teacher)):
-            given += [option, str(runs / row / CHECKPOINT_NAME)] if row else []
+            given += [option, _file(runs, row)] if row else []
         return given
 
 
@@ -102,6 +107,23 @@ def _of_a_chest(seed: int) -> tuple[Row, ...]:
     )  # fmt: skip
 
 
+_CIFAR10 = "cifar10-resnet20-float-plain"
+_FLOAT_FILE = "bench/checkpoints/cifar10-resnet20-float.pt"
+_LAST_4BIT = ("--data cifar10 --arch resnet20 --bits 4 --weight-quantizer lsq --batch-size 256 "
+              "--weight-decay 1e-4 --crop-padding 4 --flip --precision bfloat16 --validation 2500")  # fmt: skip
+
+
+def _plain(bits: int) -> str:
+    return f"cifar10-resnet20-{bits}bit-plain"
+
+
+def _of_bits(bits: int, before: str, asked: float) -> tuple[Row, Row]:
+    """Return the plain and the guided row of these bits; the plain one starts from the row `before`."""
+    plain = Row(_plain(bits), f"--recipe clearpact-cifar10-{bits}bit-plain", init=before, teacher=_CIFAR10)
+    guided = f"cifar10-resnet20-{bits}bit-sgt"
+    return plain, Row(guided, f"--recipe clearpact-cifar10-{bits}bit", asked, init=plain.name, teacher=_CIFAR10)
+
+
 TABLES = {
     "digits": (
         Row("digits-cnn2-float-plain", f"{_DIGITS} --bits 32 --method plain --flip"),
@@ -122,13 +144,27 @@ TABLES = {
     "mnist-maps": _of_every_method("mnist"),
     "fashion-mnist-maps": _of_every_method("fashion-mnist"),
     "cifar10": (
-        Row("cifar10-resnet20-float-plain", "--recipe clearpact-cifar10-float"),
-        Row("cifar10-resnet20-8bit-sgt", "--recipe clearpact-cifar10-8bit",
-            init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
-        Row("cifar10-resnet20-4bit-sgt", "--recipe clearpact-cifar10-4bit", asked=92.0,
-            init="cifar10-resnet20-float-plain", teacher="cifar10-resnet20-float-plain"),
-        Row("cifar10-resnet20-2bit-sgt", "--recipe clearpact-cifar10-2bit", asked=90.0,
-            init="cifar10-resnet20-4bit-sgt", teacher="cifar10-resnet20-float-plain"),
+        Row("cifar10-resnet20-float-plain-start", "--recipe clearpact-cifar10-float"),
+        Row("cifar10-resnet20-float-plain-other", "--recipe clearpact-cifar10-float --seed 1"),
+        Row(_CIFAR10, "--recipe clearpact-cifar10-float-longer", asked=91.5,
+            init="cifar10-resnet20-float-plain-start", teacher="cifar10-resnet20-float-plain-other"),
+        *(
+            row
+            for bits, before, asked in ((8, _CIFAR10, 91.72), (4, _CIFAR10, 91.0), (3, _plain(4), 90.0),
+                                        (2, _plain(3), 88.0))
+            for row in _of_bits(bits, before, asked)
+        ),
+    ),
+    # The 4-bit row with its biases on their grids, from the file that was trained without them.
+    "cifar10-4bit": (
+        Row("cifar10-resnet20-4bit-plain", f"{_LAST_4BIT} --method plain --epochs 5 --lr 0.02",
+            init="bench/checkpoints/cifar10-resnet20-4bit-sgt.pt", teacher=_FLOAT_FILE),
+        *(
+            Row(f"cifar10-resnet20-4bit-sgt-seed{seed}",
+                f"{_LAST_4BIT} --method sgt --kl-weight 0.05 --epochs 3 --lr 0.01 --seed {seed}", asked=91.0,
+                init="cifar10-resnet20-4bit-plain", teacher=_FLOAT_FILE)
+            for seed in _SEEDS
+        ),
     ),
     "chest-xrays": tuple(row for seed in _SEEDS for row in _of_a_chest(seed)),
     "steel": (
@@ -157,7 +193,7 @@ def needed(rows: Sequence[Row], name: str) -> list[Row]:
     while waiting:
         row = by_name[waiting.pop()]
         wanted.add(row.name)
-        waiting += [other for other in (row.init, row.teacher) if other]
+        waiting += [other for other in (row.init, row.teacher) if other in by_name]
     return [row for row in rows if row.name in wanted]
 
 
@@ -234,7 +270,7 @@ def ship(row: Row, checkpoint: Checkpoint, found: dict[str, object], folder: Pat
 
 def shipped(row: Row, checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint without what only resuming needs, half of it, and without this machine's paths."""
-    init, teacher = (f"runs/{name}/{CHECKPOINT_NAME}" if name else "" for name in (row.init, row.teacher))
+    init, teacher = (_file(Path("runs"), name) if name else "" for name in (row.init, row.teacher))
     recipe = replace(checkpoint.recipe, init=init, teacher=teacher)
     return replace(checkpoint, optimizer={}, guidance={}, recipe=recipe)
 

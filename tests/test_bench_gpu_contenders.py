@@ -17,7 +17,7 @@ from bench.measure.cold_start import Loading
 from bench.networks.checkpoint import as_network
 from bench.peers import gpu_contenders
 from bench.peers.contenders import Found, contenders, in_torch, write_export
-from bench.peers.explainers import WAYS, explain_in_torch
+from bench.peers.explainers import explain_in_torch
 from bench.peers.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name, torch_on_cuda
 from bench.peers.gpu_explainers import gpu_explainers
 from bench.peers.plans import build_plan, in_plans
@@ -226,7 +226,7 @@ def test_the_explainers_in_torch_give_the_float_network_s_maps(digits_checkpoint
     images = digits(5)
     float_network = deploy_form(digits_checkpoint.network(), digits_checkpoint.input, int8=False).network
     expected = as_network(float_network, digits_checkpoint, "float", "float").explain(images, np.full(5, -1))
-    for way in WAYS:
+    for way in ("captum", "autograd"):  # compiled is slow, and tested so
         found = explain_in_torch(digits_checkpoint, images, device="cpu", way=way)()
         for given, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from bench.report.provenance import train_command
 from bench.report.sources import read
 from bench.report.speed import pareto_front
 from runtime.errors import ClearpactError
+from tests.commands import run_command
 from tests.html_page import Element, assert_sound, read_page
 from train import checkpoint as checkpoints
 from train import recipes
@@ -219,7 +218,7 @@ def test_lines_that_are_no_records_are_named(tmp_path: Path, line: str, message:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_wrong_sources_are_one_line_and_status_2(tmp_path: Path) -> None:
+def test_wrong_sources_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("")
     for source, message in (
@@ -227,13 +226,10 @@ def test_wrong_sources_are_one_line_and_status_2(tmp_path: Path) -> None:
         ("a.txt", "a.txt: expected a run folder, ckpt.pt, .onnx file, .jsonl file or a folder of them"),
         ("absent.jsonl", "absent.jsonl: no such file; check the path"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.report", str(tmp_path / source), "-o", str(tmp_path / "report.html")],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.count("\n") == 1
-        assert message in done.stderr
+        done = run_command(main, [str(tmp_path / source), "-o", str(tmp_path / "report.html")], capsys)
+        assert (done.status, done.out) == (2, "")
+        assert done.err.count("\n") == 1
+        assert message in done.err
     assert not (tmp_path / "report.html").exists()
 
 

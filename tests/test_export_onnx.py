@@ -3,8 +3,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from runtime.agreement import spearman
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, Manifest, read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
+from tests.commands import run_command
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
 from train.input_spec import InputSpec
@@ -278,7 +277,9 @@ def test_command_verifies_writes_and_prints(
     )
 
 
-def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_checkpoint_path: Path) -> None:
+def test_user_errors_end_with_status_2_and_one_line(
+    tmp_path: Path, digits_checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.pt").write_text("no checkpoint")
     for arguments, expected in (
         ([str(tmp_path / "none.pt"), "--int8"], "none.pt: no such file"),
@@ -287,17 +288,11 @@ def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, digits_check
         ([str(digits_checkpoint_path), "--int8", "-o", "/proc/nowhere/model.onnx"], "cannot be written"),
         ([str(digits_checkpoint_path), "--int8", "-o", str(tmp_path)], "is a folder, expected the name of a file"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "export.onnx", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert expected in done.stderr
-        assert done.stderr.count("\n") == 1
+        done = run_command(main, arguments, capsys)
+        assert done.status == 2
+        assert done.err.startswith("error: ")
+        assert expected in done.err
+        assert done.err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["text.pt"]
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from runtime.errors import EngineError, OptionError
+from tests.commands import run_command
 from train import checkpoint as checkpoints
 from train import loop
 from train.__main__ import main
@@ -223,15 +224,12 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
         main(["--data", "digits", "--device", "tpu"])
 
 
-def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path) -> None:
+def test_user_errors_end_with_status_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--data", "digits", "--bits", "5.5"], ["--data", "faces"], ["--resume", str(tmp_path)], []):
-        done = subprocess.run(
-            [sys.executable, "-m", "train", *arguments, "--runs", str(tmp_path / "runs")],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
+        done = run_command(main, [*arguments, "--runs", str(tmp_path / "runs")], capsys)
+        assert done.status == 2
+        assert done.err.startswith("error: ")
+        assert done.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

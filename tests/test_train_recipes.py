@@ -49,7 +49,7 @@ def test_rows_hold_what_the_papers_print(name: str, arch: str, bits: int, expect
 
 def test_every_row_can_be_trained_and_has_a_name_of_its_own() -> None:
     runs = (*recipes.PUBLISHED_RUNS, *recipes.OWN_RUNS)
-    assert len({run.name for run in runs}) == len(runs) == 8 + 9
+    assert len({run.name for run in runs}) == len(runs) == 8 + 15
     assert all(run.arch in ARCHITECTURES and run.recipe.method in METHODS for run in runs)
     assert {run.name for run in runs if run.name.startswith("clearpact-")} == {r.name for r in recipes.OWN_RUNS}
     assert all((run.source and run.figure) for run in recipes.PUBLISHED_RUNS)

@@ -30,6 +30,7 @@ from train.quantization.quantizers import activation_range
 
 # Until the threads of the contender before have stopped spinning, mostly: see bench.measure.statistics.measure.
 _REST_MS = 100.0
+_WARM_UP_SECONDS = 0.5  # of each contender
 
 
 def test_images(options: Any, checkpoint: Checkpoint) -> ImageStream:
@@ -98,7 +99,12 @@ def _latency(
         ready = {name: functools.partial(contender.classify, images) for name, contender in found.ready.items()}
         calls = Found(dict(ready), found.missing)
     ours = OURS_WITH_MAP if options.explain else OURS
-    samples = measure(calls.ready, seconds=options.seconds, rest_ms=_REST_MS if options.threads > 1 else 0.0)
+    samples = measure(
+        calls.ready,
+        seconds=options.seconds,
+        warm_up_seconds=min(_WARM_UP_SECONDS, options.seconds),
+        rest_ms=_REST_MS if options.threads > 1 else 0.0,
+    )
     return {
         "bench": "compare-explain" if options.explain else "compare",
         "arch": checkpoint.arch["name"],
