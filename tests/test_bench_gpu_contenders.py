@@ -16,7 +16,7 @@ from bench import compare
 from bench.measure.cold_start import Loading
 from bench.networks.checkpoint import as_network
 from bench.peers import gpu_contenders
-from bench.peers.contenders import Found, contenders, in_torch, write_export
+from bench.peers.contenders import Found, contenders, in_torch, write_exports
 from bench.peers.explainers import explain_in_torch
 from bench.peers.gpu_contenders import found_on_gpu, gpu_explaining_networks, gpu_name, torch_on_cuda
 from bench.peers.gpu_explainers import gpu_explainers
@@ -114,7 +114,7 @@ def test_on_a_gpu_what_is_not_installed_is_missing_and_told_how_to_get(
     unclosed: FakeGpu, digits_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    write_export(tmp_path / "ONNX Runtime FP32.onnx", digits_checkpoint, "ort", int8=False)
+    write_exports(tmp_path, "ONNX Runtime FP32", digits_checkpoint, "ort", int8=False)
     found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1)
     assert found.ready == {}
     assert list(found.missing) == ON_GPU
@@ -193,8 +193,7 @@ def test_plans_are_those_of_export_engine(
     )
     monkeypatch.setitem(sys.modules, "tensorrt", bindings)
     for int8, precision, layers in ((False, "fp16", 0), (True, "mixed", 4)):
-        model = tmp_path / f"{precision}.onnx"
-        write_export(model, digits_checkpoint, "tensorrt", int8=int8)
+        model, _ = write_exports(tmp_path, precision, digits_checkpoint, "tensorrt", int8=int8)
         sidecar = read_sidecar(build_plan(model, tmp_path / "a.plan", batch=3, precision=precision))
         assert (sidecar.batch, sidecar.builder, len(sidecar.int8_layers)) == ((1, 3, 3), "tensorrt", layers)
         assert (sidecar.device, sidecar.driver, sidecar.manifest.arch) == ("Orin", "12.6", "cnn2")

@@ -7,6 +7,7 @@ import pytest
 from bench.layers.engine_graph import executed
 from export.pipeline import export
 from runtime.errors import OptionError
+from tests.exports import exported, exported_class
 from tests.toy_models import randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
@@ -36,8 +37,7 @@ def full_checkpoint(digits: ImageData) -> Checkpoint:
 @pytest.mark.parametrize("grid", ["addends_checkpoint", "full_checkpoint"])
 @pytest.mark.parametrize("target", ["openvino", "ort"])
 def test_addends_on_grids_are_exported_exactly(request: pytest.FixtureRequest, grid: str, target: str) -> None:
-    exported = export(request.getfixturevalue(grid), target=target)
-    found = exported.verification
+    found = exported(request.getfixturevalue(grid), target=target).verification
     assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 10) + 4 * 4 * 32 * 9 + 2 * 2 * 64 * 9 + 64)
     assert found.flipped_codes < 1e-5 * found.activation_codes
     assert found.max_logit_steps < 0.5
@@ -48,7 +48,7 @@ def test_on_the_full_range_saturation_is_the_clip(
     addends_checkpoint: Checkpoint, full_checkpoint: Checkpoint, target: str
 ) -> None:
     def clips(checkpoint: Checkpoint) -> int:
-        nodes = export(checkpoint, target=target, saliency=False).model.graph.node
+        nodes = exported_class(checkpoint, target=target).graph.node
         return sum(node.op_type == "Clip" for node in nodes)
 
     assert (clips(addends_checkpoint), clips(full_checkpoint)) == (29, 0)
@@ -58,7 +58,7 @@ def test_onnx_runtime_adds_codes_where_addends_have_grids(
     addends_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint
 ) -> None:
     def counts(checkpoint: Checkpoint) -> tuple[int, int]:
-        model = export(checkpoint, target="ort", saliency=False).model
+        model = exported_class(checkpoint, target="ort")
         operators = [text.split()[-1] for text in executed(model.SerializeToString(), "ort").values()]
         return operators.count("QLinearConv"), operators.count("QLinearAdd")
 

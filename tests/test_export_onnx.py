@@ -27,6 +27,7 @@ from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, Manifest, read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from tests.commands import run_command
+from tests.exports import exported
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
 from train.input_spec import InputSpec
@@ -96,14 +97,14 @@ def test_reference_evaluator_gives_the_trained_networks_logits(
 
 @pytest.mark.parametrize("target", ["openvino", "ort", "tensorrt"])
 def test_resnet_codes_are_the_checkpoints(resnet_checkpoint: Checkpoint, target: str) -> None:
-    exported = export(resnet_checkpoint, target=target)
-    found = exported.verification
+    made = exported(resnet_checkpoint, target=target)
+    found = made.verification
     weights = [float_weight(m).numel() for m in resnet_checkpoint.network().modules() if weight_quantizer(m)]
     assert found.weight_codes == sum(weights) == 268_048
     assert found.activation_codes == 256 * (8 * 8 * (1 + 16 * 7) + 4 * 4 * 32 * 6 + 2 * 2 * 64 * 6 + 64)
     assert found.flipped_codes < 1e-5 * found.activation_codes
     assert found.max_logit_steps < 0.5
-    on_device = {t.name: numpy_helper.to_array(t) for t in exported.model.graph.initializer}
+    on_device = {t.name: numpy_helper.to_array(t) for t in made.model.graph.initializer}
     assert on_device["network.stage1.0.conv1.codes"].dtype == np.int8
     assert np.abs(on_device["network.stage1.0.conv1.codes"]).max() == 7
 
@@ -119,7 +120,7 @@ def test_resnet_codes_are_the_checkpoints(resnet_checkpoint: Checkpoint, target:
 def test_each_target_gets_its_own_lowering(
     resnet_checkpoint: Checkpoint, target: str, before_q: set[str], zero_point: type
 ) -> None:
-    model = export(resnet_checkpoint, target=target).model
+    model = exported(resnet_checkpoint, target=target).model
     producers = {v: n for n in model.graph.node for v in n.output}
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     activations = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
@@ -320,7 +321,7 @@ def test_agreement_of_maps_is_reported_and_can_be_required(
     assert floating.maps.spearman > 0.9999
     assert floating.maps.top_overlap > 0.999
     assert floating.float_accuracy == floating.exported_accuracy
-    quantized = export(digits_checkpoint).agreement
+    quantized = exported(digits_checkpoint).agreement
     assert quantized is not None
     assert 0.9 < quantized.maps.spearman < floating.maps.spearman
     assert quantized.maps.samples == 256
@@ -339,16 +340,16 @@ def test_agreement_of_maps_is_reported_and_can_be_required(
 def test_gradients_are_int8_on_openvino_and_their_price_is_told(
     digits_checkpoint: Checkpoint, digits_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    exported = export(digits_checkpoint)
-    assert exported.differentiated is not None
-    price = exported.differentiated.int8_agreement
+    made = exported(digits_checkpoint)
+    assert made.differentiated is not None
+    price = made.differentiated.int8_agreement
     assert price is not None
-    assert exported.differentiated.int8
+    assert made.differentiated.int8
     assert price.samples == 256  # of all samples: training images calibrate
     assert 0.99 <= price.spearman < 1
-    assert f"gradients in int8; int8's maps against float32's: {price}" == str(exported.differentiated)
+    assert f"gradients in int8; int8's maps against float32's: {price}" == str(made.differentiated)
     images = pixels(digits_checkpoint, 64)
-    model = exported.model.SerializeToString()
+    model = made.model.SerializeToString()
     assert len(model) < len(digits_models["openvino"].read_bytes()) / 2
     rounded, exact = (Classifier(m, threads=1).explain(images) for m in (model, digits_models["openvino"]))
     assert 0.99 <= spearman(rounded.map, exact.map).mean() < 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ from export.pipeline import export
 from runtime.classifier import Classifier
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME
+from runtime.onnx_bytes import without_gradient
 from runtime.session import Session
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
@@ -83,10 +85,9 @@ def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: boo
     checkpoints.save(checkpoint, folder / CHECKPOINT_NAME)
     found = {"PyTorch FP32": Contender(in_torch(network), loading_torch(checkpoint, folder))}
     for name, (engine, int8) in _EXPORTS.items():
-        path = folder / f"{name}.onnx"
-        file_bytes = write_export(path, checkpoint, engine, int8=int8)
+        path, _ = write_exports(folder, name, checkpoint, engine, int8=int8)
         session = Classifier(path, engine=engine, threads=threads).session
-        found[name] = Contender(in_session(session), Loading("runtime", path, engine), file_bytes)
+        found[name] = Contender(in_session(session), Loading("runtime", path, engine), path.stat().st_size)
     missing = {}
     for name, make in _PEERS.items() if peers else ():
         try:
@@ -107,17 +108,21 @@ def explaining_networks(checkpoint: Checkpoint, folder: Path, *, workers: int) -
     network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).network
     found = {"PyTorch FP32": as_network(network, checkpoint, "PyTorch FP32", "float")}
     for name, (engine, int8) in _EXPORTS.items():
-        path = folder / f"{name} with map.onnx"
-        write_export(path, checkpoint, engine, int8=int8, saliency=True)
+        _, path = write_exports(folder, name, checkpoint, engine, int8=int8)
         (found[name],) = open_networks(str(path), engine=engine, threads=1, parallel_runs=workers)
     return found
 
 
-def write_export(path: Path, checkpoint: Checkpoint, engine: str, *, int8: bool, saliency: bool = False) -> int:
-    """Export a checkpoint and return the file's size in bytes."""
-    data = export(checkpoint, int8=int8, target=engine, saliency=saliency).model.SerializeToString()
-    write_atomically(path, data)
-    return len(data)
+def write_exports(
+    folder: Path, name: str, checkpoint: Checkpoint, engine: str, *, int8: bool
+) -> tuple[Path, Path]:
+    """Export a checkpoint, once, and return two files: one with the class alone, one with its map too."""
+    path, with_map = folder / f"{name}.onnx", folder / f"{name} with map.onnx"
+    if not with_map.exists():
+        data = export(checkpoint, int8=int8, target=engine).data
+        write_atomically(path, without_gradient(data))
+        write_atomically(with_map, data)
+    return path, with_map
 
 
 def in_session(session: Session) -> Classify:
@@ -151,16 +156,14 @@ def _torch_compile(checkpoint: Checkpoint, network: nn.Module, folder: Path, thr
 def _openvino_bf16(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     import openvino
 
-    path = folder / "bf16.onnx"
-    file_bytes = write_export(path, checkpoint, "openvino", int8=False)
+    path = _float_file(checkpoint, folder, "OpenVINO FP32")
     whole = openvino.Core().read_model(path)
-    return Contender(
-        run_on_openvino(whole, threads, precision="bf16"), Loading("openvino", path, "bf16"), file_bytes
-    )
+    loading = Loading("openvino", path, "bf16")
+    return Contender(run_on_openvino(whole, threads, precision="bf16"), loading, path.stat().st_size)
 
 
 def _onnx_runtime_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
-    model = export(checkpoint, int8=False, target="ort", saliency=False).model
+    model = onnx.load(_float_file(checkpoint, folder, "ONNX Runtime FP32"))
     quantized = onnx_runtime_ptq(model, _samples(checkpoint))
     path = folder / "onnxruntime_ptq.onnx"
     write_atomically(path, quantized)
@@ -170,11 +173,17 @@ def _onnx_runtime_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, 
 def _nncf_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
     import openvino
 
-    quantized = nncf_ptq(export(checkpoint, int8=False, saliency=False).model, _samples(checkpoint))
+    quantized = nncf_ptq(onnx.load(_float_file(checkpoint, folder, "OpenVINO FP32")), _samples(checkpoint))
     path = folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
     file_bytes = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
     return Contender(run_on_openvino(quantized, threads), Loading("openvino", path, "f32"), file_bytes)
+
+
+def _float_file(checkpoint: Checkpoint, folder: Path, name: str) -> Path:
+    engine, int8 = _EXPORTS[name]
+    path, _ = write_exports(folder, name, checkpoint, engine, int8=int8)
+    return path
 
 
 def _samples(checkpoint: Checkpoint) -> np.ndarray:

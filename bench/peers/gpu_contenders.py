@@ -17,7 +17,7 @@ import torch
 from bench.measure.cold_start import Loading
 from bench.networks.network import Network
 from bench.networks.opened import open_networks
-from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_export
+from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_exports
 from bench.peers.plans import build_plan, in_plans
 from export.deploy_form import deploy_form
 from export.engine.gpu import find_gpu
@@ -119,8 +119,7 @@ def torch_on_cuda() -> Iterator[None]:
 
 def plan_with_map(checkpoint: Checkpoint, folder: Path, *, batch: int) -> Path:
     """Build the INT8 plan that gives class and map of `batch` images, or fewer; return its path."""
-    model = folder / f"{OURS_ON_GPU_WITH_MAP}.onnx"
-    write_export(model, checkpoint, PLAN_ENGINE, int8=True, saliency=True)
+    _, model = write_exports(folder, OURS_ON_GPU, checkpoint, PLAN_ENGINE, int8=True)
     return build_plan(model, folder / f"{OURS_ON_GPU_WITH_MAP}, {batch}.plan", batch=batch, precision="mixed")
 
 
@@ -140,8 +139,7 @@ def _in_onnx_runtime(folder: Path, threads: int) -> Contender:
 
 def _in_tensorrt(checkpoint: Checkpoint, folder: Path, name: str, batches: Sequence[int]) -> Contender:
     int8, precision = _PLANS[name]
-    model = folder / f"{name}.onnx"
-    write_export(model, checkpoint, PLAN_ENGINE, int8=int8)
+    model, _ = write_exports(folder, name, checkpoint, PLAN_ENGINE, int8=int8)
     plans = [
         build_plan(model, folder / f"{name}, {batch}.plan", batch=batch, precision=precision)
         for batch in sorted(set(batches))

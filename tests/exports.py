@@ -1,0 +1,31 @@
+"""Exports that several tests look at, each made once; nobody changes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from export.pipeline import ExportResult, export
+from runtime.onnx_bytes import without_gradient
+from train.checkpoint import Checkpoint
+
+_made: dict[tuple[int, str], tuple[Checkpoint, ExportResult]] = {}
+
+
+def exported(checkpoint: Checkpoint, **settings: Any) -> ExportResult:
+    """Return the export of a checkpoint that lives as long as the tests do.
+
+    Args:
+        checkpoint: of a fixture of the session or the module.
+        settings: of `export.pipeline.export`.
+    """
+    key = id(checkpoint), repr(sorted(settings.items()))
+    if key not in _made:
+        _made[key] = checkpoint, export(checkpoint, **settings)  # which stays alive: its id is not given again
+    return _made[key][1]
+
+
+def exported_class(checkpoint: Checkpoint, **settings: Any) -> onnx.ModelProto:
+    """Return the same without its gradient."""
+    return onnx.load_from_string(without_gradient(exported(checkpoint, **settings).data))
