@@ -14,9 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from torch import nn
 
 from export.gradient.walk import append_input_gradient
 from runtime.errors import ModelError
+from tests.code_gate import with_code_gate
+from train.quantization.quantizers import PACT
 
 SIZE = 8
 
@@ -66,20 +69,11 @@ def activation_constants(n: int, alpha: float) -> dict[str, np.ndarray]:
     }
 
 
-class FakeQuantize(torch.autograd.Function):
-    """PACT with either gate; the oracle that the graph is held to."""
-
-    @staticmethod
-    def forward(ctx, x, alpha, n, signed, gate):
-        scale = torch.tensor(alpha / n)
-        code = torch.round(x / scale).clamp(-n if signed else 0, n)
-        low = -alpha if signed else 0.0
-        ctx.gate = (x >= low) & (x < alpha) if gate == "ste" else (code > (-n if signed else 0)) & (code < n)
-        return code * scale
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy * ctx.gate, None, None, None, None
+def fake_quantize(n: int, alpha: float, *, signed: bool, gate: str) -> nn.Module:
+    """Return PACT as training has it, with either gate; tests/test_train_quantizers.py holds it to its equations."""
+    bits = 8 if n >= 127 else n.bit_length() + signed
+    pact = nn.Sequential(PACT(alpha, bits, signed=signed, full_range=n == 255))
+    return with_code_gate(pact) if gate == "code" else pact
 
 
 def weights(*shape: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +132,7 @@ def test_a_quantized_network_has_the_gradient_of_its_fake_quantized_twin(target:
     logits, gradient = run(append_input_gradient(model, outputs=["gradient"], gate=gate), x=x, target=targets)
 
     leaf, signed = torch.tensor(x, requires_grad=True), target == "signed"
-    conv, fake = torch.nn.functional.conv2d, lambda t: FakeQuantize.apply(t, alpha, n, signed, gate)
+    conv, fake = nn.functional.conv2d, fake_quantize(n, alpha, signed=signed, gate=gate)
     q = fake(conv(leaf, w["f"], padding=1))
     q = fake(conv(q, w["g"], padding=1) + q)
     expected = conv(q, w["w"], stride=2).flatten(1) @ w["m"]
