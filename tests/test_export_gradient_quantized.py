@@ -70,7 +70,7 @@ def activation_constants(n: int, alpha: float) -> dict[str, np.ndarray]:
 
 
 def fake_quantize(n: int, alpha: float, *, signed: bool, gate: str) -> nn.Module:
-    """Return PACT as training has it, with either gate; tests/test_train_quantizers.py holds it to its equations."""
+    """Return PACT as it trains, with either gate; tests/test_train_quantizers.py holds it to its equations."""
     bits = 8 if n >= 127 else n.bit_length() + signed
     pact = nn.Sequential(PACT(alpha, bits, signed=signed, full_range=n == 255))
     return with_code_gate(pact) if gate == "code" else pact
