@@ -29,6 +29,9 @@ EXAMPLES = """
 """
 
 
+_NO_MARGINS = np.empty((2, 0), np.float32)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of a classifier in percent, macro-averaged one against the rest, and its confusion matrix.
@@ -68,40 +71,76 @@ def score(confusion: np.ndarray) -> Scores:
     )
 
 
-Classify = Callable[[np.ndarray], np.ndarray]
-"""Images uint8 [n, H, W, C], n at most MAX_BATCH -> predicted classes int64 [n]; for several threads at once."""
+Logits = Callable[[np.ndarray], np.ndarray]
+"""Images uint8 [n, H, W, C], n at most MAX_BATCH -> logits float32 [n, K]; for several threads at once."""
 
 
-def confusions(
-    classify: Classify, test: ImageStream, classes: int, *, against: Classify | None = None, workers: int = 1
-) -> tuple[np.ndarray, int]:
-    """Return the confusion matrix int64 [K, K] of all images, and how many another classifier puts elsewhere.
-
-    Memory does not grow with the images.
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of all images.
 
     Args:
-        classify: to measure.
+        confusion: int64 [K, K]; row: true class, column: predicted class.
+        differing: images that another classifier puts elsewhere.
+        auc: area under the ROC curve by the difference of the logits, where there are two classes; else None.
+    """
+
+    confusion: np.ndarray
+    differing: int
+    auc: float | None
+
+
+def roc_auc(margins: np.ndarray, positive: np.ndarray) -> float:
+    """Return the share of pairs, one positive and one negative image, whose margins are in order; ties count half.
+
+    Args:
+        margins: float [N], larger where an image is more probably positive.
+        positive: bool [N]; both kinds are there.
+    """
+    _, place, counts = np.unique(margins, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean_rank = (last - (counts - 1) / 2)[place]
+    n = int(positive.sum())
+    return float((mean_rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def count(
+    logits: Logits, test: ImageStream, classes: int, *, against: Logits | None = None, workers: int = 1
+) -> Counts:
+    """Classify all images and count.
+
+    Memory does not grow with the images, but for the 8 bytes of each that the area under a curve needs.
+
+    Args:
+        logits: of the classifier to measure.
         test: labelled images.
         classes: K.
-        against: the other classifier; None finds no difference.
+        against: of the other classifier; None finds no difference.
         workers: batches that are classified at the same time.
     """
 
-    def of_batch(batch: Batch) -> tuple[np.ndarray, int]:
+    def of_batch(batch: Batch) -> tuple[np.ndarray, int, np.ndarray]:
         images, labels = batch
-        predicted = classify(images)
-        differing = int((predicted != against(images)).sum()) if against else 0
-        return confusion_matrix(labels, predicted, classes), differing
+        found = logits(images)
+        predicted = found.argmax(1)
+        differing = int((predicted != against(images).argmax(1)).sum()) if against else 0
+        margins = np.stack([found[:, 1] - found[:, 0], labels]).astype(np.float32) if classes == 2 else _NO_MARGINS
+        return confusion_matrix(labels, predicted, classes), differing, margins
 
-    total, differing = np.zeros((classes, classes), np.int64), 0
+    total, differing, parts = np.zeros((classes, classes), np.int64), 0, []
     batches = in_parallel(of_batch, test.batches(), workers)
-    for confusion, elsewhere in command.progress(batches, label="images / 64", total=test.batch_count):
+    for confusion, elsewhere, margins in command.progress(batches, label="images / 64", total=test.batch_count):
         total += confusion
         differing += elsewhere
-    return total, differing
+        parts.append(margins)
+    auc = None
+    if classes == 2 and total.sum(1).all():
+        margins, labels = np.concatenate(parts, axis=1)
+        auc = roc_auc(margins, labels == 1)
+    return Counts(total, differing, auc)
 
 
-def checkpoint_classifier(path: str) -> Classify:
+def checkpoint_logits(path: str) -> Logits:
     """Return the fake-quantized network of a checkpoint as a classifier; its images have the network's size.
 
     Raises:
@@ -118,13 +157,13 @@ def checkpoint_classifier(path: str) -> Classify:
     network = checkpoint.network()
     torch.set_num_threads(1)  # of each of the threads that call
 
-    def classify(images: np.ndarray) -> np.ndarray:
+    def logits(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-            predicted: np.ndarray = network(checkpoint.input.normalize(batch)).argmax(1).numpy()
-        return predicted
+            found: np.ndarray = network(checkpoint.input.normalize(batch)).numpy()
+        return found
 
-    return classify
+    return logits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,25 +197,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "
                 f"classes of {options.model}; name the data it was trained on"
             )
-        against = checkpoint_classifier(options.against) if options.against else None
-        confusion, differing = confusions(
-            lambda images: classifier.logits(images).argmax(1),
-            test,
-            len(classes),
-            against=against,
-            workers=workers,
-        )
-        scores = score(confusion)
+        against = checkpoint_logits(options.against) if options.against else None
+        found = count(classifier.logits, test, len(classes), against=against, workers=workers)
+        scores = score(found.confusion)
         engine = f"{classifier.session.engine} {classifier.session.version}"
         before = classifier.manifest.metrics.get("test_accuracy")
-    where, n = environment(), int(confusion.sum())
+    where, n = environment(), int(found.confusion.sum())
     if options.json:
         print(json.dumps({
             "bench": "accuracy", "model": Path(options.model).name, "arch": classifier.manifest.arch,
             "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
             "data": test.name, "n": n, "accuracy": scores.accuracy,
-            "sensitivity": scores.sensitivity, "specificity": scores.specificity,
-            "checkpoint_accuracy": before, "classified_differently": differing if options.against else None,
+            "sensitivity": scores.sensitivity, "specificity": scores.specificity, "auc": found.auc,
+            "checkpoint_accuracy": before, "classified_differently": found.differing if options.against else None,
             "classes": classes, "confusion": scores.confusion.tolist(),
             "peak_memory_bytes": peak_memory_bytes(), "environment": where,
         }))  # fmt: skip
@@ -184,9 +217,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{options.model}  {classifier.manifest.precision} on {engine}, {n:,} images of {test.name}")
     print(f"accuracy     {scores.accuracy:6.2f} %" + (f"   (checkpoint {before:.2f} %)" if before else ""))
     if options.against:
-        print(f"differently  {differing:6,}     images of {n:,}, from {options.against}")
-    print(f"sensitivity  {scores.sensitivity:6.2f} %   macro, one against the rest")
-    print(f"specificity  {scores.specificity:6.2f} %")
+        print(f"differently  {found.differing:6,}     images of {n:,}, from {options.against}")
+    if len(classes) == 2:
+        of_class = f"of {classes[1]}"
+        negative, positive = (100 * row[i] / max(row.sum(), 1) for i, row in enumerate(scores.confusion))
+        print(f"sensitivity  {positive:6.2f} %   {of_class}")
+        print(f"specificity  {negative:6.2f} %   {of_class}")
+    else:
+        print(f"sensitivity  {scores.sensitivity:6.2f} %   macro, one against the rest")
+        print(f"specificity  {scores.specificity:6.2f} %")
+    if found.auc is not None:
+        print(f"ROC AUC      {found.auc:8.4f}")
     print(_table(scores.confusion, classes))
     print(describe(where))
 

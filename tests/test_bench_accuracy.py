@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from bench.accuracy import confusion_matrix, confusions, main, score
+from bench.accuracy import confusion_matrix, count, main, roc_auc, score
 from bench.measure import data as bench_data
 from bench.measure.environment import environment
+from bench.measure.streams import in_memory
 from export.onnx import main as export_main
 from runtime import Classifier
 from runtime.errors import FileError, OptionError
@@ -102,15 +103,24 @@ def test_predicted_classes_are_the_classifiers(digits_models: dict[str, Path], n
     classifier = Classifier(digits_models["ort"], engine=engine, parallel_runs=3)
     expected = [p.index for p in classifier.predict(list(loaded.images))]
 
-    def classify(images: np.ndarray) -> np.ndarray:
-        return classifier.logits(images).argmax(1)
-
     for workers in (1, 3):
-        found, differing = confusions(
-            classify, stream, 10, against=lambda images: (classify(images) + 1) % 10, workers=workers
+        found = count(
+            classifier.logits, stream, 10, against=lambda images: -classifier.logits(images), workers=workers
         )
-        assert np.array_equal(found, confusion_matrix(loaded.labels, np.array(expected), 10))
-        assert differing == 360
+        assert np.array_equal(found.confusion, confusion_matrix(loaded.labels, np.array(expected), 10))
+        assert (found.differing, found.auc) == (360, None)
+
+
+@given(st.integers(2, 60), st.integers(1, 5), st.integers(0, 999))
+def test_the_area_under_the_curve_is_scikit_learns(n: int, levels: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    margins, labels = rng.integers(0, levels, n).astype(np.float32), np.arange(n) % 2
+    assert roc_auc(margins, labels == 1) == pytest.approx(metrics.roc_auc_score(labels, margins))
+    logits = np.stack([-margins, margins], 1)
+    images = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
+    stream = in_memory("two", images, labels.astype(np.int64))
+    found = count(lambda part: logits[part[:, 0, 0, 0]], stream, 2, workers=2)
+    assert found.auc == pytest.approx(metrics.roc_auc_score(labels, margins))
 
 
 def test_json_has_the_scores_the_counts_and_the_environment(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bench.accuracy import checkpoint_classifier
+from bench.accuracy import checkpoint_logits
 from bench.inspect import contents
 from bench.layers.statistics import activation_use, layer_statistics, weight_use
 from bench.layers.times import kernels
@@ -109,7 +109,7 @@ def test_the_confusion_matrix_is_the_engines(page: Element, run: Path, digits: I
     first = section(page, "Confusion matrix").find("table")[0]
     found = np.array([[0 if n == "·" else int(n) for n in row[1:]] for row in cells(first)[1:]])
     images = digits.test_images[:].permute(0, 2, 3, 1).contiguous().numpy()
-    predicted = checkpoint_classifier(str(run / "ckpt.pt"))(images)
+    predicted = checkpoint_logits(str(run / "ckpt.pt"))(images).argmax(1)
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (digits.test_labels.numpy(), predicted), 1)
     assert found.sum() == 360

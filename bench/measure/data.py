@@ -14,7 +14,10 @@ from runtime.errors import OptionError
 from train.data import names, splits
 from train.data.splits import Split
 
-HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, a run's split.json, or an .npz file"
+HELP = (
+    "digits, mnist, fashion-mnist, cifar10, cifar100, pneumoniamnist, folder:PATH, a run's split.json, or an .npz "
+    "file"
+)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from bench import saliency
-from bench.accuracy import Classify, confusions, score
+from bench.accuracy import count, score
 from bench.measure.data import LabelledImages
 from bench.measure.streams import ImageStream, in_memory
 from bench.networks.network import Network
@@ -48,21 +46,12 @@ def measurements(
 def accuracy(networks: Sequence[Network], test: ImageStream) -> dict[str, Any]:
     """Return a record of the last network's scores, and how often the one before it gives another class."""
     before, last = networks[-2:] if len(networks) > 1 else (None, networks[0])
-    confusion, differing = confusions(
-        _classifier(last), test, len(last.classes), against=_classifier(before) if before is not None else None
-    )
-    scores = score(confusion)
+    found = count(last.logits, test, len(last.classes), against=before.logits if before is not None else None)
+    scores = score(found.confusion)
     return {
         "bench": "accuracy", "model": last.name, "precision": last.precision, "engine": last.engine,
-        "data": test.name, "n": int(confusion.sum()), "accuracy": scores.accuracy,
+        "data": test.name, "n": int(found.confusion.sum()), "accuracy": scores.accuracy,
         "sensitivity": scores.sensitivity, "specificity": scores.specificity, "classes": list(last.classes),
-        "confusion": scores.confusion.tolist(), "classified_differently": None if before is None else differing,
+        "confusion": scores.confusion.tolist(),
+        "classified_differently": None if before is None else found.differing,
     }  # fmt: skip
-
-
-def _classifier(network: Network) -> Classify:
-    def classify(images: np.ndarray) -> np.ndarray:
-        predicted: np.ndarray = network.logits(images).argmax(1)
-        return predicted
-
-    return classify
