@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         checkpoint = train_row(row, runs, shared)
         reached[row.name] = checkpoint
-        found = result(row, checkpoint, runs, where)
+        found = {"table": options.table, **result(row, checkpoint, runs, where)}
         if options.record:
             record.append(options.record, found)
         if options.ship and row.name not in steps:

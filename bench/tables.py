@@ -31,6 +31,7 @@ EXAMPLES = """
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "environment": speed_summary.environment,
     "results": summary.results,
+    "two-classes": summary.two_classes,
     "engines": summary.engines,
     "saliency": summary.saliency,
     "latency": speed_summary.latency,

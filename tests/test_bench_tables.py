@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.evidence.accuracy_tables import results, saliency
+from bench.evidence.accuracy_tables import results, saliency, two_classes
 from bench.evidence.published import PUBLISHED
 from bench.evidence.speed_tables import against_ptq, environment, latency
 from bench.measure import record
@@ -26,7 +26,7 @@ def run(row: str, accuracy: float, seed: int = 0, suffix: str = "", **recipe: An
 
 
 def ours(table: str) -> list[str]:
-    return [line for line in table.splitlines() if line.endswith("| ours |")]
+    return [line for line in table.splitlines() if "| ours: `" in line]
 
 
 def test_the_page_shows_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_a_stale_table_is_named_and_rewritten_and_the_rest_stays(
     text = readme.read_text()
     assert text.startswith(before)
     assert text.endswith(after)
-    assert "| mnist | cnn2 | 8 | sgt | 10 | **99.41** | 1 | ours |\n" in text
+    assert "| mnist | cnn2 | 8 | sgt | 10 | **99.41** | 1 | last epoch | ours: `mnist-cnn2-8bit-sgt` |\n" in text
     assert main([*arguments, "--check"]) == 0
     record.append(folder / "training.jsonl", run("mnist-cnn2-8bit-sgt", 99.52))
     assert main([*arguments, "--check"]) == STALE
@@ -91,15 +91,18 @@ def test_rows_stand_by_data_then_bits_then_accuracy_beside_the_papers() -> None:
     assert len(lines) == len(PUBLISHED) + 3
     cifar10 = [line.split(" | ") for line in lines if line.startswith("| cifar10 ")]
     assert [(cells[2], cells[5]) for cells in cifar10] == [
-        ("float", "96.35"), ("4", "92.45"), ("4", "**92.10**"), ("4", "76.12"), ("4", "75.55"),
-        ("2", "90.96"), ("2", "**90.10**"), ("2", "88.90"),
+        ("float", "96.35"), ("4", "92.45"), ("4", "**92.10**"), ("4", "90.80"), ("4", "76.12"),
+        ("4", "75.55"), ("3", "90.60"), ("2", "90.96"), ("2", "**90.10**"), ("2", "88.90"),
     ]  # fmt: skip
 
 
 def test_rows_recorded_before_the_architecture_was_are_named_by_their_row() -> None:
     found = run("fashion-mnist-cnn2-8bit-sgt", 93.8)
     del found["arch"]
-    assert "| fashion-mnist | cnn2 | 8 | sgt | 10 | **93.80** | 1 | ours |" in results([found])
+    assert "| fashion-mnist | cnn2 | 8 | sgt | 10 | **93.80** | 1 | last epoch | ours: `fash" in results([found])
+    assert "| ours: `fashion-mnist --only fashion-mnist-cnn2-8bit-sgt` |" in results(
+        [found | {"table": "fashion-mnist"}]
+    )
 
 
 def test_every_row_that_can_be_trained_is_shown_as_it_is_named() -> None:
@@ -159,6 +162,25 @@ def compared(bench: str, batch: int, processor: str = "one", **times_ms: float) 
     return {"bench": bench, "arch": "resnet20", "threads": 1, "input": [batch, 32, 32, 3],
             "latency": {name: {"p50_ms": value} for name, value in times_ms.items()},
             "environment": {"processor": processor}}  # fmt: skip
+
+
+def test_maps_are_held_against_the_only_float_network_where_the_run_has_none() -> None:
+    found = measured("runs-2bit", 20.0)
+    found["networks"][1]["model"] = "runs-float"
+    rows = [line for line in saliency([found]).splitlines() if line.startswith("| mnist | runs-")]
+    assert [line.split(" | ")[-1].strip("| ") for line in rows] == ["0.988, 0.900", ""]
+
+
+def test_two_classes_have_their_sensitivity_and_area_over_seeds() -> None:
+    found = [
+        {"bench": "accuracy", "model": f"chest-8bit-sgt-seed{seed}.onnx", "precision": "int8", "auc": auc,
+         "engine": "openvino 2026", "accuracy": 90.0, "confusion": [[6, 2], [1, 3 + 4 * seed]]}
+        for seed, auc in enumerate((0.9, 0.8))
+    ]  # fmt: skip
+    (line,) = two_classes([found[0] | {"auc": 0.1}, *found, found[0] | {"auc": None}]).splitlines()[2:]
+    assert line == (
+        "| chest-8bit-sgt-*, int8 on OpenVINO | 2 | 90.00 ± 0.00 | 81.25 ± 8.84 | 75.00 ± 0.00 | 0.8500 ± 0.0707 |"
+    )
 
 
 def test_contenders_stand_slowest_first_from_the_latest_run_on_one_processor() -> None:

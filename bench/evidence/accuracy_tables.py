@@ -16,6 +16,7 @@ from bench.evidence.published import PUBLISHED
 from bench.evidence.speed_tables import ENGINES
 from bench.measure.record import Record
 from train.choices import FLOAT_BITS
+from train.data.names import short_name
 
 _SEED = re.compile(r"-(?:s|seed)?\d+(?=/|$)")
 
@@ -27,15 +28,41 @@ def results(records: Sequence[Record]) -> str:
         last = runs[-1]
         recipe, bits = last["recipe"], last["bits"]
         accuracies = [run["test_accuracy"] for run in runs]
-        cells = [*_setting(recipe["data"], _arch(last), bits, recipe["method"]), str(last.get("epochs", ""))]
-        lines.append((_order(recipe["data"], bits, statistics.fmean(accuracies)), [
-            *cells, f"**{_mean_and_spread(accuracies, 2)}**", str(len(runs)), "ours"
+        data = short_name(recipe["data"])
+        cells = [*_setting(data, _arch(last), bits, recipe["method"]), str(last.get("epochs", ""))]
+        lines.append((_order(data, bits, statistics.fmean(accuracies)), [
+            *cells, f"**{_mean_and_spread(accuracies, 2)}**", str(len(runs)), "last epoch", _source(last)
         ]))  # fmt: skip
     for row in PUBLISHED:
         cells = [*_setting(row.data, row.network, row.bits, row.method), ""]
-        lines.append((_order(row.data, row.bits, row.accuracy), [*cells, f"{row.accuracy:.2f}", "", row.source]))
-    header = ["data", "network", "bits", "method", "epochs", "test accuracy, %", "seeds", "from"]
-    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])], "llllrrrl")
+        lines.append(
+            (_order(row.data, row.bits, row.accuracy), [*cells, f"{row.accuracy:.2f}", "", "", row.source])
+        )
+    header = ["data", "network", "bits", "method", "epochs", "test accuracy, %", "seeds", "chosen", "from"]
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])], "llllrrrll")
+
+
+def two_classes(records: Sequence[Record]) -> str:
+    """Return what exported networks of two classes reach on their engines, over the seeds of their training."""
+    latest: dict[str, dict[str, Record]] = {}
+    for found in records:
+        if found["bench"] == "accuracy" and found.get("auc") is not None:
+            latest.setdefault(_any_seed(found["model"].removesuffix(".onnx")), {})[found["model"]] = found
+    rows = []
+    for name, by_seed in latest.items():
+        runs = list(by_seed.values())
+        confusions = [run["confusion"] for run in runs]
+        sensitivities, specificities = (
+            [100 * confusion[i][i] / sum(confusion[i]) for confusion in confusions] for i in (1, 0)
+        )
+        rows.append([
+            f"{name}, {runs[-1]['precision']} on {ENGINES[runs[-1]['engine'].split()[0]]}", str(len(runs)),
+            *(_mean_and_spread(values, 2) for values in
+              ([run["accuracy"] for run in runs], sensitivities, specificities)),
+            _mean_and_spread([run["auc"] for run in runs], 4),
+        ])  # fmt: skip
+    header = ["run, precision", "seeds", "accuracy, %", "sensitivity, %", "specificity, %", "ROC AUC"]
+    return markdown(header, rows, "lrrrrr")
 
 
 def engines(records: Sequence[Record]) -> str:
@@ -110,6 +137,12 @@ def _seeds(records: Sequence[Record]) -> list[list[Record]]:
     return [list(group.values()) for group in groups.values()]
 
 
+def _source(run: Record) -> str:
+    """Return the row that bench.rows trains, with its table where the record knows it."""
+    name = _any_seed(run["row"])
+    return f"ours: `{run['table']} --only {name}`" if "table" in run else f"ours: `{name}`"
+
+
 def _but_seed(run: Record) -> dict[str, Any]:
     recipe = {name: value for name, value in run["recipe"].items() if name != "seed"}
     # These runs too have their seeds in their names.
@@ -130,14 +163,13 @@ def _arch(run: Record) -> str:
 
 
 def _agreement_with_float(found: Record, number: int) -> str:
-    """Return how much a network's maps agree with those of the float network of the same run, if that is there."""
+    """Return how much a network's maps agree with the float network's: its run's own, or the only one there."""
     networks = found["networks"]
-    run = _run(networks[number])
+    floats = [n for n, network in enumerate(networks) if network["precision"] == "float" and n != number]
+    own = [n for n in floats if _run(networks[n]) == _run(networks[number])]
+    chosen = own or (floats if len(floats) == 1 else [])
     for agreement in found["agreement"]:
-        if number not in agreement["pair"]:
-            continue
-        other = networks[next(n for n in agreement["pair"] if n != number)]
-        if other["precision"] == "float" and _run(other) == run:
+        if chosen and sorted(agreement["pair"]) == sorted((chosen[0], number)):
             return f"{agreement['spearman']:.3f}, {agreement['top_overlap']:.3f}"
     return ""
 
