@@ -92,3 +92,19 @@ def test_newer_version_is_refused(digits_checkpoint_path: Path, tmp_path: Path) 
     torch.save(contents | {"quant": {"bits": 8, "shape": "log"}}, tmp_path / "spec.pt")
     with pytest.raises(OptionError, match=r"unknown fields \['shape'\]"):
         checkpoints.load(tmp_path / "spec.pt")
+
+
+def test_a_channel_that_was_dead_in_version_0_1_stays_dead(digits: ImageData, tmp_path: Path) -> None:
+    checkpoint = loop.start("cnn2", digits, QuantSpec(3, "lsq"), default_recipe("digits"))
+    name = "conv1.parametrizations.weight"
+    checkpoint.state_dict[f"{name}.0.learned_scale"][[1, 3]] = torch.tensor([-0.05, 0.0])
+    checkpoints.save(checkpoint, tmp_path / "now.pt")
+    contents = torch.load(tmp_path / "now.pt", weights_only=True)
+    contents["quant"]["weights"] = contents["quant"].pop("weight_quantizer")
+    torch.save(contents, tmp_path / "then.pt")
+    now, then = (checkpoints.load(tmp_path / f"{when}.pt") for when in ("now", "then"))
+    of_now, of_then = (c.network().conv1.weight.detach().flatten(1).abs().amax(1) for c in (now, then))
+    assert (of_then == 0).nonzero().flatten().tolist() == [1, 3]
+    assert (of_now > 0).all()
+    kept = [0, 2, *range(4, len(of_now))]
+    assert torch.equal(of_then[kept], of_now[kept])

@@ -45,6 +45,7 @@ from train.state import load_state, without_wrappers
 
 FORMAT = "clearpact.checkpoint"
 VERSION = 1
+_LEARNED_SCALE = ".0.learned_scale"
 # What every checkpoint has; `guidance` came later.
 _FIELDS = ("arch", "quant", "input", "classes", "recipe", "state_dict", "samples", "optimizer", "history")
 
@@ -200,10 +201,28 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         input=InputSpec(tuple(image["size"]), image["channels"], tuple(image["mean"]), tuple(image["std"])),
         classes=tuple(contents["classes"]),
         recipe=Recipe.from_dict(contents["recipe"]),
-        state_dict=contents["state_dict"],
+        state_dict=_as_computed(contents["state_dict"], contents["quant"]),
         samples=contents["samples"],
         optimizer=contents["optimizer"],
         guidance=contents.get("guidance", {}),
         history=contents["history"],
         calibration_images=contents.get("calibration_images"),
     )
+
+
+def _as_computed(state_dict: dict[str, Tensor], quant: dict[str, Any]) -> dict[str, Tensor]:
+    """Return parameters that compute now what they computed when they were saved.
+
+    Version 0.1 took the smallest float for a learned scale that had fallen to 0 or below, so that its channel gave
+    0, and BatchNorm had learned that. Since then such a scale has a floor, and the channel would come alive: its
+    weights become 0 here.
+    """
+    if "weight_quantizer" in quant:  # the field's name since then
+        return state_dict
+    found = dict(state_dict)
+    for name, scale in state_dict.items():
+        dead = scale <= 0 if name.endswith(_LEARNED_SCALE) else None
+        if dead is not None and dead.any():
+            weight = name.removesuffix(_LEARNED_SCALE) + ".original"
+            found[weight] = torch.where(dead.reshape(-1, *[1] * (found[weight].ndim - 1)), 0.0, found[weight])
+    return found
