@@ -11,11 +11,9 @@ from pathlib import Path
 
 from bench.measure.environment import describe, environment
 from bench.measure.record import append
-from export.calibration import accuracy, calibrate, load_images, spec_of, training_sample
 from runtime import command
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
-from train import checkpoint as checkpoints
 from train.choices import CALIBRATION_SAMPLES, MSE, QUANTIZED_BITS
 from train.data.splits import sources_of
 from train.models import factory
@@ -41,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
     factory.add_option(parser)
     options = parser.parse_args(argv)
+    # torch takes seconds to import: --help does without
+    from export.calibration import accuracy, calibrate, load_images, spec_of, training_sample
+    from train import checkpoint as checkpoints
+
     factory.allow(*options.arch)
     widths = _widths(options.bits)
     checkpoint = checkpoints.load(options.checkpoint)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench.measure import data as bench_data
-from bench.sensitivity import effect, layers_of, main, network_with_bits, own_answers
+from bench.networks.other_bits import effect, layers_of, network_with_bits, own_answers
+from bench.sensitivity import main
 from runtime.errors import OptionError
 from train import __main__ as train
 from train import checkpoint as checkpoints

@@ -13,11 +13,9 @@ from runtime.console import COMMANDS
 ROOT = Path(__file__).parents[1]
 OTHERS = {f"bench.{path.stem}" for path in (ROOT / "bench").glob("[a-z]*.py")} | {"bench.report.__main__"}
 MODULES = sorted({module for module, _ in COMMANDS.values()} | OTHERS)
-# Measurements of networks in torch, whose parsers stand beside them.
-WITH_TORCH = {"bench.sensitivity", "bench.calibration"}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - WITH_TORCH))
+@pytest.mark.parametrize("module", MODULES)
 def test_a_commands_help_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
