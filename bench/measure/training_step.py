@@ -9,7 +9,7 @@ import torch
 
 from train import loop
 from train.data.images import ImageData
-from train.device import in_precision, place
+from train.device import arrange, in_precision, place
 from train.losses.methods import new_guidance
 from train.losses.saliency import LossTerms, filling
 from train.quantization.quantize import QuantSpec
@@ -26,7 +26,7 @@ def step_of(images: ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> C
     checkpoint = loop.start(arch, images, quant, recipe)
     model = in_precision(place(checkpoint.training_network(), "cpu"), recipe.precision).train()
     count = min(recipe.batch_size, len(images.train_images))
-    batch = checkpoint.input.normalize(images.train_images[:count])
+    batch = arrange(checkpoint.input.normalize(images.train_images[:count]))
     labels, index = images.train_labels[:count], torch.arange(count)
     optimizer, generator = new_optimizer(model, recipe), torch.Generator().manual_seed(0)
     guidance = new_guidance(recipe, len(images.train_images))
