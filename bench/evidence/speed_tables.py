@@ -104,18 +104,19 @@ def training_step(records: Sequence[Record]) -> str:
     latest = {}
     for found in records:
         if found["bench"] == "training step" and found["device"] == "cpu":
-            latest[found["precision"]] = found
+            setting = tuple(found[name] for name in ("arch", "data", "bits", "batch", "threads", "precision"))
+            latest[setting] = found
     methods = list(dict.fromkeys(name for found in latest.values() for name in found["step"]))
     rows = []
-    for precision, found in latest.items():
+    for (arch, data, bits, batch, threads, precision), found in latest.items():
         cells = [
             f"{found['step'][name]['p50_ms']:.1f} ({found['plain_steps'][name]:.2f})"
             if name in found["step"]
             else ""
             for name in methods
         ]
-        rows.append([precision, *cells])
-    return markdown(["", *methods], rows, "l" + "r" * len(methods))
+        rows.append([f"{arch}, {data}, {bits} bit", str(batch), str(threads), precision, *cells])
+    return markdown(["network", "batch", "threads", "precision", *methods], rows, "lrrl" + "r" * len(methods))
 
 
 def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
