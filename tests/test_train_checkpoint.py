@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -108,3 +109,14 @@ def test_a_channel_that_was_dead_in_version_0_1_stays_dead(digits: ImageData, tm
     assert (of_now > 0).all()
     kept = [0, 2, *range(4, len(of_now))]
     assert torch.equal(of_then[kept], of_now[kept])
+
+
+def test_a_view_is_saved_without_the_memory_it_lies_in(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(digits_checkpoint, tmp_path / "own.pt")
+    images = torch.zeros(1000, *digits_checkpoint.samples["images"].shape[1:], dtype=torch.uint8)
+    count = len(digits_checkpoint.samples["images"])
+    images[:count] = digits_checkpoint.samples["images"]
+    view = dataclasses.replace(digits_checkpoint, samples=digits_checkpoint.samples | {"images": images[:count]})
+    checkpoints.save(view, tmp_path / "view.pt")
+    assert (tmp_path / "view.pt").stat().st_size == (tmp_path / "own.pt").stat().st_size
+    assert torch.equal(checkpoints.load(tmp_path / "view.pt").samples["images"], images[:count])

@@ -163,7 +163,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "versions": {"torch": str(torch.__version__)},
     }
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save(_without_bases(contents), buffer)
     write_atomically(path, buffer.getvalue())
 
 
@@ -226,3 +226,12 @@ def _as_computed(state_dict: dict[str, Tensor], quant: dict[str, Any]) -> dict[s
             weight = name.removesuffix(_LEARNED_SCALE) + ".original"
             found[weight] = torch.where(dead.reshape(-1, *[1] * (found[weight].ndim - 1)), 0.0, found[weight])
     return found
+
+
+def _without_bases(value: Any) -> Any:
+    """Return a value whose tensors hold their own numbers; torch writes all the memory that a view lies in."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {key: _without_bases(item) for key, item in value.items()}
+    return [_without_bases(item) for item in value] if isinstance(value, list) else value
