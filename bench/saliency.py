@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "environment": where,
     }
     if options.plot:
-        from bench.figures import draw_removal_curves
+        from bench.pictures.removal import draw_removal_curves
 
         draw_removal_curves(result, Path(options.plot))
     if options.record:

@@ -8,10 +8,13 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from bench.figures import draw_maps, draw_removal_curves, main, one_of_each_class
+from bench.figures import main
 from bench.measure.data import LabelledImages
-from bench.networks.opened import open_networks
+from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import MASKED_PERCENTS, PERCENTS
+from bench.pictures.gradients import draw_gradients, gradient_magnitudes
+from bench.pictures.maps import draw_maps, one_of_each_class
+from bench.pictures.removal import Peaks, draw_peaks, draw_removal_curves, find_peaks
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
@@ -180,3 +183,48 @@ def test_wrong_runs_are_refused_and_nothing_is_written(
     with pytest.raises(FileError, match=r"ckpt.pt: no such file; check the path$"):
         main(["alpha", str(tmp_path), *end])
     assert not picture.exists()
+
+
+def test_an_image_rises_where_its_probability_gains_a_hundredth() -> None:
+    curves = np.full((4, 11), 0.5)
+    curves[0, 1:] = 0.1  # only falls
+    curves[1, 3] = 0.51
+    curves[2, 8] = 0.505  # gains too little
+    curves[3, [2, 9]] = 0.6, 0.7
+    found = Peaks.of(curves)
+    assert found.rises.tolist() == [False, True, False, True]
+    assert found.percent.tolist() == [0, 30, 0, 90]
+
+
+def test_peaks_are_drawn_and_told(
+    digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "peaks.png"
+    main(["peaks", str(digits_checkpoint_path), "--data", "digits", "--images", "100", "-o", str(picture)])
+    out = capsys.readouterr().out.splitlines()
+    (network,) = open_networks(str(digits_checkpoint_path))
+    test = stream_for([network], "digits", "data").evenly_spaced(100)
+    found = find_peaks(network, test, fill="black")
+    assert 0 < found.rises.mean() < 1
+    assert out[0].startswith(f"{network.name}, 8 bit: {found.rises.mean():.1%} of the images first rise, peak at ")
+    figure = draw_peaks({"a": found}, picture, title="t")
+    heights = [bar.get_height() for bar in figure.axes[2].patches]
+    assert sum(heights) == pytest.approx(100 * found.rises.mean())
+    assert figure.axes[2].get_title() == f"{found.rises.mean():.1%} rise"
+
+
+def test_gradients_are_those_of_the_maps_and_every_pixel_is_counted(
+    digits_checkpoint_path: Path, digits_models: dict[str, Path], tmp_path: Path
+) -> None:
+    picture = tmp_path / "gradients.png"
+    runs = [str(digits_checkpoint_path), str(digits_models["ort"])]
+    main(["gradients", *runs, "--data", "digits", "--images", "70", "-o", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (network,) = open_networks(runs[0])
+    test = stream_for([network], "digits", "data").evenly_spaced(70)
+    found = gradient_magnitudes(network, test)
+    expected = [network.explain(images, np.full(len(images), -1))[1].ravel() for images, _ in test.batches()]
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+    figure = draw_gradients({"a": found, "b": found[:100]}, picture, title="t")
+    for patch in figure.axes[1].patches:
+        assert patch.get_data().values.sum() == pytest.approx(100)  # type: ignore[attr-defined]

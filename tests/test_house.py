@@ -39,9 +39,10 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "measure": set(),
         "layers": {"measure"},
         "networks": {"measure"},
+        "pictures": {"measure", "networks"},
         "peers": {".", "measure", "networks"},
         "evidence": {"measure", "peers"},
-        "report": {".", "layers", "measure", "networks"},
+        "report": {".", "layers", "measure", "networks", "pictures"},
     },
 }
 

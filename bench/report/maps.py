@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 
-from bench.figures import one_of_each_class
 from bench.measure.data import LabelledImages
+from bench.pictures.maps import one_of_each_class
 from bench.report.page import Content, Html, Section, join, missing, paragraph, table, tag
 from bench.report.subjects import Subject, role
 from runtime import command
