@@ -26,6 +26,7 @@ from train.input_spec import InputSpec
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas
 from train.post_training.equalization import equalize
+from train.post_training.weight_scales import search_weight_scales
 from train.quantization.quantize import QuantSpec, quantize
 from train.quantization.tracing import copied, cut_softmax, trace
 from train.resuming import reading_of
@@ -117,6 +118,7 @@ def calibrate_network(
         status("equalizing ...")
         equalized = equalize(floating)
     quantized = quantize(floating, quant or QuantSpec(), input_scale=input_spec.grid_scale).eval()
+    search_weight_scales(quantized)
     status("searching alphas ...")
     with torch.no_grad():
         logits = [floating(batch) for batch in batches]
@@ -167,9 +169,9 @@ def calibrate(
 def spec_of(bits: int) -> QuantSpec:
     """Return the grids of a network that is not trained on them: of few bits, those with the least squared error.
 
-    There the largest weight alone must not set the step of all.
+    There the largest weight alone must not set the step of all, and scales are searched.
     """
-    return QuantSpec(bits, "absmax" if bits == 8 else "sawb")
+    return QuantSpec(bits, "absmax" if bits == 8 else "lsq")
 
 
 def training_sample(images: ImageData, count: int, seed: int = 0) -> Tensor:

@@ -72,6 +72,10 @@ class GraphFacts:
             )
         return shape
 
+    def has_rank(self, name: str) -> bool:
+        """Return whether a tensor's number of axes is known."""
+        return name in self._shapes
+
     def sizes(self, name: str, axes: Iterable[int]) -> list[int]:
         """Return a tensor's sizes along `axes`; raise ModelError where one is not fixed."""
         shape, axes = self.shape(name), list(axes)

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from train.model import QuantizedModel
 
 # What may be exported, and the options that say nothing of it.
-_CHECKPOINT, _NETWORK, _ONNX = "a checkpoint", "a network of your own", "an ONNX file"
+_CHECKPOINT, _NETWORK, _ONNX = "a checkpoint", "a network of your own", "an ONNX file that is not quantized"
+_QUANTIZED_ONNX = "an ONNX file"
 _NOT_OF = {
     _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels"),
     _NETWORK: ("calibrate", "qat", "pixels"),
+    _QUANTIZED_ONNX: ("state", "calibrate", "qat"),
     _ONNX: (
+        "calibrate",
         "state",
         "qat",
         "bits",
@@ -51,7 +54,8 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
   python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
   python -m export.onnx my_nets:make --state weights.pt --int8 --data folder:photos    # your own
-  python -m export.onnx model.onnx --pixels 255    # of anyone: map and manifest, not quantized
+  python -m export.onnx model.onnx --int8 --data folder:photos --mean 0.485 --std 0.229    # float ONNX, of anyone
+  python -m export.onnx model.onnx --pixels 255    # as it is: map and manifest, not quantized
 """
 
 
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from export.pipeline import export
     from train.quantization.quantize import warnings_of
 
-    kind = _kind(options.checkpoint)
+    kind = _kind(options.checkpoint, quantized=options.int8 or options.bits != parser.get_default("bits"))
     for name in _NOT_OF[kind]:
         if getattr(options, name) != parser.get_default(name):
             raise OptionError(
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind == _ONNX:
         _export_onnx(options)
         return
-    model, output, sha256 = _own(options) if kind == _NETWORK else _trained(options)
+    model, output, sha256 = _trained(options) if kind == _CHECKPOINT else _own(options)
     int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
     exported = export(
         model,
@@ -129,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 
-def _kind(source: str) -> str:
+def _kind(source: str, *, quantized: bool) -> str:
     """Return what is to be exported, by the form of its name."""
     if Path(source).suffix == ".onnx":
-        return _ONNX
+        return _QUANTIZED_ONNX if quantized else _ONNX
     return _NETWORK if factory.is_factory(source) and not Path(source).exists() else _CHECKPOINT
 
 
@@ -163,11 +167,19 @@ def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
     """Return the user's own network, where its export goes, and the sha256 of its parameters' file."""
     from export import own_network
 
-    output = Path(options.output or f"{options.checkpoint.rpartition(':')[2]}.onnx")
-    inputs = own_network.inputs_of(options)
+    source = Path(options.checkpoint)
+    is_onnx = source.suffix == ".onnx"
+    name = (
+        source.with_name(f"{source.stem}_int8.onnx")
+        if is_onnx
+        else f"{options.checkpoint.rpartition(':')[2]}.onnx"
+    )
+    output = Path(options.output or name)
+    inputs = [*own_network.inputs_of(options), *([source] if is_onnx else [])]
     check_outputs([output], inputs=[*inputs, *sources_of(options.data, options.data_root)])
     model = own_network.run(options, command.status)
-    return model, output, hashlib.sha256(read_bytes(options.state)).hexdigest() if options.state else ""
+    parameters = options.checkpoint if is_onnx else options.state
+    return model, output, hashlib.sha256(read_bytes(parameters)).hexdigest() if parameters else ""
 
 
 def _export_onnx(options: argparse.Namespace) -> None:
@@ -203,7 +215,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
     group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
     group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
-    own = parser.add_argument_group("your own network: PyTorch, quantized on --data, or ONNX as it is")
+    own = parser.add_argument_group("your own network, PyTorch or ONNX; ONNX without --int8 is taken as it is")
     own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")
     own.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the folders')")
     own.add_argument("--size", type=_size, metavar="PIXELS",

@@ -7,14 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from export.calibration import CalibrationResult, calibrate_network, spec_of
+from export.reference import reference_run
 from export.sources.images import RealImages, real_images
+from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from export.sources.torch_from_onnx import to_torch
 from export.sources.torch_network import load_network
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError, ModelError, OptionError
 from runtime.files import read_bytes
+from runtime.manifest import INPUT_NAME
 from train.choices import FLOAT_BITS
 from train.data.names import is_folder
 from train.input_spec import InputSpec
@@ -28,6 +33,9 @@ _PHOTO_SIDE = 224
 # The file is verified on so many images, of large ones on fewer: 41 of 224 x 224.
 _VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 21
 _BATCH = 32
+_COMPARED_IMAGES = 8
+# Of the logits' norm about their mean, median: by so much two programs round floats otherwise.
+LARGEST_DIFFERENCE = 1e-3
 
 
 def quantized_model(
@@ -101,10 +109,17 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
             f"{options.checkpoint}: needs real images, to choose grids by and to verify with; "
             "give --data folder:PATH (labels are not needed) or a data set's name"
         )
-    network = load_network(options.checkpoint, options.state)
-    input_spec = _input_spec(options, network)
+    is_onnx = Path(options.checkpoint).suffix == ".onnx"
+    found_onnx = read_classifier(options.checkpoint) if is_onnx else None
+    if found_onnx is not None:
+        network, input_spec = _from_onnx(options, found_onnx)
+    else:
+        network = load_network(options.checkpoint, options.state)
+        input_spec = _input_spec(options, network)
     status("reading images ...")
     images = real_images(options.data, options.data_root, input_spec, options.samples)
+    if found_onnx is not None:
+        _check_the_same(options.checkpoint, found_onnx, network, input_spec, images.test[:_COMPARED_IMAGES])
     try:
         with torch.no_grad():
             shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
@@ -122,7 +137,8 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     model, found = quantized_model(
         network, input_spec, images, classes,
         bits=bits, search=options.search, equalizes=not options.no_equalize,
-        corrects_biases=not options.no_bias_correction, arch=options.checkpoint, status=status,
+        corrects_biases=not options.no_bias_correction, status=status,
+        arch=Path(options.checkpoint).stem if is_onnx else options.checkpoint,
     )  # fmt: skip
     status("")
     mean, std = (" ".join(f"{v:.3g}" for v in values) for values in (input_spec.mean, input_spec.std))
@@ -141,6 +157,54 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     print(f"accuracy on {len(images.test):,} other images of {images.name}: {figures}")
     *_, reached = measured.values()
     return replace(model, facts=replace(model.facts, metrics={"test_accuracy": reached}))
+
+
+def _from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.Module, InputSpec]:
+    """Return the float network of an ONNX file and how pixels become what it takes."""
+    path = Path(options.checkpoint)
+    input_spec = onnx_input(options, found)
+    if found.size is None:
+        raise OptionError(
+            f"{path}: leaves its image's size open, expected a fixed one; export it with fixed sizes"
+        )
+    try:
+        return to_torch(found), input_spec
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
+    """Return how pixels become what an ONNX file takes, as the options tell it.
+
+    Raises:
+        OptionError: they do not fit the file.
+    """
+    size = options.size or found.size
+    if size is None or (found.size is not None and size != found.size):
+        given = f"--size {size[0]}x{size[1]}" if size else "the file leaves its image's size open"
+        wanted = f"expected {found.size[0]}x{found.size[1]}" if found.size else "give it with --size"
+        raise OptionError(f"{options.checkpoint}: {given}, {wanted}")
+    mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
+    std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
+    return InputSpec(size, found.channels, mean, std)
+
+
+def _check_the_same(
+    path: str, found: OnnxClassifier, network: nn.Module, input_spec: InputSpec, images: Tensor
+) -> None:
+    """Raise ModelError unless the network read from a file gives the file's logits, images uint8 [n, C, H, W]."""
+    mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
+    run_file, runner = reference_run(with_pixels(found, input_spec.size, mean, std))
+    expected = run_file({INPUT_NAME: images.permute(0, 2, 3, 1).contiguous().numpy()})["logits"]
+    with torch.no_grad():
+        logits = network(input_spec.normalize(images)).numpy()
+    spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
+    difference = float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ModelError(
+            f"{path}: as a PyTorch network its logits differ by {difference:.2g} of their size from the file's "
+            f"({runner}), expected {LARGEST_DIFFERENCE} at most; leave --int8 out, and report the network"
+        )
 
 
 def _input_spec(options: argparse.Namespace, network: nn.Module) -> InputSpec:

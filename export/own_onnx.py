@@ -17,7 +17,7 @@ import onnx
 
 from export.gradient.joining import NORMALIZED, first_line
 from export.gradient.walk import OUTPUTS, append_input_gradient
-from export.own_network import class_names, labelled, values_of
+from export.own_network import LARGEST_DIFFERENCE, class_names, labelled, onnx_input
 from export.reference import reference_run
 from export.sources.images import real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
@@ -28,9 +28,7 @@ from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, ImageInput, 
 from runtime.session import ENGINES, open_session
 from train.input_spec import InputSpec
 
-# Of the logits' norm about their mean, median: by so much two engines round floats otherwise; and by so much codes
-# of a file that is quantized already, which nobody lowered for the engine.
-LARGEST_DIFFERENCE = 1e-3
+# By so much of the logits' size codes differ of a quantized file that nobody lowered for the engine.
 LARGEST_OF_CODES = 0.1
 _RANDOM_IMAGES = 16
 _COMPARED_IMAGES = 64
@@ -60,25 +58,15 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
         ModelError: it is no classifier, an operator has no gradient, or the result computes something else.
     """
     path = Path(options.checkpoint)
-    if options.int8 or options.calibrate:
-        raise OptionError(
-            f"{path}: ONNX files are taken as they are, not quantized; export the network itself "
-            "(module:factory --int8), or quantize the file first (onnxruntime, NNCF) and leave --int8 out"
-        )
     if options.target not in ENGINES:
         raise OptionError(f"--target {options.target}: expected one of {', '.join(ENGINES)} for an ONNX file")
     found = read_classifier(path)
-    size = options.size or found.size
-    if size is None or (found.size is not None and size != found.size):
-        given = f"--size {size[0]}x{size[1]}" if size else "the file leaves its image's size open"
-        wanted = f"expected {found.size[0]}x{found.size[1]}" if found.size else "give it with --size"
-        raise OptionError(f"{path}: {given}, {wanted}")
-    mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
-    std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
-    spec = InputSpec(size, found.channels, mean, std)
+    spec = onnx_input(options, found)
     labels = None
     names: tuple[str, ...] = ()
-    pixels = np.random.default_rng(0).integers(0, 256, (_RANDOM_IMAGES, *size, found.channels), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (_RANDOM_IMAGES, *spec.size, found.channels), dtype=np.uint8
+    )
     if options.data is not None:
         status("reading images ...")
         images = real_images(options.data, options.data_root, spec, 2)

@@ -149,10 +149,11 @@ def test_every_command_takes_the_result(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "arguments", "error", "text"),
     [
-        ({}, ["--int8"], OptionError, "taken as they are, not quantized"),
+        ({}, ["--int8"], OptionError, "needs real images, to choose grids by"),
         ({}, ["--size", "9x9"], OptionError, "--size 9x9, expected 6x8"),
         ({}, ["--target", "tensorrt"], OptionError, "expected one of openvino, ort"),
-        ({}, ["--bits", "4"], OptionError, "--bits: is not for an ONNX file"),
+        ({}, ["--bits", "4"], OptionError, "needs real images, to choose grids by"),
+        ({}, ["--search", "mse"], OptionError, "--search: is not for an ONNX file that is not quantized"),
         ({"batch": 4}, [], ModelError, "takes 4 images at a time, expected one or any number"),
         ({"channels": 2}, [], ModelError, "has 2 channels, expected 1 .grey. or 3 .RGB."),
         ({"ends": ("Hardmax",)}, [], ModelError, "Hardmax node"),

@@ -10,6 +10,7 @@ from tests.toy_models import DepthwiseNet, randomize_norms
 from train.choices import MSE
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas
+from train.post_training.weight_scales import search_weight_scales
 from train.quantization.grids import is_layer
 from train.quantization.quantize import QuantSpec, quantize, quantizers
 from train.quantization.quantizers import PACT
@@ -141,3 +142,38 @@ def test_signed_activations_are_searched_too() -> None:
     signed = [m for m in quantizers(model).values() if isinstance(m, PACT) and m.signed]
     assert len(signed) == 2
     assert 0 < signed[1].alpha.item() <= 1
+
+
+def test_searched_scales_have_the_least_error_of_all_clips() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3)
+    with torch.no_grad():
+        layer.weight[0] *= torch.linspace(0, 3, 36).reshape(4, 3, 3)  # one channel with a tail
+        layer.weight[1] = 0.0
+    weight = layer.weight.detach().clone()
+    network = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 3))
+    model = quantize(network.eval(), QuantSpec(4, "lsq"), input_scale=1 / 64)
+    assert search_weight_scales(model) == 2
+    for name in ("0", "3"):
+        parameters = model.get_submodule(name).parametrizations.weight
+        quantizer, original = parameters[0], parameters.original.detach().flatten(1)
+        found = (quantizer(parameters.original).detach().flatten(1) - original).square().sum(1)
+        for share in torch.linspace(0.3, 1, 29):
+            scale = (share * original.abs().amax(1, keepdim=True) / quantizer.qmax).clamp_min(1e-30)
+            rounded = (original / scale).round().clamp(-quantizer.qmax, quantizer.qmax) * scale
+            assert (found <= (rounded - original).square().sum(1) * 1.02 + 1e-9).all(), name
+    assert torch.equal(weight[1], torch.zeros_like(weight[1]))
+
+
+def test_eight_bit_layers_beside_low_bits_lose_nothing() -> None:
+    """SAWB's regression clipped trained 8-bit weights: 82.8 instead of 96.7 % on digits, whatever the bits."""
+    torch.manual_seed(1)
+    layer = nn.Linear(64, 10)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(10, 64).pow(3))  # far from the distributions of the regression
+    model = quantize(nn.Sequential(nn.Flatten(), layer).eval(), QuantSpec(4, "lsq"), input_scale=1 / 64)
+    search_weight_scales(model)
+    parameters = model.get_submodule("1").parametrizations.weight
+    error = parameters[0](parameters.original) - parameters.original
+    largest = parameters.original.abs().amax(1, keepdim=True)
+    assert (error.abs() <= largest / 127 / 2 * 1.001).all()
