@@ -81,7 +81,7 @@ def _draw_networks(options: argparse.Namespace) -> None:
     if options.images is not None:
         stream = stream.evenly_spaced(options.images)
     names = [f"{network.name}, {network.precision}" for network in networks]
-    title = f"{len(stream.labels):,} images of {stream.name}"
+    title = f"{len(stream.positions):,} images of {stream.name}"
     if options.figure == "gradients":
         magnitudes = [gradient_magnitudes(network, stream) for network in networks]
         draw_gradients(dict(zip(names, magnitudes, strict=True)), output, title=f"{title}, the predicted class")

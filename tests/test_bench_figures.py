@@ -186,7 +186,7 @@ def test_wrong_runs_are_refused_and_nothing_is_written(
 
 
 def test_an_image_rises_where_its_probability_gains_a_hundredth() -> None:
-    curves = np.full((4, 11), 0.5)
+    curves = np.full((4, 10), 0.5)
     curves[0, 1:] = 0.1  # only falls
     curves[1, 3] = 0.51
     curves[2, 8] = 0.505  # gains too little

@@ -33,11 +33,13 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
     }
     if recipe["init"]:
         facts["starts from"] = f"`{recipe['init']}`"
+    held_out = recipe.get("validation", 0)
+    compared = f"accuracy on {held_out:,} training images held out" if held_out else "test accuracy"
     precision = "--fp32" if bits == "float" else "--int8"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return (
         f"# {result['row']}\n\n| | |\n| --- | --- |\n{rows}\n\n"
-        "The weights are those after the last epoch; recipes were compared by their test accuracy.\n\n"
+        f"The weights are those after the last epoch; recipes were compared by their {compared}.\n\n"
         f"```\npython -m export.onnx deploy/models/{result['row']}.pt {precision} -o model.onnx\n"
         f"python -m runtime.classify model.onnx photo.png --explain heat.png\n```\n"
     )

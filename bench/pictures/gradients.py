@@ -48,12 +48,13 @@ def draw_gradients(found: Mapping[str, np.ndarray], path: Path, *, title: str) -
             label = f"{name}: median {np.median(values):.3g}, 95 % {np.percentile(values, 95):.3g}"
             shares.stairs(100 * counts / len(values), edges, color=color, label=label)
         boxes.set(ylabel="|d logit / d normalized pixel|", title="boxes: quartiles; whiskers: 5 and 95 %")
-        boxes.tick_params(axis="x", labelrotation=20)
+        boxes.set_xticks(boxes.get_xticks(), list(found), rotation=20, ha="right", fontsize="small")
         shares.set(xscale="log", xlabel="|d logit / d normalized pixel|", ylabel="share of the pixels (%)",
                    title="distribution; the first bin holds all below")  # fmt: skip
-        shares.legend(frameon=False, fontsize="small", loc="upper left")
+        figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False,
+                      fontsize="small")  # fmt: skip
         for axes in (boxes, shares):
             tidy(axes)
         figure.suptitle(title, fontsize="medium")
 
-    return save_figure(draw, path, (12, 4.6))
+    return save_figure(draw, path, (12, 4.8 + 0.1 * len(found)))

@@ -48,7 +48,7 @@ def draw_removal_curves(result: Mapping[str, Any], path: Path) -> Figure:
             tidy(axes)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="small",
-                      ncols=1 + len(labels) // 4, title="areas under masked accuracy, deletion, insertion",
+                      ncols=1 if len(labels) == 1 else 2, title="areas under masked accuracy, deletion, insertion",
                       title_fontsize="small")  # fmt: skip
         figure.suptitle(
             f"{result['n']:,} images of {result['data']}, saliency of the {result['target']} class, removed "
@@ -56,7 +56,7 @@ def draw_removal_curves(result: Mapping[str, Any], path: Path) -> Figure:
             fontsize="medium",
         )
 
-    return save_figure(draw, path, (12, 4.6 + 0.1 * len(result["networks"])))
+    return save_figure(draw, path, (12, 4.6 + 0.13 * len(result["networks"])))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Peaks:
     """Where the probability of each image's true class is highest as its most salient pixels go.
 
     Args:
-        curves: of every image, float64 [N, 11], over bench.networks.removal.PERCENTS.
+        curves: of every image, float64 [N, 10], over MASKED_PERCENTS of the pixels.
         rises: whether it is higher with some pixels gone than with all there, by LEAST_RISE at least, bool [N].
         percent: of the pixels that are gone at the peak, int64 [N].
     """
@@ -75,9 +75,9 @@ class Peaks:
 
     @classmethod
     def of(cls, curves: np.ndarray) -> Peaks:
-        """Return the peaks of curves float64 [N, 11]."""
+        """Return the peaks of curves float64 [N, 10]."""
         rises = curves.max(1) >= curves[:, 0] + LEAST_RISE
-        return cls(curves, rises, np.where(rises, np.array(PERCENTS)[curves.argmax(1)], 0))
+        return cls(curves, rises, np.where(rises, np.array(MASKED_PERCENTS)[curves.argmax(1)], 0))
 
 
 def find_peaks(network: Network, test: ImageStream, *, fill: str) -> Peaks:
@@ -89,7 +89,8 @@ def find_peaks(network: Network, test: ImageStream, *, fill: str) -> Peaks:
     parts, first = [], 0
     for images, labels in command.progress(test.batches(), label="images / 64", total=test.batch_count):
         curves, _ = removal_curves(network, images, labels, fill=fill, target="true", first=first)
-        parts.append(curves.deletion)
+        # Without the empty image at the end, in which some classes are probable by nature.
+        parts.append(curves.deletion[:, : len(MASKED_PERCENTS)])
         first += len(labels)
     return Peaks.of(np.concatenate(parts))
 
@@ -107,15 +108,18 @@ def draw_peaks(found: Mapping[str, Peaks], path: Path, *, title: str) -> Figure:
                     if members.any():
                         low, middle, high = np.percentile(peaks.curves[members], [25, 50, 75], axis=0)
                         axes.plot(
-                            PERCENTS, middle, color=color, label=f"{text}: {members.mean():.1%} of the images"
+                            MASKED_PERCENTS,
+                            middle,
+                            color=color,
+                            label=f"{text}: {members.mean():.1%} of the images",
                         )
-                        axes.fill_between(PERCENTS, low, high, color=color, alpha=0.2, linewidth=0)
+                        axes.fill_between(MASKED_PERCENTS, low, high, color=color, alpha=0.2, linewidth=0)
                 axes.set(xlabel="most salient pixels removed (%)", ylabel="probability of the true class",
                          xlim=(0, 100), ylim=(0, 1.02), title=name)  # fmt: skip
                 axes.legend(frameon=False, fontsize="small")
                 tidy(axes)
-            counts = [int((peaks.percent[peaks.rises] == percent).sum()) for percent in PERCENTS[1:]]
-            line[2].bar(PERCENTS[1:], np.array(counts) / len(peaks.rises) * 100, width=7, color=COLORS[0])
+            counts = [int((peaks.percent[peaks.rises] == percent).sum()) for percent in MASKED_PERCENTS[1:]]
+            line[2].bar(MASKED_PERCENTS[1:], np.array(counts) / len(peaks.rises) * 100, width=7, color=COLORS[0])
             line[2].set(xlabel="pixels gone at the peak (%)", ylabel="share of the images (%)",
                         title=f"{peaks.rises.mean():.1%} rise", xlim=(0, 105))  # fmt: skip
             tidy(line[2])
