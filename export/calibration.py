@@ -1,13 +1,15 @@
 """Post-training quantization: a float checkpoint becomes a quantized one without being trained again.
 
-Weights are equalized across layers, alphas searched on real training images, and biases corrected (Nagel et al.
-2019). The result is an ordinary quantized checkpoint. Training with the quantizers on (`python -m train --bits 8`)
-is what this is to be compared with: `report` puts the accuracies side by side.
+Weights are equalized across layers, scales and alphas searched on real training images, the rounding of weights
+below 8 bits learned (Nagel et al. 2020), and biases corrected (Nagel et al. 2019). The result is an ordinary
+quantized checkpoint. Training with the quantizers on (`python -m train --bits 8`) is what this is to be compared
+with: `report` puts the accuracies side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from runtime import command
 from runtime.errors import OptionError
 from train import checkpoint as checkpoints
 from train import loop
@@ -26,6 +29,7 @@ from train.input_spec import InputSpec
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas
 from train.post_training.equalization import equalize
+from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
 from train.quantization.quantize import QuantSpec, quantize
 from train.quantization.tracing import copied, cut_softmax, trace
@@ -47,6 +51,7 @@ class CalibrationResult:
         equalized: pairs of layers.
         errors: mean squared error of the logits by candidate of the alpha search, the chosen one first.
         uncorrected: layers without bias or BatchNorm; None where biases were left as they are.
+        rounded: layers whose rounding was learned.
     """
 
     network: nn.Module
@@ -55,6 +60,7 @@ class CalibrationResult:
     equalized: int
     errors: dict[str, float]
     uncorrected: list[str] | None
+    rounded: int
 
     def __str__(self) -> str:
         chosen, error = next(iter(self.errors.items()))
@@ -63,7 +69,9 @@ class CalibrationResult:
             biases = "biases corrected" + (f" but for {', '.join(self.uncorrected)}" if self.uncorrected else "")
         return (
             f"{self.samples} training images; {self.equalized} pairs of layers equalized; alpha by {chosen} "
-            f"(mean squared error of the logits {error:.3g}); {biases}"
+            f"(mean squared error of the logits {error:.3g}); "
+            + (f"rounding of {self.rounded} layers learned; " if self.rounded else "")
+            + biases
         )
 
 
@@ -87,6 +95,7 @@ def calibrate_network(
     search: str = "best",
     equalizes: bool = True,
     corrects_biases: bool = True,
+    learns_rounding: bool = True,
     status: Callable[[str], None] = lambda text: None,
 ) -> CalibrationResult:
     """Quantize anyone's float network on real images; the network itself stays as it is.
@@ -99,6 +108,7 @@ def calibrate_network(
         search: of the alphas, one of train.choices.SEARCHES.
         equalizes: cross-layer equalization (section 4.1).
         corrects_biases: bias correction (section 4.2).
+        learns_rounding: learned rounding of weights below 8 bits (Nagel et al. 2020).
         status: told what is being done, step by step.
 
     Raises:
@@ -123,13 +133,19 @@ def calibrate_network(
     with torch.no_grad():
         logits = [floating(batch) for batch in batches]
     errors = search_alphas(quantized, batches, logits, search)
+    assert isinstance(quantized, torch.fx.GraphModule)
+    rounded = 0
+    if learns_rounding:
+        status("")
+        rounded = learn_rounding(
+            quantized, floating, batches, progress=functools.partial(command.progress, label="rounding, layers")
+        )
     uncorrected = None
     if corrects_biases:
         status("correcting biases ...")
-        assert isinstance(quantized, torch.fx.GraphModule)
         uncorrected = correct_biases(quantized, floating, batches)
     status("")
-    return CalibrationResult(quantized, floating, len(images), equalized, errors, uncorrected)
+    return CalibrationResult(quantized, floating, len(images), equalized, errors, uncorrected, rounded)
 
 
 def calibrate(
@@ -140,6 +156,7 @@ def calibrate(
     search: str = "best",
     equalizes: bool = True,
     corrects_biases: bool = True,
+    learns_rounding: bool = True,
     status: Callable[[str], None] = lambda text: None,
 ) -> CalibratedCheckpoint:
     """Quantize a float checkpoint on real images, uint8 [n, C, H, W] of the training split.
@@ -158,7 +175,8 @@ def calibrate(
     quant = quant or QuantSpec()
     found = calibrate_network(
         checkpoint.network(), checkpoint.input, images, quant,
-        search=search, equalizes=equalizes, corrects_biases=corrects_biases, status=status,
+        search=search, equalizes=equalizes, corrects_biases=corrects_biases, learns_rounding=learns_rounding,
+        status=status,
     )  # fmt: skip
     calibrated = replace(
         checkpoint, quant=quant, state_dict=found.network.state_dict(), optimizer={}, guidance={}, history=[]
@@ -228,6 +246,7 @@ def run(options: argparse.Namespace, checkpoint: Checkpoint, status: Callable[[s
         search=options.search,
         equalizes=not options.no_equalize,
         corrects_biases=not options.no_bias_correction,
+        learns_rounding=not options.no_learned_rounding,
         status=status,
     )
     trained = checkpoints.load(options.qat) if options.qat else None

@@ -42,6 +42,7 @@ _NOT_OF = {
         "samples",
         "no_equalize",
         "no_bias_correction",
+        "no_learned_rounding",
         "saliency_precision",
     ),
 }
@@ -214,6 +215,8 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bits", type=int, choices=QUANTIZED_BITS, default=8, help="default: 8")
     group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
     group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
+    group.add_argument("--no-learned-rounding", action="store_true",
+                       help="round weights below 8 bits to the nearest")  # fmt: skip
     group.add_argument("--no-bias-correction", action="store_true", help="leave biases as they are")
     own = parser.add_argument_group("your own network, PyTorch or ONNX; ONNX without --int8 is taken as it is")
     own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")

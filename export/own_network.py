@@ -48,6 +48,7 @@ def quantized_model(
     search: str = "best",
     equalizes: bool = True,
     corrects_biases: bool = True,
+    learns_rounding: bool = True,
     arch: str = "own",
     status: Callable[[str], None] = lambda text: None,
 ) -> tuple[QuantizedModel, CalibrationResult | None]:
@@ -62,6 +63,7 @@ def quantized_model(
         search: of alpha, one of train.choices.SEARCHES.
         equalizes: cross-layer equalization.
         corrects_biases: bias correction.
+        learns_rounding: learned rounding of weights below 8 bits.
         arch: the network's name in the manifest.
         status: told what is being done, step by step.
 
@@ -77,7 +79,8 @@ def quantized_model(
     else:
         found = calibrate_network(
             network, input_spec, images.calibration, spec_of(bits),
-            search=search, equalizes=equalizes, corrects_biases=corrects_biases, status=status,
+            search=search, equalizes=equalizes, corrects_biases=corrects_biases,
+            learns_rounding=learns_rounding, status=status,
         )  # fmt: skip
         result = found.network
     count = max(2, min(_VERIFIED_IMAGES, _VERIFIED_PIXELS // (input_spec.size[0] * input_spec.size[1])))
@@ -137,7 +140,8 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     model, found = quantized_model(
         network, input_spec, images, classes,
         bits=bits, search=options.search, equalizes=not options.no_equalize,
-        corrects_biases=not options.no_bias_correction, status=status,
+        corrects_biases=not options.no_bias_correction, learns_rounding=not options.no_learned_rounding,
+        status=status,
         arch=Path(options.checkpoint).stem if is_onnx else options.checkpoint,
     )  # fmt: skip
     status("")

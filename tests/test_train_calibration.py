@@ -10,6 +10,7 @@ from tests.toy_models import DepthwiseNet, randomize_norms
 from train.choices import MSE
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas
+from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
 from train.quantization.grids import is_layer
 from train.quantization.quantize import QuantSpec, quantize, quantizers
@@ -177,3 +178,51 @@ def test_eight_bit_layers_beside_low_bits_lose_nothing() -> None:
     error = parameters[0](parameters.original) - parameters.original
     largest = parameters.original.abs().amax(1, keepdim=True)
     assert (error.abs() <= largest / 127 / 2 * 1.001).all()
+
+
+def test_learned_rounding_brings_the_output_nearer_than_rounding_to_the_nearest() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 16, 12), nn.ReLU(), nn.Linear(12, 4),
+    ).eval()  # fmt: skip
+    randomize_norms(network)
+    batches = list(torch.randn(96, 2, 8, 8).split(32))
+    model = quantize(network, QuantSpec(3, "lsq"), input_scale=1 / 32).eval()
+    search_weight_scales(model)
+    with torch.no_grad():
+        logits = [network(batch) for batch in batches]
+    search_alphas(model, batches, logits, MSE)
+
+    def error(layer: str) -> float:
+        """Of one layer's output for the inputs that it gets here, on images that it was not learned from."""
+        images = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(9))
+        found = {}
+        for name, net in (("float", network), ("quantized", model)):
+            handle = net.get_submodule(layer).register_forward_hook(
+                lambda module, given, output, name=name: found.setdefault(name, output.detach())
+            )
+            with torch.no_grad():
+                net(images)
+            handle.remove()
+        return float((found["quantized"] - found["float"]).square().mean())
+
+    before = {name: error(name) for name in ("3", "6")}
+    kept = {name: model.get_submodule(name).weight.detach().clone() for name in ("0", "8")}
+    parametrized = {name: model.get_submodule(name).parametrizations.weight for name in before}
+    scales = {name: p[0].learned_scale.detach().clone() for name, p in parametrized.items()}
+    originals = {name: p.original.detach().clone() for name, p in parametrized.items()}
+    assert learn_rounding(model, network, batches, steps=200) == 2  # the first and the last layer have 8 bits
+    for name, weight in kept.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+    assert error("3") < 0.8 * before["3"]
+    assert error("6") < 0.8 * before["6"]
+    for name, scale in scales.items():
+        parameters = parametrized[name]
+        codes = parameters[0].codes(parameters.original).float()
+        ratio = originals[name] / scale.reshape(-1, *[1] * (codes.ndim - 1))
+        # Each weight goes to one of its two neighbours, or to the end of the grid.
+        near = (codes - ratio).abs() < 1
+        assert (near | (codes.abs() == 3)).all()
+        assert not torch.equal(codes, ratio.round().clamp(-3, 3))
+        assert torch.equal(parameters[0].learned_scale, scale)

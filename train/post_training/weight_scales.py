@@ -24,7 +24,7 @@ def search_weight_scales(model: nn.Module) -> int:
     """
     layers = 0
     for layer in model.modules():
-        quantizer = _learned(layer)
+        quantizer = learned_scale_of(layer)
         if quantizer is None:
             continue
         weight = layer.parametrizations.weight.original.detach().flatten(1)  # type: ignore[operator,union-attr]
@@ -42,7 +42,8 @@ def search_weight_scales(model: nn.Module) -> int:
     return layers
 
 
-def _learned(layer: nn.Module) -> WeightQuantizer | None:
+def learned_scale_of(layer: nn.Module) -> WeightQuantizer | None:
+    """Return a layer's weight quantizer, if its scale is a parameter."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     quantizer = layer.parametrizations.weight[0]  # type: ignore[index,union-attr]
