@@ -169,7 +169,7 @@ TABLES = {
     "chest-xrays": tuple(row for seed in _SEEDS for row in _of_a_chest(seed)),
     "steel": (
         Row("neu-128-resnet20-float-plain", f"{_STEEL} --bits 32 --method plain --epochs 24 --lr 0.05"),
-        Row("neu-128-resnet20-8bit-sgt", f"{_STEEL} --bits 8 --method sgt --epochs 6 --lr 0.01 --kl-weight 0.05",
+        Row("neu-128-resnet20-8bit-sgt", f"{_STEEL} --bits 8 --method sgt --epochs 12 --lr 0.02 --kl-weight 0.05",
             asked=99.0, init="neu-128-resnet20-float-plain"),
     ),
     "deit": (

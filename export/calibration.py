@@ -140,6 +140,9 @@ def calibrate_network(
         rounded = learn_rounding(
             quantized, floating, batches, progress=functools.partial(command.progress, label="rounding, layers")
         )
+    if rounded:  # what the weights round otherwise, the activations are clipped otherwise
+        status("searching alphas again ...")
+        errors = search_alphas(quantized, batches, logits, search)
     uncorrected = None
     if corrects_biases:
         status("correcting biases ...")
