@@ -56,11 +56,11 @@ def draw_maps(
             predicted, probability = logits.argmax(1), softmax(logits).max(1)
             for axes, one, index, p, label in zip(line, maps, predicted, probability, test.labels, strict=True):
                 shown = axes.imshow(one, cmap="inferno", vmin=0, vmax=vmax)
-                axes.set_title(f"{networks[0].classes[index]}  {p:.0%}", fontsize=8, pad=3,
+                axes.set_title(f"{networks[0].classes[index]}\n{p:.0%}", fontsize=8, pad=3,
                                color="black" if index == label else COLORS[1])  # fmt: skip
             if scale == "network":
                 figure.colorbar(shown, ax=line, extend="max", pad=0.01)
-        label = "|d logit / d normalized pixel|"
+        label = "|d logit / d pixel|"
         if scale == "shared":
             figure.colorbar(shown, ax=grid[1:], extend="max", aspect=30, pad=0.01, label=label)
         scales = "one colour scale for all maps" if scale == "shared" else f"each row on its own scale of {label}"
