@@ -177,6 +177,12 @@ def _from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.M
         raise ModelError(f"{path}: {error}") from None
 
 
+def difference_of(logits: np.ndarray, expected: np.ndarray) -> float:
+    """Return how far logits [n, K] lie from those expected, as a share of their norm about their mean, median."""
+    spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
+    return float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
+
+
 def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
     """Return how pixels become what an ONNX file takes, as the options tell it.
 
@@ -202,8 +208,7 @@ def _check_the_same(
     expected = run_file({INPUT_NAME: images.permute(0, 2, 3, 1).contiguous().numpy()})["logits"]
     with torch.no_grad():
         logits = network(input_spec.normalize(images)).numpy()
-    spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
-    difference = float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
+    difference = difference_of(logits, expected)
     if not difference <= LARGEST_DIFFERENCE:
         raise ModelError(
             f"{path}: as a PyTorch network its logits differ by {difference:.2g} of their size from the file's "

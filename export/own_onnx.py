@@ -17,7 +17,7 @@ import onnx
 
 from export.gradient.joining import NORMALIZED, first_line
 from export.gradient.walk import OUTPUTS, append_input_gradient
-from export.own_network import LARGEST_DIFFERENCE, class_names, labelled, onnx_input
+from export.own_network import LARGEST_DIFFERENCE, class_names, difference_of, labelled, onnx_input
 from export.reference import reference_run
 from export.sources.images import real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
@@ -204,8 +204,7 @@ def _difference(logits: np.ndarray, expected: np.ndarray, as_logits: bool, runne
     if not as_logits:
         logits = np.exp(logits - logits.max(1, keepdims=True))
         logits = logits / logits.sum(1, keepdims=True)
-    spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
-    difference = float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
+    difference = difference_of(logits, expected)
     changed = int((logits.argmax(1) != expected.argmax(1)).sum())
     classes = "all classes equal" if not changed else f"{changed} of {len(logits)} classes differ"
     if not difference <= largest:
