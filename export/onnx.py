@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from train.model import QuantizedModel
 
 # What may be exported, and the options that say nothing of it.
-_CHECKPOINT, _NETWORK, _ONNX = "a checkpoint", "a network of your own", "an ONNX file that is not quantized"
-_QUANTIZED_ONNX = "an ONNX file"
+_CHECKPOINT, _NETWORK, _ONNX_AS_IT_IS = "a checkpoint", "a network of your own", "an ONNX file without --int8"
+_ONNX_TO_QUANTIZE = "an ONNX file"
 _NOT_OF = {
     _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels"),
     _NETWORK: ("calibrate", "qat", "pixels"),
-    _QUANTIZED_ONNX: ("state", "calibrate", "qat"),
-    _ONNX: (
+    _ONNX_TO_QUANTIZE: ("state", "calibrate", "qat"),
+    _ONNX_AS_IT_IS: (
         "calibrate",
         "state",
         "qat",
@@ -93,15 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from export.pipeline import export
     from train.quantization.quantize import warnings_of
 
-    kind = _kind(options.checkpoint, quantized=options.int8 or options.bits != parser.get_default("bits"))
+    kind = _kind(options.checkpoint, quantized=options.int8 or options.bits is not None)
     for name in _NOT_OF[kind]:
         if getattr(options, name) != parser.get_default(name):
             raise OptionError(
                 f"--{name.replace('_', '-')}: is not for {kind}, which {options.checkpoint} is; drop it"
             )
-    if kind == _ONNX:
+    if kind == _ONNX_AS_IT_IS:
         _export_onnx(options)
         return
+    options.bits = options.bits or 8
     model, output, sha256 = _trained(options) if kind == _CHECKPOINT else _own(options)
     int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
     exported = export(
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _kind(source: str, *, quantized: bool) -> str:
     """Return what is to be exported, by the form of its name."""
     if Path(source).suffix == ".onnx":
-        return _QUANTIZED_ONNX if quantized else _ONNX
+        return _ONNX_TO_QUANTIZE if quantized else _ONNX_AS_IT_IS
     return _NETWORK if factory.is_factory(source) and not Path(source).exists() else _CHECKPOINT
 
 
@@ -212,7 +213,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", metavar="NAME", help="its training images (default: what it was trained on)")
     group.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     group.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="images (default: %(default)d)")
-    group.add_argument("--bits", type=int, choices=QUANTIZED_BITS, default=8, help="default: 8")
+    group.add_argument("--bits", type=int, choices=QUANTIZED_BITS, help="default: 8")
     group.add_argument("--search", choices=SEARCHES, default="best", help="of alpha (default: best)")
     group.add_argument("--no-equalize", action="store_true", help="leave ranges of channels as they are")
     group.add_argument("--no-learned-rounding", action="store_true",

@@ -168,6 +168,51 @@ def test_a_network_of_many_operators_and_computed_shapes(tmp_path: Path) -> None
     np.testing.assert_array_equal(second.bias.detach().numpy(), constants["added"].ravel())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("form", ["columns", "wide border", "one axis", "twice"])
+def test_what_only_looks_like_a_layer_s_own(form: str, tmp_path: Path) -> None:
+    """A constant along the columns of as many channels is no bias; nor has PyTorch every border of a pooling."""
+    rng, make = np.random.default_rng(0), helper.make_node
+    width = 7 if form == "columns" else 4
+    constants = {"w": rng.normal(size=(width, 3, 3, 3)).astype(np.float32)}
+    nodes = [make("Conv", ["image", "w"], ["a"])]
+    if form == "columns":
+        constants["row"] = rng.normal(size=7).astype(np.float32)
+        nodes.append(make("Add", ["a", "row"], ["features"]))
+    elif form == "wide border":
+        nodes.append(
+            make("AveragePool", ["a"], ["features"], kernel_shape=[3, 3], pads=[2] * 4, count_include_pad=1)
+        )
+    elif form == "one axis":
+        constants["axes"] = np.array([2, 3])
+        nodes += [
+            make("ReduceMean", ["a", "axes"], ["m"], keepdims=0),
+            make("Unsqueeze", ["m", "axes"], ["features"]),
+        ]
+    else:
+        constants["k"] = rng.normal(size=(1, 4, 1, 1)).astype(np.float32)
+        nodes += [make("Add", ["a", "k"], ["b"]), make("Mul", ["a", "b"], ["features"])]
+    compare(tmp_path / "net.onnx", write(tmp_path / "net.onnx", nodes, constants, width=width))
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "said"),
+    [("ReduceMean", {}, "averages"), ("Concat", {"axis": 0}, "joins"), ("Slice", {}, "cuts")],
+)
+def test_what_mixes_images_is_refused(
+    operator: str, attributes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    constants = {"w": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)}
+    inputs = {"ReduceMean": ["a", "axes"], "Concat": ["a", "a"], "Slice": ["a", "axes", "ends", "axes"]}[operator]
+    constants |= {name: np.array([0 if name == "axes" else 1]) for name in inputs if name != "a"}
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["a"]),
+        helper.make_node(operator, inputs, ["features"], **attributes),
+    ]
+    write(tmp_path / "net.onnx", nodes, constants)
+    with pytest.raises(ModelError, match=f"{said} along the first axis, of the images; export the network itself"):
+        to_torch(read_classifier(tmp_path / "net.onnx"))
+
+
 def test_an_image_with_its_channels_last_is_not_turned_twice(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
     nodes = [

@@ -70,7 +70,8 @@ def _padded(
             )
     source = r.value(node.input[0])
     top, left, bottom, right = pads
-    if (top, left) == (bottom, right):
+    # PyTorch's poolings take a border of half a window at most.
+    if (top, left) == (bottom, right) and 2 * top <= kernel[0] and 2 * left <= kernel[1]:
         return source, (top, left)
     return r.call(F.pad, source, (left, right, top, bottom), value=fill), (0, 0)
 
@@ -194,8 +195,23 @@ def _layer_norm(r: Reader, node: onnx.NodeProto) -> fx.Node:
     return _with_parameters(r, node, layer, weight, bias, None, r.value(node.input[0]))
 
 
+def _refuse_images_as(r: Reader, node: onnx.NodeProto, axes: Sequence[int], what: str) -> None:
+    """Raise ModelError where an operator works along the axis of the images, which stay apart here."""
+    rank = r.facts.rank(node.input[0])
+    if 0 in [axis % rank for axis in axes]:
+        raise ModelError(f"{describe(node)}: {what} along the first axis, of the images; {REMEDY}")
+
+
+def _concat(r: Reader, node: onnx.NodeProto) -> fx.Node:
+    axis = attributes(node)["axis"]
+    _refuse_images_as(r, node, [axis], "joins")
+    return r.call(torch.cat, [r.value(name) for name in node.input], axis)
+
+
 def _reshape(r: Reader, node: onnx.NodeProto) -> fx.Node:
     shape = r.facts.shape(node.output[0])
+    if not shape or shape[0] not in (1, None):
+        raise ModelError(f"{describe(node)}: mixes the axis of the images with another; {REMEDY}")
     source = r.value(node.input[0])
     if len(shape) == 2:
         return r.call(torch.flatten, source, 1)
@@ -221,17 +237,17 @@ def _slice(r: Reader, node: onnx.NodeProto) -> fx.Node:
     for index, start in enumerate(starts.tolist()):
         axis = index if axes is None else int(axes[index]) % rank
         step = 1 if steps is None else int(steps[index])
-        if axis == 0 or step < 1:
-            raise ModelError(f"{describe(node)}: cuts images apart or turns them round; {REMEDY}")
+        _refuse_images_as(r, node, [axis], "cuts")
+        if step < 1:
+            raise ModelError(f"{describe(node)}: turns an axis round; {REMEDY}")
         cuts[axis] = slice(int(start), min(int(ends[index]), np.iinfo(np.int32).max), step)
     return r.call(operator.getitem, r.value(node.input[0]), tuple(cuts))
 
 
 def _split(r: Reader, node: onnx.NodeProto) -> fx.Node:
     axis = attributes(node).get("axis", 0) % r.facts.rank(node.input[0])
+    _refuse_images_as(r, node, [axis], "cuts")
     sizes = [r.facts.sizes(name, [axis])[0] for name in node.output]
-    if axis == 0:
-        raise ModelError(f"{describe(node)}: cuts images apart; {REMEDY}")
     parts = r.call(torch.split, r.value(node.input[0]), sizes, axis)
     for index, name in enumerate(node.output):
         r.values[name] = r.call(operator.getitem, parts, index)
@@ -243,6 +259,7 @@ def _mean(r: Reader, node: onnx.NodeProto) -> fx.Node:
     chosen = found.get("axes") if axes is None else axes.tolist()
     if chosen is None:
         raise ModelError(f"{describe(node)}: averages over all axes, the images too; {REMEDY}")
+    _refuse_images_as(r, node, chosen, "averages")
     return r.call(torch.mean, r.value(node.input[0]), tuple(chosen), keepdim=bool(found.get("keepdims", 1)))
 
 
@@ -286,7 +303,7 @@ FORMS: dict[str, Callable[[Reader, onnx.NodeProto], fx.Node]] = {
     "Div": _binary(operator.truediv), "Pow": _binary(torch.pow),
     "Erf": _unary(torch.erf), "Exp": _unary(torch.exp), "Sqrt": _unary(torch.sqrt), "Neg": _unary(operator.neg),
     "Slice": _slice, "Split": _split,
-    "Concat": lambda r, node: r.call(torch.cat, [r.value(name) for name in node.input], attributes(node)["axis"]),
+    "Concat": _concat,
     "Transpose": lambda r, node: r.graph.call_method(
         "permute", (r.value(node.input[0]), *attributes(node).get("perm", ()))
     ),

@@ -115,7 +115,10 @@ class _Reader:
             return None
         (other,) = [name for name in consumers[0].input if name != node.output[0]] or [""]
         value = self.facts.value(other) if other else None
-        if value is None or value.size != count or (value.ndim and value.shape[axis:][:1] != (count,)):
+        if value is None or value.size != count:
+            return None
+        # Of fewer axes it is added along another one, such as the columns of an image.
+        if count > 1 and (value.ndim < -axis or value.shape[axis] != count):
             return None
         return value.reshape(-1)
 
