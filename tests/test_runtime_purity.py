@@ -133,3 +133,16 @@ def test_help_of_a_real_process_leaves_with_status_0() -> None:
     done = python("-m", "runtime.classify", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "examples:" in done.stdout
+
+
+def test_importing_the_openvino_engine_loads_numpys_interface_once_for_all_threads() -> None:
+    # Left to two threads' first runs, OpenVINO's loading of it stopped the process in 2 of 4 trials.
+    code = (
+        "import numpy, runtime.engines.openvino as engine\n"
+        "loads = []\n"
+        "version = numpy.lib.NumpyVersion\n"
+        "numpy.lib.NumpyVersion = lambda text: loads.append(text) or version(text)\n"
+        "print(engine.openvino.Tensor(numpy.arange(3)).data.sum(), loads)"
+    )
+    done = python("-c", code)
+    assert (done.stdout, done.stderr) == ("3 []\n", "")
