@@ -45,8 +45,8 @@ def _import_openvino() -> Any:
 
 
 openvino = _import_openvino()
-# The first look at a tensor in a process loads numpy's C interface, under a lock of C++ that a second thread waits for
-# while it holds Python's own: two threads that begin together then wait for ever. So this first look happens here.
+# The first look at a tensor in a process loads numpy's C interface, under a lock of C++. A second thread waits for
+# that lock while it holds Python's own, and both wait for ever. So this first look happens here.
 openvino.Tensor(np.zeros(1, np.uint8)).data  # noqa: B018
 
 # Batch sizes kept compiled; the one that was used longest ago makes room. Every run has its own static shape: that
