@@ -18,18 +18,21 @@ from bench.layers import profile as layer_profile
 from bench.measure import gpu_latency, power
 from bench.measure.cold_start import ColdStart, Loading, in_turns
 from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.record import append
 from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
-from runtime import command
+from runtime import Classifier, command
 from runtime.engines.tensorrt import session as tensorrt_session
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
+from runtime.outputs import check_outputs
 from runtime.session import ENGINES, PLAN_SUFFIX, Session, open_session
 
 EXAMPLES = """
   python -m bench.latency model.onnx
   python -m bench.latency model.onnx --batch 1,8,32 --threads 1
   python -m bench.latency model.onnx --explain               # class, and class with map, in turns
+  python -m bench.latency model.onnx --explain --frame 1080x1920   # and from a camera's frame to the answer
   python -m bench.latency model.onnx --engine ort --json >> results.jsonl
   python -m bench.latency engine.plan --explain --streams 4  # phases, with and without CUDA graph
   python -m bench.latency engine.plan --profile --energy     # per layer; per image, in millijoules
@@ -65,6 +68,43 @@ def contenders(session: Session, batch: int, *, explain: bool) -> dict[str, Call
         inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(batch, -1, np.int64)}
         found["class + map"] = functools.partial(session.run, inputs, ("logits", "saliency"))
     return found
+
+
+def frame_latency(
+    session: Session, frame: tuple[int, int], *, explain: bool, runs: int | None, seconds: float
+) -> dict[str, Latency]:
+    """Time the way from one frame of random pixels [H, W, 3] to its answer beside the network alone, in turns.
+
+    The answer is what an app gets: a `Prediction`, and with `explain` an `Explanation` with its map in the frame's
+    size.
+
+    Raises:
+        ModelError: the model was exported without the input gradient.
+    """
+    classifier = Classifier.on(session)
+    pixels = np.random.default_rng(0).integers(0, 256, (*frame, 3), dtype=np.uint8)
+    calls = {"network": contenders(session, 1, explain=False)["class"]}
+    calls["frame to class"] = functools.partial(classifier.predict, pixels)
+    if explain:
+        calls["network + map"] = contenders(session, 1, explain=True)["class + map"]
+        calls["frame to class + map"] = functools.partial(classifier.explain, pixels)
+    label = f"frame {frame[0]}x{frame[1]}"
+    return {
+        name: summarize(times, 1)
+        for name, times in measure(calls, runs=runs, seconds=seconds, label=label).items()
+    }
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """Return height and width of a text such as "1080x1920".
+
+    Raises:
+        OptionError: it is another text.
+    """
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise OptionError(f"--frame {text}: expected HEIGHTxWIDTH in pixels, such as 1080x1920")
+    return int(height), int(width)
 
 
 def session_latency(
@@ -106,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, help="runs to measure (default: as many as fit in --seconds)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per batch size (default: 3)")
     parser.add_argument("--explain", action="store_true", help="time the class with its saliency map too")
+    parser.add_argument("--frame", metavar="HxW", help="also from an RGB frame of this size to the answer")
     parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
     parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
     parser.add_argument("--profile", action="store_true", help="plans: time, precision, ONNX nodes of every layer")
@@ -113,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--energy", action="store_true", help="power, and energy of an image, from the GPU's sensor"
     )
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh processes")
+    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
     parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
     options = parser.parse_args(argv)
     batches = batch_sizes(options.batch)
@@ -121,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_seconds(options.seconds)
     if options.streams is not None and options.streams < 1:
         raise OptionError(f"--streams {options.streams}: expected a whole number from 1")
+    frame = frame_size(options.frame) if options.frame else None
+    check_outputs([options.record], inputs=[options.model])
     model = str(Path(options.model).resolve())
     session = _open(options)
     try:
@@ -130,6 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             for batch in batches
         }
+        frames = (
+            frame_latency(session, frame, explain=options.explain, runs=options.runs, seconds=options.seconds)
+            if frame
+            else {}
+        )
         streams = _streams(session, batches, options)
         layers = _profile(session, batches[0]) if options.profile else None
         energy = _energy(session, batches[0], options) if options.energy else None
@@ -151,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             str(batch): {name: asdict(row) for name, row in found.latency.items()}
             for batch, found in measured.items()
         },
+        "frame": frame,
+        "frame_latency": {name: asdict(row) for name, row in frames.items()},
         "phases": {str(batch): found.phases for batch, found in measured.items()},
         "spin": options.spin,
         "plan": _built(session),
@@ -161,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": where,
     }
+    if options.record:
+        append(options.record, result)
     if options.json:
         print(json.dumps(result))
         return
@@ -179,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(*gpu_latency.table(found.phases), sep="\n")
         if str(batch) in streams:
             print(f"      {options.streams} streams: {streams[str(batch)]:,.0f} images/s")
+    for name, row in frames.items():
+        print(f"{options.frame:>9} {name:20} {row.p50_ms:9.3f} ms p50 {row.p90_ms:9.3f} p90 {row.n:7,} runs")
     if layers:
         print(*layer_profile.table(layers), sep="\n")
     for name, drawn in (energy or {}).items():

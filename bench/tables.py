@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "saliency": summary.saliency,
     "latency": speed_summary.latency,
     "against-ptq": speed_summary.against_ptq,
+    "frames": speed_summary.frames,
     "startup": speed_summary.startup,
     "training-step": speed_summary.training_step,
 }

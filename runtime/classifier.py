@@ -78,6 +78,14 @@ class Classifier:
         )  # fmt: skip
         self._max_batch = min(MAX_BATCH, self.session.max_batch or MAX_BATCH)
 
+    @classmethod
+    def on(cls, session: Session) -> Classifier:
+        """Return a classifier on a session that is open; closing it closes the session."""
+        made = cls.__new__(cls)
+        made.session = session
+        made._max_batch = min(MAX_BATCH, session.max_batch or MAX_BATCH)
+        return made
+
     @property
     def manifest(self) -> Manifest:
         """What the model file says about itself."""

@@ -12,7 +12,7 @@ import numpy as np
 from runtime.attribution import Attribution
 from runtime.errors import ImageError, OptionError
 from runtime.files import write_atomically
-from runtime.images import middle, resize_maps
+from runtime.resizing import middle, resize_maps
 
 # The map's value that is drawn as fully salient: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from runtime.errors import FileError, ImageError, OptionError
 from runtime.manifest import ImageInput
+from runtime.resizing import crop_to_shape, resize
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".dib", ".webp", ".gif", ".tif",
@@ -194,46 +194,6 @@ def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
     return np.ascontiguousarray(batch)
 
 
-def crop_to_shape(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the largest middle part of images [N, H, W, C] that has the shape of `size`, height and width."""
-    top, left, height, width = middle(images.shape[1:3], size)
-    return images[:, top : top + height, left : left + width]
-
-
-def middle(frame: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of the largest middle part of a frame that has the shape of `size`."""
-    height, width = frame
-    if width * size[0] > height * size[1]:
-        kept = height, max(1, round(height * size[1] / size[0]))
-    else:
-        kept = max(1, round(width * size[0] / size[1])), width
-    return (height - kept[0]) // 2, (width - kept[1]) // 2, *kept
-
-
-def resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 [N, H', W', C] of uint8 [N, H, W, C], Pillow's BILINEAR within one level.
-
-    That is bilinear with antialiasing: what networks are trained on, when Pillow or torchvision resized.
-    """
-    rows = _bilinear_weights(images.shape[1], size[0])
-    columns = _bilinear_weights(images.shape[2], size[1])
-    resized = np.empty((len(images), *size, images.shape[3]), dtype=np.uint8)
-    for image, out in zip(images, resized, strict=True):
-        # Width first and rounded in between, halves up, as Pillow does. float32 halves the time of this pass, the
-        # longer one, and moves a pixel by one level at a near tie; float64 in the other adds no second level.
-        narrowed = np.tensordot(columns.astype(np.float32), image.astype(np.float32), (1, 1))  # [W', H, C]
-        narrowed = np.floor(narrowed + np.float32(0.5)).astype(np.float64)
-        out[...] = np.floor(np.tensordot(rows, narrowed, (1, 1)) + 0.5).clip(0, 255)  # [H', W', C]
-    return resized
-
-
-def resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return float32 [N, H', W'] of float32 maps [N, H, W], bilinear with antialiasing."""
-    rows, columns = (_bilinear_weights(maps.shape[axis + 1], size[axis]) for axis in (0, 1))
-    resized: np.ndarray = (rows @ maps.astype(np.float64) @ columns.T).astype(np.float32)
-    return resized
-
-
 def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
@@ -263,19 +223,3 @@ def _pixels(image: Any) -> np.ndarray:
 def _said(error: Exception) -> str:
     """Return an error's text as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@functools.lru_cache(maxsize=16)
-def _bilinear_weights(source: int, target: int) -> np.ndarray:
-    """Return the weights float64 [target, source] of a triangle filter as wide as one target pixel.
-
-    They are multiples of 2**-22, as in Pillow, so that sums of pixels are exact in float64.
-    """
-    ratio = source / target
-    support = max(ratio, 1.0)
-    centers = (np.arange(target) + 0.5) * ratio
-    distance = np.abs(np.arange(source)[None, :] + 0.5 - centers[:, None]) / support
-    weights = np.clip(1 - distance, 0, None)
-    weights *= 1 / weights.sum(1, keepdims=True)
-    rounded: np.ndarray = np.floor(weights * 2**22 + 0.5) / 2**22
-    return rounded

@@ -13,6 +13,7 @@ import numpy as np
 import openvino
 import pytest
 
+from bench.evidence import speed_tables
 from bench.latency import main
 from bench.measure.environment import PACKAGES, describe, environment
 from runtime.errors import FileError, OptionError
@@ -82,6 +83,24 @@ def test_a_person_reads_one_row_per_batch_size(
     assert all(len(line) <= 80 for line in out[1:5])
 
 
+def test_the_way_from_a_frame_to_its_answer_is_measured_beside_the_network(
+    digits_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = tmp_path / "frames.jsonl"
+    arguments = ["--frame", "48x64", "--explain", "--runs", "5", "--no-cold-start", "--record", str(recorded)]
+    main([str(digits_models["openvino"]), *arguments])
+    (result,) = map(json.loads, recorded.read_text().splitlines())
+    assert result["frame"] == [48, 64]
+    found = result["frame_latency"]
+    assert list(found) == ["network", "frame to class", "network + map", "frame to class + map"]
+    assert all(row["n"] == 5 for row in found.values())
+    assert found["frame to class"]["p50_ms"] > found["network"]["p50_ms"]
+    assert "48x64 frame to class + map" in capsys.readouterr().out
+    row = speed_tables.frames([result]).splitlines()[-1]
+    assert row.startswith("| cnn2, INT8 on OpenVINO | 64x48 | 1 |")
+    assert f" {found['frame to class']['p50_ms']:.2f} |" in row
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,6 +109,8 @@ def test_a_person_reads_one_row_per_batch_size(
         (["--batch", "²"], "^--batch ²: expected whole numbers"),
         (["--runs", "0"], "^--runs 0: expected a whole number from 1$"),
         (["--seconds", "nan"], "^--seconds nan: expected a number above 0$"),
+        (["--frame", "1080"], "^--frame 1080: expected HEIGHTxWIDTH in pixels, such as 1080x1920$"),
+        (["--frame", "0x5"], "^--frame 0x5: expected HEIGHTxWIDTH"),
         (["--threads", "0"], "^threads 0: expected a whole number from 1$"),
     ],
 )

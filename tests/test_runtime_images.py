@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import FileError, ImageError
-from runtime.images import SUFFIXES, list_images, load_image, middle, resize, to_batch
+from runtime.images import SUFFIXES, list_images, load_image, to_batch
 from runtime.manifest import ImageInput
+from runtime.resizing import middle, resize, resize_maps
 from train.data.decoding import decode
 
 GREY = ImageInput((6, 5), 1, (0.5,), (0.25,))
@@ -46,6 +48,35 @@ def test_resize_keeps_a_constant_and_the_same_size_exactly() -> None:
     assert (resize(np.full((2, 31, 17, 3), 255, np.uint8), (7, 40)) == 255).all()
     image = pixels(1, 9, 9, 3)
     assert (resize(image, (9, 9)) == image).all()
+
+
+@pytest.mark.parametrize("view", [np.s_[:, ::-1], np.s_[::-1], np.s_[..., ::-1], np.s_[::-1, ::2, ::-1]])
+def test_views_that_run_backwards_are_resized_as_their_copies_are(view: tuple[slice, ...]) -> None:
+    turned = pixels(90, 70, 3)[view][None]
+    difference = resize(turned, (31, 17)).astype(int) - resize(turned.copy(), (31, 17))
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) <= difference.size / 100
+
+
+def test_a_frame_is_resized_without_a_whole_copy_of_it_in_floats() -> None:
+    frame = np.zeros((1, 1080, 1920, 3), np.uint8)
+    resize(frame, (224, 224))
+    tracemalloc.start()
+    try:
+        resize(frame, (224, 224))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * frame.nbytes  # 25 MB as float32, and 6 as they are
+
+
+@given(st.tuples(*[st.integers(1, 30)] * 2), st.tuples(*[st.integers(1, 60)] * 2), st.integers(0, 9))
+def test_maps_are_resized_as_pillow_resizes_floats(
+    size: tuple[int, int], other: tuple[int, int], seed: int
+) -> None:
+    values = np.random.default_rng(seed).random(size, dtype=np.float32)
+    expected = Image.fromarray(values).resize(other[::-1], Image.Resampling.BILINEAR)
+    assert np.abs(resize_maps(values[None], other)[0] - np.asarray(expected)).max() < 2e-6
 
 
 def test_halving_averages_with_a_triangle() -> None:

@@ -99,6 +99,25 @@ def startup(records: Sequence[Record]) -> str:
     return markdown(header, rows, "llrrrrr")
 
 
+def frames(records: Sequence[Record]) -> str:
+    """Return the time from a frame to its answer beside the network alone, for every frame size."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "latency" and found.get("frame"):
+            engine = found["engine"].split()[0]
+            latest[found["arch"], found["precision"], engine, tuple(found["frame"]), found["threads"]] = found
+    names = ["network", "frame to class", "network + map", "frame to class + map"]
+    rows = []
+    for (arch, precision, engine, frame, threads), found in latest.items():
+        times = [found["frame_latency"].get(name) for name in names]
+        rows.append([
+            f"{arch}, {precision.upper()} on {ENGINES[engine]}", f"{frame[1]}x{frame[0]}", str(threads),
+            *(f"{row['p50_ms']:.2f}" if row else "" for row in times),
+        ])  # fmt: skip
+    header = ["network", "frame", "threads", *names]
+    return markdown(header, rows, "llr" + "r" * len(names))
+
+
 def training_step(records: Sequence[Record]) -> str:
     """Return what a training step of every method takes, in milliseconds and in plain steps."""
     latest = {}
