@@ -5,8 +5,9 @@ The gradient, the passes and the checks of TensorRT's rules all ask it. It is fi
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ Dimension = int | None
 # What keeps its input's shape, and ONNX 1.23 infers none for.
 _WITHOUT_INFERENCE = "GroupNormalization"
 
+# What asks a tensor for its shape alone.
+_OF_SHAPE = {"Shape", "Size"}
+# Sizes of the batch: what is equal for all of them does not depend on it. Of branches it is 1 that is asked for.
+_STAND_INS = (1, 2, 61)
+
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 
 
@@ -36,7 +42,8 @@ class GraphFacts:
     Attributes:
         producer: tensor name to the node that computes it.
         consumers: tensor name to the nodes that read it.
-        varying: the tensors that change with an input.
+        varying: the tensors that change with an input, be it only with its shape.
+        of_shapes: those of them that are computed from shapes alone.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -45,14 +52,20 @@ class GraphFacts:
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self.varying = {value.name for value in graph.input if value.name not in self._constants}
+        by_content = set(self.varying)
         for node in graph.node:
             for name in dict.fromkeys(node.input):
                 self.consumers[name].append(node)
-            if not self.varying.isdisjoint(node.input):
+            # A branch or a loop may read anything.
+            opaque = any(True for _ in graphs_inside(node))
+            if opaque or not self.varying.isdisjoint(node.input):
                 self.varying.update(filter(None, node.output))
+            if opaque or (node.op_type not in _OF_SHAPE and not by_content.isdisjoint(node.input)):
+                by_content.update(filter(None, node.output))
+        self.of_shapes = self.varying - by_content
         self._opsets = model.opset_import
         self._ir_version = model.ir_version
-        self._values: dict[str, np.ndarray | None] = {}
+        self._values: dict[tuple[str, int], np.ndarray | None] = {}
         self._types: dict[str, int] = {tensor.name: tensor.data_type for tensor in graph.initializer}
         self._shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         for value in (*graph.input, *graph.value_info, *graph.output):
@@ -100,10 +113,17 @@ class GraphFacts:
         return self.type(name) in FLOATS
 
     def value(self, name: str) -> np.ndarray | None:
-        """Return a tensor that no input influences, computed now; None where there is none."""
-        if name not in self._values:
-            self._values[name] = self._evaluate(name)
-        return self._values[name]
+        """Return a tensor that is the same for every input, computed now; None where it is not.
+
+        What is computed from shapes alone is the same where it does not change with the open sizes, the batch.
+        """
+        first, *others = (self._value(name, size) for size in self._stand_ins(name))
+        same = all(first is not None and other is not None and np.array_equal(first, other) for other in others)
+        return first if same else None
+
+    def _stand_ins(self, name: str) -> tuple[int, ...]:
+        """Return the sizes to try in place of open ones: one where nothing depends on a shape."""
+        return _STAND_INS if name in self.of_shapes else _STAND_INS[:1]
 
     def constant(self, node: onnx.NodeProto, index: int, default: Any = None) -> np.ndarray:
         """Return the constant value of a node's optional input; raise ModelError where it is computed."""
@@ -113,17 +133,26 @@ class GraphFacts:
         if value is None:
             raise ModelError(
                 f"{describe(node)}: its input {node.input[index]!r} is computed at run time, expected "
-                "a constant; fold constants before the gradient is appended"
+                "a constant; export it with a constant there"
             )
         return value
 
-    def _evaluate(self, name: str) -> np.ndarray | None:
+    def _value(self, name: str, open_size: int) -> np.ndarray | None:
+        """Return a tensor that depends on no input's content, if every open size is `open_size`."""
+        key = name, open_size if name in self.varying else 0
+        if key not in self._values:
+            self._values[key] = self._evaluate(name, open_size)
+        return self._values[key]
+
+    def _evaluate(self, name: str, open_size: int) -> np.ndarray | None:
         if name in self._constants:
             return numpy_helper.to_array(self._constants[name])
         node = self.producer.get(name)
-        if node is None or name in self.varying:
+        if node is None or (name in self.varying and name not in self.of_shapes):
             return None
-        inputs = {i: self.value(i) for i in node.input if i}
+        if node.op_type in _OF_SHAPE and node.input[0] in self.varying:
+            return self._of_shape(node, open_size)
+        inputs = {i: self._value(i, open_size) for i in node.input if i}
         if any(value is None for value in inputs.values()) or "Random" in node.op_type:
             return None
         feeds = [helper.make_tensor_value_info(i, self.type(i), None) for i in inputs]
@@ -134,6 +163,15 @@ class GraphFacts:
         computed: Any = ReferenceEvaluator(model).run(None, inputs)
         return np.asarray(computed[0])
 
+    def _of_shape(self, node: onnx.NodeProto, open_size: int) -> np.ndarray | None:
+        if not self.has_rank(node.input[0]):
+            return None
+        shape = [open_size if size is None else size for size in self.shape(node.input[0])]
+        if node.op_type == "Size":
+            return np.asarray(math.prod(shape), np.int64)
+        found = attributes(node)
+        return np.asarray(shape[found.get("start", 0) : found.get("end", len(shape))], np.int64)
+
     def _where(self, name: str) -> str:
         node = self.producer.get(name)
         return f"{describe(node)}: tensor {name!r}" if node else f"tensor {name!r}"
@@ -142,6 +180,14 @@ class GraphFacts:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return a node's attributes as Python values (text as bytes, as ONNX stores it)."""
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def graphs_inside(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the branches or the body of a node of control flow."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def describe(node: onnx.NodeProto) -> str:

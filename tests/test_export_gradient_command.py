@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from export.gradient.__main__ import main
-from export.gradient.walk import RULES, append_input_gradient
+from export.gradient.walk import append_input_gradient
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
 
 ROOT = Path(__file__).parent.parent
@@ -113,11 +113,11 @@ def test_half_precision_has_gates_of_zero_and_one() -> None:
 REFUSED = {
     "no rule": (
         parse("s = Sin(x) f = Flatten(s) y = MatMul(f, m)"),
-        r"Sin node 's': has no gradient rule; supported are Abs, Add, .*, Where$",
+        r"Sin node 's': has no gradient rule; write it with operators that have one .*--no-saliency$",
     ),
     "another domain": (
         parse("s = other.Relu(x) f = Flatten(s) y = MatMul(f, m)"),
-        "Relu node 's': has no gradient",
+        "Relu node 's': has no gradient rule; it is an operator of 'other', not of ONNX; export the file before",
     ),
     "two inputs": (
         parse("s = Add(x, z) f = Flatten(s) y = MatMul(f, m)", f"{IMAGE}, float[N,1,2,2] z"),
@@ -154,11 +154,11 @@ REFUSED = {
     ),
     "control flow": (
         parse(
-            "c = Constant<value=bool {1}>() "
+            "total = ReduceSum<keepdims=0>(x) l = Constant<value=float {1}>() c = Greater(total, l) "
             "s = If(c) <then_branch = a () => (float[N,1,2,2] t) { t = Relu(x) }, "
             "else_branch = b () => (float[N,1,2,2] e) { e = Exp(x) }> f = Flatten(s) y = MatMul(f, m)"
         ),
-        "If node 's': control flow cannot be differentiated",
+        "If node 's': control flow that the image decides cannot be differentiated",
     ),
     "not four axes": (
         parse("y = MatMul(x, m)", "float[N,4] x"),
@@ -193,12 +193,6 @@ def test_what_cannot_be_differentiated_is_refused_in_one_line_and_nothing_is_wri
 def test_wrong_options_are_named(options: dict[str, str], kind: type[ClearpactError], text: str) -> None:
     with pytest.raises(kind, match=re.escape(text)):
         append_input_gradient(linear(), outputs=["gradient"], **options)
-
-
-def test_the_refusal_lists_every_rule() -> None:
-    with pytest.raises(ModelError) as caught:
-        append_input_gradient(REFUSED["no rule"][0])
-    assert str(caught.value).endswith(", ".join(sorted(RULES)))
 
 
 def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,16 +76,50 @@ TRAINING = ("training_mode", "training_dropout")
 NOT_RUN = (
     onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented,
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,
+    onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
 )
+
+
+# What ONNX defines by other operators.
+WRITTEN_OUT = {
+    "Attention",
+    "CastLike",
+    "Celu",
+    "CenterCropPad",
+    "MeanVarianceNormalization",
+    "Mish",
+    "RMSNormalization",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceSumSquare",
+    "RotaryEmbedding",
+    "Selu",
+    "Shrink",
+    "Softsign",
+    "SwiGLU",
+    "Swish",
+    "ThresholdedRelu",
+}
+JUDGED = set(RULES) | WRITTEN_OUT
+# ONNX has no case of these from float32 to float32 that ONNX Runtime runs; other tests have.
+NOT_JUDGED = {"Celu", "DequantizeLinear", "QuantizeLinear", "ReduceLogSum", "ReduceLogSumExp", "SwiGLU", "Where"}
+# An Attention with past keys or lengths leaves inputs out that ONNX's own body asks for.
+REFUSED = ("past", "nonpad", "padded_kv", "ext_cache")
 
 
 def own_cases() -> Iterator[Any]:
     """Yield ONNX's cases of operators that all have rules, from float32 to float32."""
     cases: list[Any] = collect_testcases(None)
+    attentions = [case.name for case in cases if case.name.startswith("test_attention_")]
+    skipped = {name for i, name in enumerate(attentions) if i % 16 or name.endswith("_expanded")}  # of 200
     for case in cases:
+        if case.name in skipped or any(word in case.name for word in REFUSED):
+            continue
         values = (*case.model.graph.input[:1], *case.model.graph.output[:1])
         types = [value.type.tensor_type.elem_type for value in values]
-        if types != [FLOAT, FLOAT] or not {n.op_type for n in case.model.graph.node} <= set(RULES):
+        if types != [FLOAT, FLOAT] or not {n.op_type for n in case.model.graph.node} <= JUDGED:
             continue
         if all(np.size(data[0]) for data in case.data_sets[0]):
             yield case
@@ -92,7 +127,7 @@ def own_cases() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_own_cases() -> None:
-    judged, wrong, not_run = 0, {}, []
+    judged, wrong, not_run = collections.Counter[str](), {}, []
     for case in own_cases():
         inputs, outputs = case.data_sets[0]
         names = [value.name for value in case.model.graph.input]
@@ -112,12 +147,13 @@ def test_onnx_own_cases() -> None:
             not_run.append(case.name)
             continue
         error = error_of(model, x.astype(np.float32))
-        judged += 1
+        judged.update({node.op_type for node in case.model.graph.node})
         if not error < 0.02:
             wrong[case.name] = error
     assert not wrong
-    assert judged >= 290
-    assert len(not_run) <= 8, "of operators or opsets that ONNX Runtime itself has not"
+    assert JUDGED - judged.keys() == NOT_JUDGED
+    assert judged.total() >= 430
+    assert len(not_run) <= 60, "of operators or opsets that ONNX Runtime itself has not"
 
 
 # Every version of a file, over graphs whose operators changed with it.

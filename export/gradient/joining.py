@@ -12,7 +12,8 @@ import onnx.version_converter
 from onnx import TensorProto, helper
 
 from export.gradient.tape import Tape
-from export.graph import describe, prune
+from export.graph import describe, graphs_inside, prune
+from export.plain_graph import sort_nodes, take_constant_branches
 from runtime.errors import ModelError
 
 # The tensor our own files differentiate by: the image after preprocessing, float32 [N, C, H, W].
@@ -30,45 +31,54 @@ _CHANNEL_AXES = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}
 
 
 def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a checked copy without functions and at an opset that the rules know.
+    """Return a checked copy without functions, in order and at an opset that the rules know.
 
     Raises:
-        ModelError: the model is not valid ONNX, has control flow, or is differentiated already.
+        ModelError: the model is not valid ONNX, has control flow that its input decides, or is differentiated
+            already.
     """
-    if model.ir_version < _CONSTANTS_APART:
-        model = _constants_apart(model)
-    try:
-        onnx.checker.check_model(model)
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
-        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-        if opset < _OLDEST:
-            model = onnx.version_converter.convert_version(model, _CURRENT)
-    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
-        raise ModelError(f"the model is not valid ONNX ({first_line(error)}); export it again") from None
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    _written_as_today(copy)
+    try:
+        onnx.checker.check_model(copy)
+        if copy.functions:
+            copy = onnx.inliner.inline_local_functions(copy)
+        take_constant_branches(copy)
+        opset = next((o.version for o in copy.opset_import if o.domain == ""), 0)
+        if opset < _OLDEST:
+            copy = onnx.version_converter.convert_version(copy, _CURRENT)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the model is not valid ONNX ({first_line(error)}); export it again") from None
     graph = copy.graph
     _make_room(graph)
     for node in graph.node:
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
+        if any(True for _ in graphs_inside(node)):
             raise ModelError(
-                f"{describe(node)}: control flow cannot be differentiated; export a graph without If, "
-                "Loop and Scan"
+                f"{describe(node)}: control flow that the image decides cannot be differentiated; export a graph "
+                "without If, Loop and Scan, as by torch.onnx.export(..., dynamo=True)"
             )
     return copy
 
 
-def _constants_apart(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a file of the oldest kind, whose constants had to be inputs, too, in today's form."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    copy.ir_version = _CONSTANTS_APART
-    constants = {tensor.name for tensor in copy.graph.initializer}
-    inputs = [value for value in copy.graph.input if value.name not in constants]
-    del copy.graph.input[:]
-    copy.graph.input.extend(inputs)
-    return copy
+def _written_as_today(model: onnx.ModelProto) -> None:
+    """Write, in place, as today what old or careless writers wrote otherwise: its meaning is clear."""
+    graph = model.graph
+    graph.name = graph.name or "classifier"
+    if model.ir_version < _CONSTANTS_APART:  # when constants had to be inputs, too
+        model.ir_version = _CONSTANTS_APART
+        constants = {tensor.name for tensor in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in constants]
+        del graph.input[:]
+        graph.input.extend(inputs)
+    for own in (*model.opset_import, *graph.node):
+        own.domain = "" if own.domain == "ai.onnx" else own.domain
+    outputs = {value.name: value for value in graph.output}
+    if len(outputs) < len(graph.output):  # one named twice
+        kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs.values()]
+        del graph.output[:]
+        graph.output.extend(kept)
+    sort_nodes(graph)
 
 
 def _make_room(graph: onnx.GraphProto) -> None:

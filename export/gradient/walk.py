@@ -18,6 +18,7 @@ from onnx import TensorProto
 from export.choices import GATES
 from export.gradient.int8 import calibrate
 from export.gradient.joining import channel_axis, find_logits, find_source, join_gradient, prepare_model
+from export.gradient.remedies import remedy_of
 from export.gradient.rules import layout as gradient_layout
 from export.gradient.rules import linear as gradient_linear
 from export.gradient.rules import normalization as gradient_normalization
@@ -27,6 +28,7 @@ from export.gradient.rules import quantized as gradient_quantized
 from export.gradient.rules.pointwise import Rule
 from export.gradient.tape import TARGET_SCOPE, Tape
 from export.graph import describe, infer_shapes
+from export.plain_graph import expand_functions, hold_shapes
 from runtime.errors import ModelError, OptionError
 
 RULES: dict[str, Rule] = {
@@ -100,7 +102,8 @@ def append_input_gradient(
         raise OptionError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
     if not outputs or not set(outputs) <= set(OUTPUTS):
         raise OptionError(f"outputs: got {list(outputs)}, expected one or both of {', '.join(OUTPUTS)}")
-    model = prepare_model(model)
+    model = expand_functions(prepare_model(model), RULES.keys() | _LOCALLY_CONSTANT)
+    hold_shapes(model)
     inferred = infer_shapes(model)
     tape = Tape(inferred, gate, int8=int8_samples is not None)
     source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
@@ -168,9 +171,8 @@ def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[
     for node in reversed(model.graph.node):
         if reached.isdisjoint(node.output) or source in node.output:
             continue
-        if node.op_type not in RULES or node.domain not in ("", "ai.onnx"):
-            supported = ", ".join(sorted(RULES))
-            raise ModelError(f"{describe(node)}: has no gradient rule; supported are {supported}")
+        if node.op_type not in RULES or node.domain:
+            raise ModelError(f"{describe(node)}: has no gradient rule; {remedy_of(node)}")
         reached.update(tape.active.intersection(node.input))
         path.append(node)
     return path

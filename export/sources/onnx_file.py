@@ -65,8 +65,6 @@ def read_classifier(path: str | Path) -> OnnxClassifier:
 
 
 def _understood(original: onnx.ModelProto) -> OnnxClassifier:
-    original.graph.name = original.graph.name or "classifier"  # ONNX asks for a name, and some writers give none
-    _keep_one_of_each_output(original.graph)
     model = prepare_model(original)
     _open_batch(model)
     inferred = infer_shapes(model)
@@ -178,14 +176,6 @@ def _open_batch(model: onnx.ModelProto) -> None:
         name = f"{node.output[0]}/shape"
         graph.initializer.append(numpy_helper.from_array(shape, name))
         node.input[1] = name
-
-
-def _keep_one_of_each_output(graph: onnx.GraphProto) -> None:
-    """Drop, in place, outputs that are named twice."""
-    outputs = {value.name: value for value in graph.output}
-    kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs.values()]
-    del graph.output[:]
-    graph.output.extend(kept)
 
 
 def _rename(graph: onnx.GraphProto, name: str, new: str) -> None:

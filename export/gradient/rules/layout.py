@@ -123,6 +123,9 @@ def _split(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     index = list(node.output).index(y)
     start = sum(t.sizes(part, [axis])[0] for part in node.output[:index])
     where = np.arange(start, start + t.sizes(y, [axis])[0])
+    if not len(where):
+        yield x, t.op("Mul", x, 0.0)
+        return
     yield x, scatter(t, dy, rank, axis, where, t.sizes(x, [axis])[0])
 
 
