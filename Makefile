@@ -4,13 +4,15 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow wheel tensorrt-bindings check clean
+.PHONY: help demo test test-slow test-browser web-runtime wheel tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
 	@echo "make test       run the tests (a few minutes)"
 	@echo "make wheel      build the wheel that a device installs, into dist/"
 	@echo "make test-slow  run the tests marked slow"
+	@echo "make web-runtime  fetch ONNX Runtime Web, which python -m deploy.web copies (needs npm)"
+	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
 	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.16 and 11.4 (3 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
 	@echo "make clean      remove .venv, demo and caches"
@@ -24,6 +26,14 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Only files are taken from the packages: none of their scripts runs.
+web-runtime:
+	npm ci --prefix deploy/web --ignore-scripts --no-audit --no-fund
+
+test-browser: $(VENV)/.installed web-runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

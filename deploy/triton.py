@@ -13,14 +13,12 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m deploy.triton")
 
-import contextlib
 import json
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.whole_folder import folder_at_once
 from runtime import command
 from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar
 from runtime.errors import FileError, OptionError
@@ -107,7 +105,7 @@ def write_repository(
     folder = repository / name
     if folder.exists():
         raise FileError(f"{folder}: is there already; remove it first, or give another --name")
-    with _folder_at_once(folder) as temporary:
+    with folder_at_once(folder) as temporary:
         write_atomically(temporary / "1" / "model.plan", contents)
         write_atomically(temporary / "classes.txt", "".join(f"{label}\n" for label in sidecar.manifest.classes))
         text = configuration(sidecar, name, outputs=outputs, instances=instances)
@@ -146,19 +144,6 @@ def _tensor(kind: str, name: str, dtype: str, dims: Sequence[int], more: str = "
 def _quoted(text: str) -> str:
     """Return a text as protobuf's text format writes it, which for these characters is JSON's way too."""
     return json.dumps(text, ensure_ascii=False)
-
-
-@contextlib.contextmanager
-def _folder_at_once(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its name where nothing goes wrong."""
-    temporary = folder.with_name(f".clearpact-{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        temporary.replace(folder)
-    except OSError as error:
-        raise FileError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

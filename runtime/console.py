@@ -28,6 +28,7 @@ COMMANDS = {
     "sensitivity": ("bench.sensitivity", "what each layer costs at fewer bits"),
     "report": ("bench.report.__main__", "one page of figures of runs and files"),
     "edge-app": ("deploy.edge_app", "the smallest app that embeds a classifier"),
+    "web": ("deploy.web.__main__", "a page that runs a model in a browser"),
     "triton": ("deploy.triton", "a model repository for Triton"),
 }
 
