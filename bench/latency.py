@@ -55,19 +55,27 @@ def random_images(session: Session, batch: int) -> np.ndarray:
 
 
 def contenders(session: Session, batch: int, *, explain: bool) -> dict[str, Callable[[], object]]:
-    """Return what is timed: "class", and with `explain` also "class + map".
+    """Return what is timed: "class", and with `explain` also "class + map" and "class + cam_<layer>".
 
     Raises:
-        ModelError: the model was exported without the input gradient.
+        ModelError: the model was exported without maps.
     """
     images = random_images(session, batch)
     found: dict[str, Callable[[], object]] = {"class": functools.partial(session.run, {INPUT_NAME: images})}
     if explain:
-        if "saliency" not in session.outputs:
+        maps = _maps(session)
+        if not maps:
             raise ModelError("--explain: this model gives classes only; export it again without --no-saliency")
         inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(batch, -1, np.int64)}
-        found["class + map"] = functools.partial(session.run, inputs, ("logits", "saliency"))
+        for name, output in maps.items():
+            found[name] = functools.partial(session.run, inputs, ("logits", output))
     return found
+
+
+def _maps(session: Session) -> dict[str, str]:
+    """Return the outputs that explain, by how they are named beside the class."""
+    by_gradient = {"class + map": "saliency"} if "saliency" in session.outputs else {}
+    return by_gradient | {f"class + {cam.output}": cam.output for cam in session.manifest.cams}
 
 
 def frame_latency(
@@ -113,14 +121,14 @@ def session_latency(
     """Time the engine on random pixels, the contenders in turns; a plan with and without a CUDA graph.
 
     Raises:
-        ModelError: the model was exported without the input gradient.
+        ModelError: the model was exported without maps.
     """
     calls = contenders(session, batch, explain=explain)
     if not isinstance(session, TensorRTSession):
         samples = measure(calls, runs=runs, seconds=seconds, label=f"batch {batch}")
         latency = {name: summarize(times, batch) for name, times in samples.items()}
         return BatchLatency(latency, dict.fromkeys(samples))
-    asked = {"class": ("logits",), "class + map": ("logits", "saliency")}
+    asked = {"class": ("logits",), **{name: ("logits", output) for name, output in _maps(session).items()}}
     ways = {
         f"{name}{suffix}": (asked[name], graph)
         for name in calls
@@ -145,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--runs", type=int, help="runs to measure (default: as many as fit in --seconds)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per batch size (default: 3)")
-    parser.add_argument("--explain", action="store_true", help="time the class with its saliency map too")
+    parser.add_argument("--explain", action="store_true", help="time the class with each of its maps too")
     parser.add_argument("--frame", metavar="HxW", help="also from an RGB frame of this size to the answer")
     parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
     parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
@@ -226,8 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{batch:5} {name:{width}}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}"
                   f"{row.std_ms:9.3f}{row.images_per_second:10,.0f}{row.n:7,}")  # fmt: skip
         if options.explain:
-            ratio = found.latency["class + map"].p50_ms / found.latency["class"].p50_ms
-            print(f"      class and map together cost {ratio:.2f} times the class alone")
+            for name in _maps(session):
+                ratio = found.latency[name].p50_ms / found.latency["class"].p50_ms
+                map_name = name.removeprefix("class + ")
+                print(f"      class and {map_name} together cost {ratio:.2f} times the class alone")
         if session.device != "cpu":
             print(*gpu_latency.table(found.phases), sep="\n")
         if str(batch) in streams:
@@ -263,7 +273,8 @@ def _open(options: argparse.Namespace) -> Session:
 def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:
     if options.streams is None:
         return {}
-    plan, outputs = _plan(session, "--streams"), ("logits", "saliency") if options.explain else ("logits",)
+    first_map = list(_maps(session).values())[:1] if options.explain else []
+    plan, outputs = _plan(session, "--streams"), ("logits", *first_map)
     return {
         str(batch): gpu_latency.streams_images_per_second(
             plan, random_images(session, batch), outputs, streams=options.streams, seconds=options.seconds

@@ -42,7 +42,8 @@ def configuration(
     Args:
         sidecar: of the plan.
         name: of the model in the repository.
-        outputs: those of the plan, among OUTPUTS; all but `logits` need the input `target`.
+        outputs: those of the plan, among OUTPUTS and the maps of layers; all but `logits` need the input
+            `target`.
         instances: execution contexts on each GPU.
     """
     manifest = sidecar.manifest
@@ -55,6 +56,7 @@ def configuration(
         "logits": [len(manifest.classes)],
         "gradient": [channels, height, width],
         "saliency": [height, width],
+        **{cam.output: list(cam.size) for cam in manifest.cams},
     }
     blocks = [_tensor("input", INPUT_NAME, "TYPE_UINT8", [*first, height, width, channels])]
     if outputs != ("logits",):
@@ -119,12 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", help="plan of python -m export.engine, with its sidecar")
     parser.add_argument("--repository", required=True, help="folder of the server's models")
     parser.add_argument("--name", help="of the model (default: the plan's)")
-    parser.add_argument("--outputs", default=",".join(OUTPUTS), help="of the plan (default: %(default)s)")
+    parser.add_argument("--outputs",
+                        help=f"of the plan (default: {','.join(OUTPUTS)}, and its maps of layers)")  # fmt: skip
     parser.add_argument("--instances", type=int, default=1, help="execution contexts on each GPU (default: 1)")
     options = parser.parse_args(argv)
-    outputs = tuple(part.strip() for part in options.outputs.split(","))
-    if "logits" not in outputs or set(outputs) - set(OUTPUTS) or len(set(outputs)) < len(outputs):
-        raise OptionError(f"--outputs {options.outputs}: expected logits, and any of {', '.join(OUTPUTS[1:])}")
+    known = (*OUTPUTS, *(cam.output for cam in read_sidecar(Path(options.plan)).manifest.cams))
+    outputs = known if options.outputs is None else tuple(part.strip() for part in options.outputs.split(","))
+    if "logits" not in outputs or set(outputs) - set(known) or len(set(outputs)) < len(outputs):
+        raise OptionError(f"--outputs {options.outputs}: expected logits, and any of {', '.join(known[1:])}")
     if options.instances < 1:
         raise OptionError(f"--instances {options.instances}: expected a whole number from 1")
     name = options.name or Path(options.plan).stem

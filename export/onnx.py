@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.choices import GATES, SALIENCY_PRECISIONS, TARGETS
+from export.choices import EXPLAIN_HELP, GATES, SALIENCY_PRECISIONS, TARGETS, explanations
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically
@@ -53,6 +53,8 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --int8 --target ort -o model_ort.onnx
   python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
+  python -m export.onnx ckpt.pt --explain layercam    # a map of the last convolution, nearly free
+  python -m export.onnx ckpt.pt --explain gradient,gradcam,layercam:stage2
   python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
   python -m export.onnx my_nets:make --state weights.pt --int8 --data folder:photos    # your own
   python -m export.onnx model.onnx --int8 --data folder:photos --mean 0.485 --std 0.229    # float ONNX, of anyone
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision.add_argument("--fp32", action="store_true",
                            help="float32: PACT clips and does not round (default of a float network)")  # fmt: skip
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="engine (default: openvino)")
-    parser.add_argument("--no-saliency", action="store_true", help="leave the input gradient out: class only")
+    parser.add_argument("--explain", metavar="METHODS", default="gradient", help=EXPLAIN_HELP)
+    parser.add_argument("--no-saliency", action="store_true", help="leave all maps out: class only")
     parser.add_argument("--gate", choices=GATES, default="code",
                         help="where quantized activations pass the gradient (default: code)")  # fmt: skip
     parser.add_argument("--saliency-precision", choices=SALIENCY_PRECISIONS, default="auto",
@@ -85,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_calibration_options(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    if options.no_saliency and options.require_agreement > -1:
-        raise OptionError("--require-agreement needs the maps that --no-saliency leaves out; drop one of them")
+    options.saliency, options.cams = explanations(options.explain, no_saliency=options.no_saliency)
+    if not options.saliency and options.require_agreement > -1:
+        leaves_out = "--no-saliency" if options.no_saliency else f"--explain {options.explain}"
+        raise OptionError(f"--require-agreement needs the maps that {leaves_out} leaves out; drop one of them")
     if options.calibrate and options.fp32:
         raise OptionError("--calibrate makes integer grids, which --fp32 leaves out; give --int8")
     # Loaded once the options are known to be right: torch takes seconds.
@@ -109,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         int8=int8,
         target=options.target,
-        saliency=not options.no_saliency,
+        saliency=options.saliency,
+        cams=options.cams,
         gate=options.gate,
         saliency_precision=options.saliency_precision,
         required_agreement=options.require_agreement,
@@ -128,11 +134,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_wrapped(f"verified: {exported.verification}"))
     not_run = f"not run on {options.target}: {_NOT_RUN.get(options.target, 'it is not installed here')}"
     print(_wrapped(f"verified: {exported.engine or not_run}"))
-    for part in filter(None, (exported.gradients, exported.differentiated, exported.agreement)):
+    by_gradient = (exported.gradients, exported.differentiated, exported.agreement)
+    for part in filter(None, (*(by_gradient if exported.gradients else ()), *exported.cams)):
         print(_wrapped(f"explains: {part}"))
     write_atomically(output, exported.data)
-    gives = "class only" if options.no_saliency else "class and input gradient"
+    gives = _gives(options)
     print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
+def _gives(options: argparse.Namespace) -> str:
+    """Return what a file answers with."""
+    gives = ["input gradient"] if options.saliency else []
+    gives += dict.fromkeys(method for method, _ in options.cams)
+    return f"class and {', '.join(gives)}" if gives else "class only"
 
 
 def _kind(source: str, *, quantized: bool) -> str:
@@ -196,7 +210,7 @@ def _export_onnx(options: argparse.Namespace) -> None:
     for line in exported.lines:
         print(_wrapped(line))
     write_atomically(output, exported.data)
-    gives = "class only" if options.no_saliency else "class and input gradient"
+    gives = _gives(options)
     print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 

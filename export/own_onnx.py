@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from export.gradient.cam import find_cams
 from export.gradient.joining import NORMALIZED, first_line
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.own_network import LARGEST_DIFFERENCE, class_names, difference_of, labelled, onnx_input
 from export.reference import reference_run
 from export.sources.images import real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from export.verification.cams import CamVerification, run_cams
 from runtime.agreement import spearman
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.files import read_bytes
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
         pixels = np.ascontiguousarray(images.test.permute(0, 2, 3, 1).numpy())
     names = names or class_names(options.classes, (), found.classes)
     exported = as_it_is(
-        found, spec, names, target=options.target, saliency=not options.no_saliency, gate=options.gate,
+        found, spec, names, target=options.target, saliency=options.saliency, cams=options.cams, gate=options.gate,
         arch=path.stem, sha256=hashlib.sha256(read_bytes(path)).hexdigest(), resize=options.resize or "crop",
     )  # fmt: skip
     status("verifying ...")
@@ -100,6 +102,7 @@ def as_it_is(
     *,
     target: str = "openvino",
     saliency: bool = True,
+    cams: Sequence[tuple[str, str]] = (),
     gate: str = "code",
     arch: str = "own",
     sha256: str = "",
@@ -113,23 +116,28 @@ def as_it_is(
         classes: names, in the order of the logits.
         target: engine that the manifest names.
         saliency: add the input gradient.
+        cams: class activation maps as pairs of method and layer, see `export.gradient.cam.find_cams`.
         gate: see `export.gradient.append_input_gradient`.
         arch: the network's name in the manifest.
         sha256: of the file it came from.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
 
     Raises:
-        ModelError: an operator has no gradient.
+        ModelError: an operator has no gradient, or there is no such layer.
     """
     mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
     model = with_pixels(found, input_spec.size, mean, std)
-    if saliency:
-        model = append_input_gradient(model, input=NORMALIZED, logits="logits", outputs=OUTPUTS, gate=gate)
+    maps = find_cams(model, cams)
+    if saliency or maps:
+        outputs = OUTPUTS if saliency else ()
+        model = append_input_gradient(
+            model, input=NORMALIZED, logits="logits", outputs=outputs, cams=maps, gate=gate
+        )
     quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     image = ImageInput(input_spec.size, input_spec.channels, input_spec.mean, input_spec.std, resize)
     manifest = Manifest(
         arch=arch, precision="int8" if quantized else "fp32", target=target, input=image, classes=tuple(classes),
-        checkpoint=sha256, versions={"onnx": onnx.__version__},
+        checkpoint=sha256, versions={"onnx": onnx.__version__}, cams=tuple(cam.output for cam in maps),
     )  # fmt: skip
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
@@ -186,16 +194,19 @@ def compared(
         f"verified: on {len(pixels)} {kind} images "
         + _difference(inside["logits"], expected, as_logits, runner, LARGEST_DIFFERENCE)
     ]
-    wanted = ("logits", "saliency") if explains else ("logits",)
+    wanted = ("logits", "saliency") if "saliency" in inside else ("logits",)
     engine = _on_engine(exported, target, pixels, wanted)
     largest = LARGEST_OF_CODES if exported.manifest.precision == "int8" else LARGEST_DIFFERENCE
     if engine is None:
         lines.append(f"verified: not run on {target}: it is not installed here")
         return lines
     lines.append(f"verified: {_difference(engine['logits'], expected, as_logits, target, largest)}")
-    if explains:
+    if "saliency" in inside:
         agreement = spearman(engine["saliency"], inside["saliency"]).mean()
         lines.append(f"explains: maps on {target} against the graph's: Spearman {agreement:.3f}")
+    cams = exported.manifest.cams
+    for cam, run in zip(cams, run_cams(exported.data, target, cams, feeds, inside), strict=True):
+        lines.append(f"explains: {CamVerification(cam, len(pixels), None, *run)}")
     return lines
 
 

@@ -8,8 +8,8 @@ weight codes, Q/DQ placed for one engine, and the manifest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import onnx
 import torch
@@ -18,7 +18,9 @@ from torch import nn
 from export.choices import SALIENCY_PRECISIONS, TARGETS
 from export.deploy_form import deploy_form
 from export.from_torch import to_onnx
+from export.gradient.cam import find_cams
 from export.gradient.joining import NORMALIZED
+from export.gradient.walk import OUTPUTS
 from export.graph import prune
 from export.passes.average_exactly import average_exactly
 from export.passes.clip_after_pooling import clip_after_pooling
@@ -29,6 +31,7 @@ from export.passes.move_codes import move_codes
 from export.passes.store_float_weights import store_float_weights
 from export.passes.take_pixels_as_codes import take_pixels_as_codes
 from export.verification.agreement import ExportAgreement, GradientGraph, differentiate, export_agreement
+from export.verification.cams import CamVerification, verify_cams
 from export.verification.engine_run import EngineRun, run_on_engine
 from export.verification.forward import MAX_TIED_SHARE, Verification, verify
 from export.verification.gradient import GradientVerification, verify_gradient
@@ -56,6 +59,7 @@ class ExportResult:
         engine: the file on its engine; None where that is not installed.
         differentiated: how the gradient was made.
         agreement: its maps beside the float network's.
+        cams: its maps of layers, beside autograd's, and their prices.
     """
 
     data: bytes
@@ -66,6 +70,7 @@ class ExportResult:
     engine: EngineRun | None
     differentiated: GradientGraph | None
     agreement: ExportAgreement | None
+    cams: tuple[CamVerification, ...] = ()
 
 
 def export(
@@ -74,6 +79,7 @@ def export(
     int8: bool = True,
     target: str = "openvino",
     saliency: bool = True,
+    cams: Sequence[tuple[str, str]] = (),
     gate: str = "code",
     saliency_precision: str = "auto",
     required_agreement: float = -1.0,
@@ -89,6 +95,7 @@ def export(
         target: engine to lower for, one of export.operators.TARGETS.
         saliency: add the input `target` and the outputs `saliency` and `gradient`; a runtime that asks for
             logits alone does not compute them.
+        cams: class activation maps as pairs of method and layer, see `export.gradient.cam.find_cams`.
         gate: of the gradient at quantized activations, see `export.gradient.append_input_gradient`.
         saliency_precision: "float32"; "int8": gradients of layers with int8 weights are products of codes, see
             export/gradient/int8.py; "auto": int8 on OpenVINO, unless its maps agree less than 0.99 (mean
@@ -131,12 +138,18 @@ def export(
     if target == "ort":
         store_float_weights(model, overflowing)
     differentiated = agreement = gradients = None
+    maps = find_cams(model, cams)
+    verified_maps: tuple[CamVerification, ...] = ()
     if saliency_precision == "auto" and not (int8 and target == "openvino"):
         saliency_precision = "float32"
-    if saliency:
+    if saliency or maps:
         status("differentiating ...")
-        differentiated = differentiate(model, trained, input=NORMALIZED, gate=gate, precision=saliency_precision)
-        model = differentiated.model
+        differentiated = differentiate(
+            model, trained, input=NORMALIZED, gate=gate, precision=saliency_precision,
+            outputs=OUTPUTS if saliency else (), cams=maps,
+        )  # fmt: skip
+        model = onnx.ModelProto()
+        model.CopyFrom(differentiated.model)
     # The exporter's shapes served the gradient; lowered, values have others.
     del model.graph.value_info[:]
     for lower in lowerings(target, int8=int8):
@@ -144,6 +157,7 @@ def export(
     prune(model.graph)  # of what lowering left without a reader
     resize = resize or trained.facts.resize
     manifest = _manifest(trained, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
+    manifest = replace(manifest, cams=tuple(cam.output for cam in maps))
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
     # From here on only these bytes count: they are what is verified, last, and what is written.
@@ -160,17 +174,25 @@ def export(
         data, target, reference, trained.input, trained.samples,
         tied=verification.tied_share > MAX_TIED_SHARE,
     )  # fmt: skip
-    if saliency:
+    if differentiated is not None:
         status("comparing maps ...")
+        probed = probe(model, form)
+        verified_maps = verify_cams(
+            probed, data, reference, trained, maps, differentiated.model,
+            target=target, gate=gate, int8=differentiated.int8,
+        ) if maps else ()  # fmt: skip
+    if saliency:
         assert differentiated is not None
-        gradients = verify_gradient(probe(model, form), reference, trained, gate=gate, int8=differentiated.int8)
+        gradients = verify_gradient(probed, reference, trained, gate=gate, int8=differentiated.int8)
         agreement = export_agreement(model, trained)
         if agreement.maps.spearman < required_agreement:
             raise ModelError(
                 f"saliency: Spearman {agreement.maps.spearman:.3f} with the float network's maps, expected "
                 f"{required_agreement} at least; train with more bits, or require less"
             )
-    return ExportResult(data, model, manifest, verification, gradients, engine, differentiated, agreement)
+    return ExportResult(
+        data, model, manifest, verification, gradients, engine, differentiated, agreement, verified_maps
+    )
 
 
 def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], None]]:

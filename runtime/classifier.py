@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any, overload
 import numpy as np
 
 from runtime import command
-from runtime.attribution import attribute
+from runtime.attribution import METHODS, attribute
 from runtime.errors import ImageError, ModelError, OptionError
 from runtime.explanation import Explanation, explanation
 from runtime.images import to_array, to_batch
-from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
+from runtime.manifest import CAM_METHODS, INPUT_NAME, TARGET_NAME, CamOutput, Manifest
 from runtime.session import Session, open_session
 
 # Images in one run of the engine: large inputs are cut, so that memory stays bounded.
@@ -123,7 +124,8 @@ class Classifier:
         images: np.ndarray,
         target: int | Sequence[int] | np.ndarray | None = None,
         *,
-        method: str = "gradient",
+        method: str | None = None,
+        layer: str | None = None,
         samples: int = 32,
         noise: float = 0.15,
         steps: int = 64,
@@ -136,7 +138,9 @@ class Classifier:
         Args:
             images: one image, a batch, or a list of images of one size, as for `predict`.
             target: the class to explain, one for all images or one each; None explains the predicted class.
-            method: one of runtime.attribution.METHODS.
+            method: one of runtime.attribution.METHODS, or of runtime.manifest.CAM_METHODS, whose maps the file
+                must have; None takes the gradient where the file has it, else the first map that it has.
+            layer: of a class activation map, where the file has maps of several; None takes the first.
             samples: noisy copies of each image (smoothgrad).
             noise: standard deviation of the noise, as a share of the image's range of levels (smoothgrad).
             steps: intervals of the path (integrated_gradients).
@@ -145,22 +149,20 @@ class Classifier:
             progress: show a bar on standard error over the images of the methods that run many.
 
         Raises:
-            ModelError: the file was exported without the input gradient, or gives logits that are not finite.
+            ModelError: the file was exported without what the method needs, or gives logits that are not finite.
             ImageError: an image has a dtype, shape or size the model cannot take.
             OptionError: no such method or class, or a number out of range.
         """
-        if "gradient" not in self.session.outputs:
-            raise ModelError(
-                "this model gives classes only; export it again without --no-saliency to have them explained"
-            )
+        cam = self._cam(method, layer)
+        method = cam.method if cam else method or "gradient"
         images = _stacked(images) if isinstance(images, (list, tuple)) else to_array(images)
         batch = to_batch(images, self.manifest.input)
         found = attribute(
-            self._gradient,
+            functools.partial(self._map, cam.output) if cam else self._gradient,
             batch,
             self._targets(target, len(batch)),
             self.manifest.input,
-            method=method,
+            method="gradient" if cam else method,
             samples=samples,
             noise=noise,
             steps=steps,
@@ -171,7 +173,7 @@ class Classifier:
         )
         return explanation(
             found, images, self.manifest.classes, method,
-            single=_is_single(images), cropped=self.manifest.input.resize == "crop",
+            single=_is_single(images), cropped=self.manifest.input.resize == "crop", size=self.manifest.input.size,
         )  # fmt: skip
 
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
@@ -187,6 +189,44 @@ class Classifier:
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
         return finite(found["logits"]), found["gradient"]
+
+    def _map(self, output: str, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", output))
+        return finite(found["logits"]), found[output][:, None]
+
+    def _cam(self, method: str | None, layer: str | None) -> CamOutput | None:
+        """Return the class activation map that is asked for, None for a method of the input gradient.
+
+        Raises:
+            ModelError: the file does not have what the method needs.
+            OptionError: no such method or layer.
+        """
+        cams = self.manifest.cams
+        has_gradient = "gradient" in self.session.outputs
+        if method is not None and method not in (*METHODS, *CAM_METHODS):
+            raise OptionError(f"method {method!r}: expected one of {', '.join((*METHODS, *CAM_METHODS))}")
+        if method not in CAM_METHODS and (method is not None or has_gradient or not cams):
+            if layer is not None:
+                raise OptionError(f"layer {layer!r}: is for {', '.join(CAM_METHODS)}; leave it out")
+            if not has_gradient:
+                methods = ", ".join(sorted({cam.method for cam in cams}))
+                has = f"maps by {methods} alone" if cams else "classes only"
+                remedy = "with --explain gradient" if cams else "without --no-saliency"
+                raise ModelError(f"this model gives {has}; export it again {remedy} to have them explained")
+            return None
+        found = [cam for cam in cams if method in (None, cam.method)]
+        if not found:
+            has = ", ".join(sorted({cam.method for cam in cams})) or "none"
+            raise ModelError(
+                f"method {method!r}: the file has no such map (it has {has}); "
+                f"export it again with --explain {method}"
+            )
+        if layer is None:
+            return found[0]
+        for cam in found:
+            if layer == cam.layer:
+                return cam
+        raise OptionError(f"layer {layer!r}: expected one of {', '.join(cam.layer for cam in found)}")
 
     def _targets(self, target: int | Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
         """Return the classes to explain, int64 [n], -1 for the predicted ones."""

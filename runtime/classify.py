@@ -17,6 +17,7 @@ from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import FileError, ImageError, OptionError
 from runtime.images import folders_in, list_images, load_image
+from runtime.manifest import CAM_METHODS
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 
@@ -25,7 +26,8 @@ EXAMPLES = """
   python -m runtime.classify model.onnx photos/ --top 5
   python -m runtime.classify model.onnx *.jpg --json > predictions.jsonl
   python -m runtime.classify model.onnx photo.png --explain heat.png
-  python -m runtime.classify model.onnx photos/ --explain heats/ --method smoothgrad
+  python -m runtime.classify model.onnx photos/ --explain heats/ --explain-method smoothgrad
+  python -m runtime.classify model.onnx photo.png --explain heat.png --explain-method layercam
 """
 
 
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
-    parser.add_argument("--method", choices=METHODS, default="gradient", help="of --explain (default: gradient)")
+    parser.add_argument("--explain-method", "--method", dest="method", choices=(*METHODS, *CAM_METHODS),
+                        help="of --explain (default: gradient, or the map that the file has)")  # fmt: skip
+    parser.add_argument("--layer", help="of a class activation map, where the file has several")
     options = parser.parse_args(argv)
     if options.top < 1:
         raise OptionError(f"--top {options.top}: expected a whole number from 1")
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 image = load_image(path)
                 (prediction,) = classifier.predict([image], top_k=options.top)
                 if options.explain:
-                    classifier.explain(image, method=options.method).save(pictures[path])
+                    classifier.explain(image, method=options.method, layer=options.layer).save(pictures[path])
             except (FileError, ImageError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed += 1

@@ -29,7 +29,8 @@ class Explanation:
         target: index of the explained class, int64 [N].
         label: its name; a list for several images.
         logits: float32 [N, K].
-        attribution: what the map was made of, in the model's size, signed, float32 [N, C, h, w].
+        attribution: what the map was made of, in the model's size, signed, float32 [N, C, h, w]; of a class
+            activation map, that of the layer, [N, 1, h, w].
         method: name of the method.
         images: the explained images as they were given, uint8 [N, H, W] or [N, H, W, C].
         completeness_gap: of Integrated Gradients, float64 [N]; otherwise None.
@@ -106,6 +107,7 @@ def explanation(
     *,
     single: bool,
     cropped: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Explanation:
     """Return the explanation of images from what a method found.
 
@@ -116,12 +118,12 @@ def explanation(
         method: name of the method.
         single: leave the axis N out.
         cropped: the model saw the middle of images of another shape only; outside of it, maps are 0.
+        size: height and width of the model's image, where the attribution's are others.
     """
     maps = np.abs(found.values).max(1)
     height, width = images.shape[:2] if single else images.shape[1:3]
     if maps.shape[1:] != (height, width):
-        size = maps.shape[1:]
-        top, left, *seen = middle((height, width), size) if cropped else (0, 0, height, width)
+        top, left, *seen = middle((height, width), size or maps.shape[1:]) if cropped else (0, 0, height, width)
         inside = resize_maps(maps, (seen[0], seen[1]))
         maps = np.zeros((len(maps), height, width), np.float32)
         maps[:, top : top + seen[0], left : left + seen[1]] = inside

@@ -13,10 +13,13 @@
     data         name of the data set it was trained on
     checkpoint   sha256 of the checkpoint file, hexadecimal
     versions     of the programs that wrote it
+    cams         class activation maps among the outputs: {"output", "method", "layer", "size": [h, w]};
+                 absent in older files
 
 The graph's output is `logits` float32 [N, K]. Where it explains itself it also takes `target` int64 [N] (-1: the
 predicted class) and gives `gradient`, d logit_target / d normalized image, float32 [N, C, H, W], and `saliency`
-float32 [N, H, W], the largest magnitude over channels.
+float32 [N, H, W], the largest magnitude over channels; or the class activation maps, float32 [N, h, w], that
+`cams` lists, or both.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ METADATA_KEY = "clearpact"
 VERSION = 1
 INPUT_NAME, TARGET_NAME = "image", "target"
 RESIZES = ("bilinear", "crop", "none")
+# Class activation maps that a graph may compute; export/gradient/cam.py has their formulas.
+CAM_METHODS = ("gradcam", "hirescam", "layercam")
 
 _REMEDY = "export it with `python -m export.onnx`"
 _KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
@@ -60,6 +65,23 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class CamOutput:
+    """A class activation map that the graph computes.
+
+    Args:
+        output: name of the graph's output, float32 [N, h, w], >= 0.
+        method: one of CAM_METHODS.
+        layer: name of the layer whose activations it weighs.
+        size: h and w.
+    """
+
+    output: str
+    method: str
+    layer: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a model file says about itself; see the module's text for the fields."""
 
@@ -73,6 +95,7 @@ class Manifest:
     data: str = ""
     checkpoint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    cams: tuple[CamOutput, ...] = ()
 
     def to_json(self) -> str:
         """Return the JSON text that `from_json` reads."""
@@ -156,7 +179,18 @@ def _from_values(values: dict[str, Any]) -> Manifest:
         layers=tuple(_items(values, "layers", dict)),
         metrics={name: _typed(metrics, name, int, float) for name in metrics},
         versions=_typed(values, "versions", dict),
+        cams=tuple(map(_cam, _items(values, "cams", dict))) if "cams" in values else (),
     )
+
+
+def _cam(values: dict[str, Any]) -> CamOutput:
+    output, method, layer = (_typed(values, name, str) for name in ("output", "method", "layer"))
+    if method not in CAM_METHODS:
+        raise ValueError(f"field method {method!r}: expected one of {', '.join(CAM_METHODS)}")
+    size = _items(values, "size", int)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"field size {size}: expected two whole numbers from 1")
+    return CamOutput(output, method, layer, (size[0], size[1]))
 
 
 def _typed(values: dict[str, Any], name: str, *kinds: type) -> Any:

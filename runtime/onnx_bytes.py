@@ -6,21 +6,22 @@ those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # ModelProto
 _GRAPH, _METADATA_PROPS = 7, 14
 # StringStringEntryProto
 _KEY, _VALUE = 1, 2
-# GraphProto: its lists of named things, and the number of the name in each.
-_OUTPUT = 12
-_NAME_OF = {1: 3, 5: 8, 11: 1, 12: 1, 13: 1}  # node, initializer, input, output, value_info
+# GraphProto and its nodes.
+_NODE, _OUTPUT = 1, 12
+_NODE_INPUT, _NODE_OUTPUT = 1, 2
+# Its lists of tensors, and the number of the name in each: initializer, input, output, value_info.
+_NAME_OF = {5: 8, 11: 1, 12: 1, 13: 1}
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 # What `export.gradient` adds to a graph is named so.
 GRADIENT_PREFIX = "grad/"
-_GRADIENT_NAMES = ("target", "saliency", "gradient")
 
 
 def metadata(model: bytes) -> dict[str, str]:
@@ -44,22 +45,44 @@ def output_names(model: bytes) -> tuple[str, ...]:
 
 
 def without_gradient(model: bytes) -> bytes:
-    """Return the file without what `export.gradient` added: the input `target` and all that only maps need."""
+    """Return the file without what explains: the input `target` and all that only maps need."""
+    return with_outputs(model, ("logits",))
+
+
+def with_outputs(model: bytes, outputs: Sequence[str]) -> bytes:
+    """Return the file with these outputs alone, and nothing that only others need.
+
+    Args:
+        model: contents of a file whose nodes are in order and without control flow.
+        outputs: names among its outputs.
+    """
     kept = []
     for number, content, whole in _fields(model):
         if number != _GRAPH:
             kept.append(whole)
             continue
-        graph = b"".join(part for field, inner, part in _fields(content) if not _of_gradient(field, inner))
+        parts = list(_fields(content))
+        needed = {name.encode() for name in outputs}
+        unused = set()
+        for at in range(len(parts) - 1, -1, -1):
+            if parts[at][0] != _NODE:
+                continue
+            of_node = [(field, inner) for field, inner, _ in _fields(parts[at][1])]
+            if needed.isdisjoint(inner for field, inner in of_node if field == _NODE_OUTPUT):
+                unused.add(at)
+            else:
+                needed.update(inner for field, inner in of_node if field == _NODE_INPUT)
+        graph = b"".join(
+            part
+            for at, (field, inner, part) in enumerate(parts)
+            if at not in unused and (field not in _NAME_OF or _name(field, inner) in needed)
+        )
         kept.append(_encoded_varint(_GRAPH << 3 | _BYTES) + _encoded_varint(len(graph)) + graph)
     return b"".join(kept)
 
 
-def _of_gradient(field: int, content: bytes) -> bool:
-    if field not in _NAME_OF:
-        return False
-    name = _lengths(content).get(_NAME_OF[field], b"").decode("utf-8", "replace")
-    return name in _GRADIENT_NAMES or name.startswith(GRADIENT_PREFIX)
+def _name(field: int, content: bytes) -> bytes:
+    return _lengths(content).get(_NAME_OF[field], b"")
 
 
 def _lengths(message: bytes) -> dict[int, bytes]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from deploy.triton import main
 from runtime.engines.tensorrt.plan import read_sidecar
 from runtime.errors import FileError, ModelError, OptionError
-from runtime.manifest import Manifest
+from runtime.manifest import CamOutput, Manifest
 from tests.fake_tensorrt import CHANNELS, CLASSES, SIZE, write_plan
 
 _F = descriptor_pb2.FieldDescriptorProto
@@ -105,6 +106,15 @@ def test_a_plan_of_classes_only_has_neither_target_nor_maps(tmp_path: Path) -> N
     config = parse((tmp_path / "digits" / "config.pbtxt").read_text())
     assert tensors(config.input) == [("image", 2, [*SIZE, CHANNELS])]
     assert tensors(config.output) == [("logits", 11, [CLASSES])]
+
+
+def test_maps_of_layers_are_served_in_their_own_size(tmp_path: Path) -> None:
+    manifest = read_sidecar(write_plan(tmp_path / "a.plan")).manifest
+    with_map = replace(manifest, cams=(CamOutput("cam_conv2", "layercam", "conv2", (4, 5)),))
+    main([str(write_plan(tmp_path / "cam.plan", manifest=with_map)), "--repository", str(tmp_path)])
+    config = parse((tmp_path / "cam" / "config.pbtxt").read_text())
+    assert tensors(config.output)[-1] == ("cam_conv2", 11, [4, 5])
+    assert Manifest.from_json(config.parameters[0].value.string_value, "config") == with_map
 
 
 def test_a_fixed_batch_is_part_of_the_shapes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from types import ModuleType
 
 import numpy as np
 
+from export.choices import EXPLAIN_HELP, explanations
 from export.engine import autotune
 from export.engine.builder import BuildOptions, BuildResult, build, check_options, load_bindings, parse
 from export.engine.gpu import GPU, find_gpu
@@ -79,9 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     factory.allow(*options.arch)
     build_options = _build_options(options)
+    options.saliency, options.cams = explanations(options.explain, no_saliency=options.no_saliency)
     output = Path(options.output or Path(options.model).with_suffix(".plan"))
     cache = Path(options.timing_cache or output.with_name(f"{output.name}.cache"))
     contents = read_bytes(options.model)
+    if options.explain != "gradient" and not contents.startswith(_CHECKPOINT):
+        raise OptionError(
+            f"--explain {options.explain}: {options.model} has the maps it was exported with; give the checkpoint"
+        )
     if options.autotune and not contents.startswith(_CHECKPOINT):
         raise OptionError(f"--autotune: {options.model} holds no labelled samples; give the checkpoint instead")
     if not options.dry_run:
@@ -141,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=PLAN_PRECISIONS, default="mixed",
         help="INT8 where it is faster, wherever the file has it, or in no layer (default: mixed)")  # fmt: skip
     add("--islands", choices=ISLANDS, default="fp16", help="type of what is not INT8 (default: fp16)")
-    add("--no-saliency", action="store_true", help="leave the input gradient out: a plan computes all it gives")
+    add("--explain", metavar="METHODS", default="gradient", help=f"of a checkpoint: {EXPLAIN_HELP}")
+    add("--no-saliency", action="store_true", help="leave all maps out: a plan computes all it gives")
     add("--builder", choices=("auto", *BUILDERS), default="auto",
         help="tensorrt, for this GPU; tensorrt_rtx, ahead of time (default: the first installed)")  # fmt: skip
     add("--workspace", type=int, metavar="MIB", help="most memory of one kernel (default: left to the builder)")
@@ -202,7 +209,8 @@ def _source(options: argparse.Namespace, contents: bytes, output: Path) -> Sourc
         checkpoint,
         int8=checkpoint.quant.bits != FLOAT_BITS,
         target="tensorrt",
-        saliency=not options.no_saliency,
+        saliency=options.saliency,
+        cams=options.cams,
         checkpoint_sha256=hashlib.sha256(contents).hexdigest(),
         status=command.status,
     )

@@ -11,6 +11,7 @@ import onnx.shape_inference
 import onnx.version_converter
 from onnx import TensorProto, helper
 
+from export.gradient.cam import Cam
 from export.gradient.tape import Tape
 from export.graph import describe, graphs_inside, prune
 from export.plain_graph import sort_nodes, take_constant_branches
@@ -30,8 +31,12 @@ _CHANNELS = (1, 3, 4)
 _CHANNEL_AXES = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}
 
 
-def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
+def prepare_model(model: onnx.ModelProto, added: Sequence[str] = ()) -> onnx.ModelProto:
     """Return a checked copy without functions, in order and at an opset that the rules know.
+
+    Args:
+        model: a classifier.
+        added: names of the outputs that are to be added besides those of the gradient.
 
     Raises:
         ModelError: the model is not valid ONNX, has control flow that its input decides, or is differentiated
@@ -51,7 +56,7 @@ def prepare_model(model: onnx.ModelProto) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
         raise ModelError(f"the model is not valid ONNX ({first_line(error)}); export it again") from None
     graph = copy.graph
-    _make_room(graph)
+    _make_room(graph, added)
     for node in graph.node:
         if any(True for _ in graphs_inside(node)):
             raise ModelError(
@@ -81,7 +86,7 @@ def _written_as_today(model: onnx.ModelProto) -> None:
     sort_nodes(graph)
 
 
-def _make_room(graph: onnx.GraphProto) -> None:
+def _make_room(graph: onnx.GraphProto, added: Sequence[str]) -> None:
     """Rename, in place, tensors inside the graph that have the names of what the gradient adds.
 
     Raises:
@@ -89,7 +94,7 @@ def _make_room(graph: onnx.GraphProto) -> None:
     """
     inside = {name for node in graph.node for name in node.output}
     inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))
-    ours = set(_ADDED)
+    ours = {*_ADDED, *added}
     if any(name.startswith("grad/") for name in inside) or ("target" in inputs and outputs & ours):
         raise ModelError(
             "the model has an input 'target' and its gradient, or tensors 'grad/...': it is differentiated "
@@ -194,6 +199,7 @@ def join_gradient(
     result: str,
     outputs: Sequence[str],
     channels: int = 1,
+    cams: Sequence[Cam] = (),
 ) -> None:
     """Join both graphs into the first, name the outputs, and drop what no output needs.
 
@@ -205,6 +211,7 @@ def join_gradient(
         result: the tensor differentiated.
         outputs: which of `saliency` and `gradient` the tape computes.
         channels: axis of the source over which the map is the maximum.
+        cams: the maps of layers that the tape computes.
 
     Raises:
         ModelError: another tensor is named `logits`, or the model contradicts itself.
@@ -221,6 +228,11 @@ def join_gradient(
         graph.output.insert(0, values[result])
     forms = {"saliency": (TensorProto.FLOAT, [*shape[:1], *size]), "gradient": (tape.type(source), shape)}
     graph.output.extend(helper.make_tensor_value_info(name, *forms[name]) for name in outputs)
+    graph.output.extend(
+        helper.make_tensor_value_info(cam.output.output, TensorProto.FLOAT,
+                                      [batch, *tape.sizes(cam.activation, (2, 3))])
+        for cam in cams
+    )  # fmt: skip
     graph.node.extend(tape.nodes)
     graph.initializer.extend(tape.initializers)
     _rename(graph, result, "logits")

@@ -32,8 +32,9 @@ class Tape(GraphFacts):
     Attributes:
         nodes: the backward nodes, in the order they were emitted.
         initializers: the constants that the backward nodes use.
-        source: the tensor that is differentiated by.
-        active: the tensors that change with the source; the caller fills it before the first rule.
+        source: the image: the tensor that the input gradient is by.
+        wanted: the tensors whose gradients are asked for: no rule may skip one.
+        active: the tensors that change with a wanted one; the caller fills it before the first rule.
         scope: what the next nodes' names start with, after "grad/": the forward node they belong to.
     """
 
@@ -44,6 +45,7 @@ class Tape(GraphFacts):
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.source = ""
+        self.wanted: set[str] = set()
         self.active: set[str] = set()
         self.scope = ""
         self._emitted: dict[bytes, str] = {}

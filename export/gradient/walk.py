@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from export.choices import GATES
+from export.gradient.cam import Cam, append_map
 from export.gradient.int8 import calibrate
 from export.gradient.joining import channel_axis, find_logits, find_source, join_gradient, prepare_model
 from export.gradient.remedies import remedy_of
@@ -69,6 +70,7 @@ def append_input_gradient(
     input: str | None = None,
     logits: str | None = None,
     outputs: Sequence[str] = ("saliency",),
+    cams: Sequence[Cam] = (),
     gate: str = "code",
     int8_samples: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
@@ -77,8 +79,8 @@ def append_input_gradient(
     The result has one more input, `target` int64 [N]: the class whose logit is differentiated, -1 for the
     predicted one. Its logits are named `logits` [N, K], and more outputs are, as asked for: `gradient`,
     d logits[n, target[n]] / d input, of the input's own shape and type; `saliency` float32 [N, H, W], the
-    maximum over the channels of its magnitude. A target that is no class gives a map of zeros. All else in the
-    model stays as it was.
+    maximum over the channels of its magnitude; and the class activation maps of layers, float32 [N, h, w]. A
+    target that is no class gives a map of zeros. All else in the model stays as it was.
 
     Args:
         model: any ONNX classifier whose operators have rules (`RULES`); not changed.
@@ -86,7 +88,9 @@ def append_input_gradient(
             [N, H, W, C], inside the graph or an input of it.
             Default: the tensor named "normalized" where there is one, else the model's only input.
         logits: the tensor to differentiate, float [N, K]. Default: the model's only 2-D float output.
-        outputs: one or both of OUTPUTS. Engines compute all of them unless told otherwise.
+        outputs: some of OUTPUTS. Engines compute all of them unless told otherwise.
+        cams: maps of layers, from `export.gradient.cam.find_cams`; without `outputs`, only what lies behind these
+            layers is differentiated.
         gate: where a quantized activation lets the gradient through: "code", where its code is strictly
             inside its range, or "ste", where the float before it is (0 <= x < alpha, as in the PACT paper).
         int8_samples: the result's inputs, real images and their targets [n, ...]. Where a layer's weight is one of
@@ -96,13 +100,15 @@ def append_input_gradient(
     Raises:
         ModelError: an operator has no rule, the model has control flow, several inputs or no logits, is
             already differentiated, or a shape or weight that must be known at export is not.
-        OptionError: `gate` or an output is not one of the two.
+        OptionError: `gate` or an output is not one of the two, or nothing is asked for.
     """
     if gate not in GATES:
         raise OptionError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
-    if not outputs or not set(outputs) <= set(OUTPUTS):
+    if not (outputs or cams) or not set(outputs) <= set(OUTPUTS):
         raise OptionError(f"outputs: got {list(outputs)}, expected one or both of {', '.join(OUTPUTS)}")
-    model = expand_functions(prepare_model(model), RULES.keys() | _LOCALLY_CONSTANT)
+    model = expand_functions(
+        prepare_model(model, [cam.output.output for cam in cams]), RULES.keys() | _LOCALLY_CONSTANT
+    )
     hold_shapes(model)
     inferred = infer_shapes(model)
     tape = Tape(inferred, gate, int8=int8_samples is not None)
@@ -111,65 +117,77 @@ def append_input_gradient(
         raise ModelError(
             f"input {source!r}: has {tape.rank(source)} axes, expected [N, C, H, W]; ask for the raw gradient"
         )
-    _mark_active(inferred, tape, source)
-    gradient = _backward(inferred, tape, source, result)
+    tape.source = source
+    tape.wanted = {*([source] if outputs else []), *(cam.activation for cam in cams)}
+    _mark_active(inferred, tape)
+    gradients = _backward(inferred, tape, result)
     channels = channel_axis(inferred, tape, source) if "saliency" in outputs else 1
 
+    for cam in cams:
+        append_map(tape, cam, gradients[cam.activation])
     tape.scope = "saliency"
     if "gradient" in outputs:
-        tape.op("Identity", gradient)
+        tape.op("Identity", gradients[source])
         tape.nodes[-1].output[0] = "gradient"
     if "saliency" in outputs:
-        strongest = tape.op("ReduceMax", tape.op("Abs", gradient), [channels], keepdims=0)
+        strongest = tape.op("ReduceMax", tape.op("Abs", gradients[source]), [channels], keepdims=0)
         if tape.type(strongest) != TensorProto.FLOAT:
             tape.op("Cast", strongest, to=TensorProto.FLOAT)
         tape.nodes[-1].output[0] = "saliency"
-    join_gradient(model, inferred, tape, source, result, outputs, channels)
+    join_gradient(model, inferred, tape, source, result, outputs, channels, cams)
     if int8_samples is not None:
         calibrate(model, int8_samples)
     return model
 
 
-def _mark_active(model: onnx.ModelProto, tape: Tape, source: str) -> None:
-    """Mark the tensors that change with the source."""
-    tape.source = source
-    tape.active.add(source)
+def _mark_active(model: onnx.ModelProto, tape: Tape) -> None:
+    """Mark the tensors that change with what is differentiated by."""
+    tape.active.update(tape.wanted)
     for node in model.graph.node:
         if node.op_type not in _LOCALLY_CONSTANT and not tape.active.isdisjoint(node.input):
             tape.active.update(filter(None, node.output))
 
 
-def _backward(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> str:
-    """Emit the gradient of the chosen logit by the source and return its name."""
-    if result not in tape.active or result == source:
-        raise ModelError(f"logits {result!r} do not depend on input {source!r}; name another tensor")
+def _backward(model: onnx.ModelProto, tape: Tape, result: str) -> dict[str, str]:
+    """Emit the gradients of the chosen logit by the wanted tensors, and return their names by these tensors."""
     parts: dict[str, list[str]] = defaultdict(list)
     parts[result] = [_one_hot(tape, result)]
-    for node in _path(model, tape, source, result):
+    gradients: dict[str, str] = {}
+    for node in _path(model, tape, result):
         for y in filter(parts.__contains__, node.output):
             if y != node.output[0] and node.op_type != "Split":
                 raise ModelError(f"{describe(node)}: its output {y!r} has no gradient rule, only its first has")
             tape.scope = node.name or y
-            dy = reduce(lambda a, b: tape.op("Add", a, b), parts.pop(y))
+            dy = _summed(tape, parts.pop(y))
+            if y in tape.wanted:
+                gradients[y] = dy
             pairs = list(RULES[node.op_type](tape, node, y, dy))
             for x, dx in pairs:
                 if x in tape.active:
                     parts[x].append(dx)
             _check_complete(tape, node, {x for x, _ in pairs})
-    if source not in parts:
-        raise ModelError(
-            f"logits {result!r} have no gradient by input {source!r}: only comparisons and shapes lie "
-            "between them; name another tensor"
-        )
     tape.scope = "saliency"
-    return reduce(lambda a, b: tape.op("Add", a, b), parts[source])
+    for source in sorted(tape.wanted - gradients.keys()):
+        if result not in tape.active or result == source:
+            raise ModelError(f"logits {result!r} do not depend on input {source!r}; name another tensor")
+        if source not in parts:
+            raise ModelError(
+                f"logits {result!r} have no gradient by input {source!r}: only comparisons and shapes lie "
+                "between them; name another tensor"
+            )
+        gradients[source] = _summed(tape, parts[source])
+    return gradients
 
 
-def _path(model: onnx.ModelProto, tape: Tape, source: str, result: str) -> list[onnx.NodeProto]:
-    """Return the nodes between source and result, last first; refuse one that has no rule."""
+def _summed(tape: Tape, parts: list[str]) -> str:
+    return reduce(lambda a, b: tape.op("Add", a, b), parts)
+
+
+def _path(model: onnx.ModelProto, tape: Tape, result: str) -> list[onnx.NodeProto]:
+    """Return the nodes between what is differentiated by and the result, last first; refuse one without a rule."""
     path, reached = [], {result}
     for node in reversed(model.graph.node):
-        if reached.isdisjoint(node.output) or source in node.output:
+        if reached.isdisjoint(node.output) or tape.active.isdisjoint(node.input):
             continue
         if node.op_type not in RULES or node.domain:
             raise ModelError(f"{describe(node)}: has no gradient rule; {remedy_of(node)}")

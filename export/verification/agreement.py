@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnx
 import torch
 
 from export.deploy_form import deploy_form
+from export.gradient.cam import Cam
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.reference import reference_run
 from runtime.agreement import spearman, top_overlap
@@ -42,7 +45,7 @@ class GradientGraph:
     """A graph with its input gradient, and how its gradients are computed.
 
     Args:
-        model: with the outputs `saliency` and `gradient`.
+        model: with the outputs `saliency` and `gradient`, where they are asked for, and the maps of layers.
         int8: whether its gradients are int8.
         int8_agreement: agreement of int8 gradients with float32's; None where they were not tried.
     """
@@ -59,9 +62,16 @@ class GradientGraph:
 
 
 def differentiate(
-    graph: onnx.ModelProto, model: QuantizedModel, *, input: str, gate: str, precision: str
+    graph: onnx.ModelProto,
+    model: QuantizedModel,
+    *,
+    input: str,
+    gate: str,
+    precision: str,
+    outputs: Sequence[str] = OUTPUTS,
+    cams: Sequence[Cam] = (),
 ) -> GradientGraph:
-    """Append the input gradient, in int8 where that is asked for, or `auto` and nearly free.
+    """Append the input gradient, in int8 where that is asked for, or `auto` and nearly free, and maps of layers.
 
     The model's calibration images give the grids, and on its samples the maps are compared. Where it has no
     calibration images, every second sample gives the grids, and the others are compared.
@@ -71,10 +81,13 @@ def differentiate(
         model: it was exported from.
         input: tensor to differentiate by.
         gate: see `export.gradient.append_input_gradient`.
-        precision: one of export.choices.SALIENCY_PRECISIONS.
+        precision: one of export.choices.SALIENCY_PRECISIONS; of maps of layers alone the gradients are float32.
+        outputs: of the input gradient, both or none.
+        cams: maps of layers.
     """
-    exact = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate)
-    if precision == "float32":
+    append = functools.partial(append_input_gradient, graph, input=input, outputs=outputs, cams=cams, gate=gate)
+    exact = append()
+    if precision == "float32" or not outputs:
         return GradientGraph(exact, int8=False, int8_agreement=None)
     feeds = _feeds(model)
     feeds[TARGET_NAME] = np.full_like(feeds[TARGET_NAME], -1)
@@ -83,7 +96,7 @@ def differentiate(
     else:
         pixels = model.calibration_images.permute(0, 2, 3, 1).contiguous().numpy()
         seen, unseen = {INPUT_NAME: pixels, TARGET_NAME: np.full(len(pixels), -1)}, feeds
-    rounded = append_input_gradient(graph, input=input, outputs=OUTPUTS, gate=gate, int8_samples=seen)
+    rounded = append(int8_samples=seen)
     int8_agreement = _agreement(*(reference_run(m)[0](unseen)["saliency"] for m in (rounded, exact)))
     if precision == "auto" and not int8_agreement.spearman >= LEAST_SPEARMAN:
         return GradientGraph(exact, int8=False, int8_agreement=int8_agreement)

@@ -6,7 +6,8 @@ open. What is left is float rounding, and what int8 gradients cost where the fil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +62,8 @@ def verify_gradient(
     labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
     feeds = {"image": images.permute(0, 2, 3, 1).contiguous().numpy(), "target": labels.numpy()}
     found = probed.run(feeds)
-    codes = probed.codes(found)
-    handles = [
-        network.get_submodule(name).register_forward_hook(_giving(code, gate)) for name, code in codes.items()
-    ]
-    try:
+    with on_codes(network, probed.codes(found), gate):
         (expected,) = torch.autograd.grad(network(x).gather(1, labels.unsqueeze(1)).sum(), x)
-    finally:
-        for handle in handles:
-            handle.remove()
     difference = (torch.from_numpy(found["gradient"]) - expected).flatten(1).norm(dim=1)
     size = expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     error = float((difference / size).median())
@@ -79,6 +73,25 @@ def verify_gradient(
             "most; the export is not exact"
         )
     return GradientVerification(len(images), error)
+
+
+@contextlib.contextmanager
+def on_codes(network: nn.Module, codes: Mapping[str, Tensor], gate: str) -> Iterator[None]:
+    """Make a network's quantizers give a graph's codes, with the graph's gates.
+
+    Args:
+        network: in evaluation mode.
+        codes: by quantizer, from `ProbedGraph.codes`.
+        gate: of the gradient.
+    """
+    handles = [
+        network.get_submodule(name).register_forward_hook(_giving(code, gate)) for name, code in codes.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Gated(torch.autograd.Function):

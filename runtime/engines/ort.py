@@ -14,20 +14,21 @@ import onnxruntime
 from runtime.engines.compiled_cache import CompiledCache
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
-from runtime.onnx_bytes import output_names, without_gradient
+from runtime.onnx_bytes import output_names, with_outputs
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_OF_GRADIENT = {"logits", "gradient", "saliency"}
 
 
 class ORTSession:
     """A model in ONNX Runtime; see runtime.session.Session.
 
     ONNX Runtime computes every output of a session, asked for or not: the class alone gets a session of its own,
-    without the gradient, and the one that explains is opened when a map is first asked for.
+    and those that explain, by the gradient or by a map of a layer, are opened when such a map is first asked for.
     """
 
     engine = "ort"
@@ -38,6 +39,8 @@ class ORTSession:
         self.manifest = manifest
         self.device = device
         self.outputs = output_names(model)
+        # The gradient and its map cost the same: one session gives both.
+        self._by_gradient = tuple(name for name in self.outputs if name in _OF_GRADIENT)
         self._source = source
         self._provider = _PROVIDERS.get(device)
         # What TensorRT does not take runs on CUDA, not on the CPU.
@@ -61,30 +64,33 @@ class ORTSession:
             self._options.inter_op_num_threads = 1
         self._model: bytes | None = model
         self._lock = threading.Lock()
-        self._explaining: onnxruntime.InferenceSession | None = None
-        explains = self.outputs != ("logits",)
-        self._classifying = self._open(without_gradient(model) if explains else model)
+        self._sessions: dict[tuple[str, ...], Any] = {}
+        self._session_of(("logits",))
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
     ) -> dict[str, np.ndarray]:
         """Run the model once; see runtime.session.Session."""
+        kind = outputs if outputs == ("logits",) or not _OF_GRADIENT.issuperset(outputs) else self._by_gradient
         # Held here, so that closing in another thread does not free it now.
-        session = self._classifying if outputs == ("logits",) else self._explaining or self._open_explaining()
-        if session is None:
-            raise EngineError(f"{self._source}: the model is closed; open it again")
+        session = self._sessions.get(kind) or self._session_of(kind)
         return dict(zip(outputs, session.run(list(outputs), dict(inputs)), strict=True))
 
     def close(self) -> None:
         """Free the model."""
         with self._lock:
-            self._model = self._classifying = self._explaining = None
+            self._model = None
+            self._sessions = {}
 
-    def _open_explaining(self) -> Any:
+    def _session_of(self, outputs: tuple[str, ...]) -> Any:
+        """Return the session that computes these outputs and no others."""
         with self._lock:
-            if self._explaining is None and self._model is not None:
-                self._explaining = self._open(self._model)
-            return self._explaining
+            if self._model is None:
+                raise EngineError(f"{self._source}: the model is closed; open it again")
+            if outputs not in self._sessions:
+                whole = set(outputs) == set(self.outputs)
+                self._sessions[outputs] = self._open(self._model if whole else with_outputs(self._model, outputs))
+            return self._sessions[outputs]
 
     def _open(self, model: bytes) -> Any:
         try:

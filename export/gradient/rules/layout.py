@@ -133,7 +133,7 @@ def _slice(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """Every second row and column, x[:, :, ::2, ::2], arrives as two Slices; they are differentiated as one."""
     x, taken = node.input[0], _taken(t, node)
     before = t.producer.get(x)
-    if before is not None and before.op_type == "Slice" and len(t.consumers[x]) == 1 and x != t.source:
+    if before is not None and before.op_type == "Slice" and len(t.consumers[x]) == 1 and x not in t.wanted:
         earlier = _taken(t, before)
         if earlier.keys().isdisjoint(taken):
             x, taken = before.input[0], taken | earlier

@@ -98,7 +98,7 @@ def _activation(t: Tape, node: onnx.NodeProto, grid: _Grid) -> _Activation:
         codes = after[0].output[0]
     before = t.producer.get(x)
     # GradientGraph by the clipped value itself, the clip is not on the way.
-    if before is not None and before.op_type in ("Clip", "Relu") and x != t.source:
+    if before is not None and before.op_type in ("Clip", "Relu") and x not in t.wanted:
         relu = before.op_type == "Relu"
         low = np.maximum(low, _code(0.0 if relu else float(t.constant(before, 1, -np.inf)), grid))
         high = np.minimum(high, _code(np.inf if relu else float(t.constant(before, 2, np.inf)), grid))
