@@ -91,6 +91,11 @@ _XRAYS = ("--data pneumoniamnist --arch resnet20 --balanced-sampling --crop-padd
           "--zoom 0.1 --weight-decay 5e-4 --batch-size 64 --precision bfloat16")  # fmt: skip
 _STEEL = ("--data folder:data/neu-128 --image-size 128 --test-share 0.2 --arch resnet20 --flip --crop-padding 8 "
           "--rotate-degrees 10 --zoom 0.1 --weight-decay 5e-4 --batch-size 32 --precision bfloat16")  # fmt: skip
+# A user's own network with weights from ImageNet, docs/examples: half of it stays as it is.
+_CALTECH = ("--data folder:data/cal/caltech101-128 --image-size 128 --test-share 0.2 "
+            "--arch docs.examples.efficientnet_lite0:make --batch-size 32 --flip --crop-padding 8 --zoom 0.1 "
+            "--weight-decay 1e-4 --label-smoothing 0.1")  # fmt: skip
+_CALTECH_FLOAT = "caltech101-128-efficientnet_lite0-float-plain"
 
 
 def _of_a_chest(seed: int) -> tuple[Row, ...]:
@@ -171,6 +176,15 @@ TABLES = {
         Row("neu-128-resnet20-float-plain", f"{_STEEL} --bits 32 --method plain --epochs 24 --lr 0.05"),
         Row("neu-128-resnet20-8bit-sgt", f"{_STEEL} --bits 8 --method sgt --epochs 12 --lr 0.02 --kl-weight 0.05",
             asked=99.0, init="neu-128-resnet20-float-plain"),
+    ),
+    "caltech101": (
+        Row(_CALTECH_FLOAT, f"{_CALTECH} --bits 32 --method plain --epochs 5 --lr 0.02", asked=91.0),
+        *(
+            Row(f"caltech101-128-efficientnet_lite0-8bit-{method}",
+                f"{_CALTECH} --bits 8 --method {method} --epochs 2 --lr 0.003{weight}", asked=91.0,
+                init=_CALTECH_FLOAT)
+            for method, weight in (("plain", ""), ("sgt", " --kl-weight 0.05"), ("smoot", " --kl-weight 0.05"))
+        ),
     ),
     "deit": (
         Row("cifar10-deit_tiny-8bit-plain", f"{_DEIT} --method plain"),
