@@ -50,3 +50,22 @@ def test_alphas_without_a_learning_rate_stay(digits: ImageData, tmp_path: Path) 
     finished = loop.fit(started, digits, tmp_path / "ckpt.pt")
     for name, value in finished.state_dict.items():
         assert torch.equal(value, before[name]) == name.endswith((".alpha", "x_grid.scale")), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_user_froze_stays(digits: ImageData, method: str) -> None:
+    """A network fine-tuned in its last layers alone trains by every method, and its first layer keeps its weights."""
+    recipe = default_recipe("digits", method)
+    checkpoint = loop.start("cnn2", digits, QuantSpec(8), recipe)
+    network = checkpoint.network().train()
+    frozen = [p.requires_grad_(False) for p in network.conv1.parameters()]
+    images, labels = checkpoint.input.normalize(digits.train_images[:64]), digits.train_labels[:64]
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    guidance, optimizer = new_guidance(recipe, 64), new_optimizer(network, recipe)
+    set_lr(optimizer, 0.1)
+    compute_gradients(network, guidance, images, labels, torch.arange(64), filling(images, "zero"), recipe)
+    optimizer.step()
+    moved = {name: not torch.equal(p, before[name]) for name, p in network.named_parameters()}
+    stays = {name for name, p in network.named_parameters() if any(p is f for f in frozen)}
+    assert stays
+    assert stays == {name for name, is_moved in moved.items() if not is_moved}

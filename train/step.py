@@ -26,9 +26,10 @@ def compute_gradients(
     class_weights: Tensor | None = None,
 ) -> LossTerms:
     """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`."""
-    learned = [p for module in (model, guidance) if module is not None for p in module.parameters()]
-    for parameter in learned:
+    parameters = [p for module in (model, guidance) if module is not None for p in module.parameters()]
+    for parameter in parameters:
         parameter.grad = None
+    learned = [p for p in parameters if p.requires_grad]  # a user's network may have frozen the others
     with parametrize.cached():  # a step quantizes each weight once, however often it runs the network
         terms = loss_terms(model, images, labels, index, fill, recipe, guidance, class_weights)
         if teacher is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 FROZEN_BLOCKS = 8  # of 16: edges and textures are the same in all photos, and a step takes a third of the time
 
+
 def make(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     """Return the ImageNet network with a new last layer; the first blocks keep their weights.
 
