@@ -27,7 +27,7 @@ from train.data import datasets
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.post_training.bias import correct_biases
-from train.post_training.clipping import search_alphas
+from train.post_training.clipping import search_alphas, to_compare
 from train.post_training.equalization import equalize
 from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
@@ -131,7 +131,7 @@ def calibrate_network(
     search_weight_scales(quantized)
     status("searching alphas ...")
     with torch.no_grad():
-        logits = [floating(batch) for batch in batches]
+        logits = [floating(batch) for batch in to_compare(batches)]
     errors = search_alphas(quantized, batches, logits, search)
     assert isinstance(quantized, torch.fx.GraphModule)
     rounded = 0

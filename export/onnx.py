@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.choices import EXPLAIN_HELP, GATES, SALIENCY_PRECISIONS, TARGETS, explanations
+from export.memory import keep_freed_memory
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--require-agreement needs the maps that {leaves_out} leaves out; drop one of them")
     if options.calibrate and options.fp32:
         raise OptionError("--calibrate makes integer grids, which --fp32 leaves out; give --int8")
+    keep_freed_memory()
     # Loaded once the options are known to be right: torch takes seconds.
     from export.pipeline import export
     from train.quantization.quantize import warnings_of

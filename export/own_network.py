@@ -30,8 +30,8 @@ from train.quantization.tracing import copied, cut_softmax, trace
 _NORMALIZATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.0,), (1.0,))}
 _SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32}
 _PHOTO_SIDE = 224
-# The file is verified on so many images, of large ones on fewer: 41 of 224 x 224.
-_VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 21
+# The file is verified on so many images, of large ones on fewer: 20 of 224 x 224, 69 million codes.
+_VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 20
 _BATCH = 32
 _COMPARED_IMAGES = 8
 # Of the logits' norm about their mean, median: by so much two programs round floats otherwise.

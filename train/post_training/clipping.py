@@ -16,10 +16,44 @@ from train.quantization.quantizers import PACT
 # Shares of the positive activations that are not clipped, in percent; which one is best depends on the network.
 PERCENTILES = ("99", "99.9", "99.99", "99.999", "100")
 
-_BINS = 8192
+_BINS = 8192  # at least half of them below the largest magnitude
 # Pixels of the images that the candidates' logits are compared on: 83 of 224 x 224, 4,096 of 32 x 32.
 _COMPARED_PIXELS = 1 << 22
+_FIRST = 4  # a quarter of them tells which half of the candidates is compared on all
 _CANDIDATES = 100  # alphas tried for the least error: hundredths of the largest activation
+
+
+def to_compare(batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the first batches, enough to compare candidates on."""
+    height, width = batches[0].shape[2:] if batches[0].ndim == 4 else (1, 1)
+    return batches[: max(1, _COMPARED_PIXELS // (height * width * len(batches[0])))]
+
+
+class _Histogram:
+    """How positive magnitudes are distributed, in one pass: its range doubles where a larger one comes.
+
+    Attributes:
+        counts: float [_BINS], of equal bins from 0 to `top`; zeros are not counted.
+        top: where the last bin ends.
+        largest: magnitude so far.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_BINS)
+        self.top = self.largest = 0.0
+
+    def add(self, magnitudes: Tensor) -> None:
+        """Count magnitudes >= 0 of any shape."""
+        self.largest = max(self.largest, magnitudes.max().item())
+        if self.largest == 0:
+            return
+        self.top = self.top or self.largest
+        while self.top < self.largest:
+            self.top *= 2
+            self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), torch.zeros(_BINS // 2)])
+        counts = torch.histc(magnitudes.float(), _BINS, 0, self.top)
+        counts[0] -= (magnitudes == 0).sum()  # picking the others out would take longer than counting them
+        self.counts += counts
 
 
 @torch.no_grad()
@@ -34,11 +68,11 @@ def search_alphas(
     Args:
         model: from `train.quantization.quantize.quantize`.
         batches: normalized real images, float [n, C, H, W] each.
-        logits: of the float network for them, [n, K] each.
+        logits: of the float network for the first of them, [n, K] each: the candidates are compared there.
         search: one of SEARCHES: both kinds of candidates, or one of them.
 
     Returns:
-        Mean squared error of the logits by candidate, the best one first.
+        Mean squared error of the logits by candidate, the best one first; of the worse half on few images.
     """
     with parametrize.cached():  # weights do not change here: each is rounded once
         return _searched(model, batches, logits, search)
@@ -50,40 +84,33 @@ def _searched(
     counts = _magnitudes(model, batches)
     candidates: dict[str, dict[PACT, float]] = {}
     if search in (MSE, "best"):
-        candidates[MSE] = {pact: _least_error(pact, *found) for pact, found in counts.items()}
+        candidates[MSE] = {pact: _least_error(pact, found) for pact, found in counts.items()}
     if search in ("percentile", "best"):
         for percentile in PERCENTILES:
             share = float(percentile) / 100
-            candidates[f"{percentile} %"] = {pact: _quantile(share, *found) for pact, found in counts.items()}
-    pixels = batches[0].shape[2] * batches[0].shape[3] if batches[0].ndim == 4 else 1
-    some = max(1, _COMPARED_PIXELS // (pixels * len(batches[0])))
-    errors = {}
-    for name, alphas in candidates.items():
-        _set(alphas)
-        errors[name] = _error(model, batches[:some], logits[:some])
-    ranked = sorted(errors, key=lambda name: errors[name])
+            candidates[f"{percentile} %"] = {pact: _quantile(share, found) for pact, found in counts.items()}
+    errors: dict[str, float] = {}
+    ranked, count = list(candidates), len(logits)
+    if count // _FIRST:
+        few = count // _FIRST
+        errors = {name: _error(candidates[name], model, batches[:few], logits[:few]) for name in ranked}
+        ranked.sort(key=lambda name: errors[name])
+    half = (len(ranked) + 1) // 2 if errors else len(ranked)
+    errors |= {name: _error(candidates[name], model, batches[:count], logits) for name in ranked[:half]}
+    ranked[:half] = sorted(ranked[:half], key=lambda name: errors[name])
     _set(candidates[ranked[0]])
     return {name: errors[name] for name in ranked}
 
 
-def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, tuple[Tensor, float]]:
-    """Return for every PACT the histogram [_BINS] of the positive magnitudes that reach it, and the largest."""
-    pacts = [m for m in quantizers(model).values() if isinstance(m, PACT)]
-    largest = dict.fromkeys(pacts, 0.0)
-    histograms = {pact: torch.zeros(_BINS) for pact in pacts}
+def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, _Histogram]:
+    """Return for every PACT how the positive magnitudes that reach it are distributed; dead ones are left out."""
+    histograms = {pact: _Histogram() for pact in quantizers(model).values() if isinstance(pact, PACT)}
 
-    def measure(pact: PACT, magnitudes: Tensor) -> None:
-        largest[pact] = max(largest[pact], magnitudes.max().item())
+    def look(pact: PACT, magnitudes: Tensor) -> None:
+        histograms[pact].add(magnitudes)
 
-    def count(pact: PACT, magnitudes: Tensor) -> None:
-        if largest[pact] > 0:
-            histogram = torch.histc(magnitudes.float(), _BINS, 0, largest[pact])
-            histogram[0] -= (magnitudes == 0).sum()  # picking the others out would take longer than counting them
-            histograms[pact] += histogram
-
-    for look in (measure, count):
-        run_with_hooks(model, batches, {pact: _unquantized(look) for pact in pacts})
-    return {pact: (histograms[pact], largest[pact]) for pact in pacts if largest[pact] > 0}
+    run_with_hooks(model, batches, {pact: _unquantized(look) for pact in histograms})
+    return {pact: histogram for pact, histogram in histograms.items() if histogram.largest > 0}
 
 
 def _unquantized(look: Callable[[PACT, Tensor], None]) -> Callable[..., Tensor]:
@@ -98,18 +125,18 @@ def _unquantized(look: Callable[[PACT, Tensor], None]) -> Callable[..., Tensor]:
     return hook
 
 
-def _least_error(pact: PACT, histogram: Tensor, largest: float) -> float:
-    values = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
-    alphas = torch.arange(1, _CANDIDATES + 1).unsqueeze(1) * (largest / _CANDIDATES)
+def _least_error(pact: PACT, found: _Histogram) -> float:
+    values = (torch.arange(_BINS) + 0.5) * (found.top / _BINS)
+    alphas = torch.arange(1, _CANDIDATES + 1).unsqueeze(1) * (found.largest / _CANDIDATES)
     scale = alphas / pact.qmax
     rounded = torch.round(values / scale).clamp_max(pact.qmax) * scale
-    errors = ((rounded - values).square() * histogram).sum(1)
+    errors = ((rounded - values).square() * found.counts).sum(1)
     return alphas[errors.argmin()].item()
 
 
-def _quantile(share: float, histogram: Tensor, largest: float) -> float:
-    reached = histogram.double().cumsum(0) >= share * histogram.double().sum() * (1 - 1e-9)
-    return (int(reached.int().argmax()) + 1) * largest / _BINS
+def _quantile(share: float, found: _Histogram) -> float:
+    reached = found.counts.double().cumsum(0) >= share * found.counts.double().sum() * (1 - 1e-9)
+    return min((int(reached.int().argmax()) + 1) * found.top / _BINS, found.largest)
 
 
 def _set(alphas: dict[PACT, float]) -> None:
@@ -117,6 +144,9 @@ def _set(alphas: dict[PACT, float]) -> None:
         pact.alpha.fill_(alpha)
 
 
-def _error(model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor]) -> float:
+def _error(
+    alphas: dict[PACT, float], model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor]
+) -> float:
+    _set(alphas)
     squares = [(model(x) - expected).square().mean(1) for x, expected in zip(batches, logits, strict=True)]
     return torch.cat(squares).mean().item()
