@@ -1,7 +1,8 @@
 """Operators for onnx's reference evaluator, exact in float64 and true to the specification.
 
 Its own Erf, Gelu and GroupNormalization work in float32, its Pad refuses to crop, its pooling reads `pads` in
-the wrong order, and its ConvTranspose slices the weights of groups along the wrong axis (onnx 1.23).
+the wrong order, its ConvTranspose slices the weights of groups along the wrong axis, its LRN takes the images for
+the channels, its LpNormalization takes no magnitudes, and it has no GlobalLpPool (onnx 1.23).
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class ConvTranspose(OpRun):
             )
             y[(..., *place)] += np.einsum("ngi...,gio->ngo...", x, w[(..., *tap)])
         y = y.reshape(len(x), -1, *full)
+        if at["auto_pad"].startswith("SAME"):
+            totals = [size - steps * s for size, steps, s in zip(full, x.shape[3:], strides, strict=True)]
+            pads = [total // 2 for total in totals] + [total - total // 2 for total in totals]
+            pads = pads if at["auto_pad"] == "SAME_UPPER" else pads[count:] + pads[:count]
         crop = tuple(slice(pads[i], size - pads[i + count]) for i, size in enumerate(full))
         return (y[(..., *crop)],)
 
@@ -131,4 +136,24 @@ class GroupNormalization(OpRun):
         return (z.reshape(x.shape) * scale.reshape(channels) + bias.reshape(channels),)
 
 
-EXACT = [AveragePool, Conv, ConvTranspose, Erf, Gelu, GroupNormalization, MaxPool, Pad]
+class LRN(OpRun):
+    def _run(self, x: Any, alpha: Any = None, beta: Any = None, bias: Any = None, size: Any = None) -> Any:
+        channels, before, after = range(x.shape[1]), (size - 1) // 2, size // 2
+        sums = [np.square(x[:, max(c - before, 0) : c + after + 1]).sum(1) for c in channels]
+        return (x / (bias + alpha / size * np.stack(sums, 1)) ** beta,)
+
+
+class LpNormalization(OpRun):
+    def _run(self, x: Any, axis: Any = None, p: Any = None) -> Any:
+        return (x / (np.abs(x) ** p).sum(axis, keepdims=True) ** (1 / p),)
+
+
+class GlobalLpPool(OpRun):
+    def _run(self, x: Any, p: Any = None) -> Any:
+        return ((np.abs(x) ** p).sum(tuple(range(2, x.ndim)), keepdims=True) ** (1 / p),)
+
+
+EXACT = [
+    AveragePool, Conv, ConvTranspose, Erf, Gelu, GlobalLpPool, GroupNormalization, LpNormalization, LRN, MaxPool,
+    Pad,
+]  # fmt: skip

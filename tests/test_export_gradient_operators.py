@@ -104,9 +104,39 @@ WRITTEN_OUT = {
 }
 JUDGED = set(RULES) | WRITTEN_OUT
 # ONNX has no case of these from float32 to float32 that ONNX Runtime runs; other tests have.
-NOT_JUDGED = {"Celu", "DequantizeLinear", "QuantizeLinear", "ReduceLogSum", "ReduceLogSumExp", "SwiGLU", "Where"}
-# An Attention with past keys or lengths leaves inputs out that ONNX's own body asks for.
-REFUSED = ("past", "nonpad", "padded_kv", "ext_cache")
+NOT_JUDGED = {
+    "Celu",
+    "CumSum",
+    "DepthToSpace",
+    "DequantizeLinear",
+    "Einsum",
+    "GlobalLpPool",
+    "Mod",
+    "QuantizeLinear",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReverseSequence",
+    "SpaceToDepth",
+    "SwiGLU",
+    "Trilu",
+    "Where",
+}
+# An Attention with past keys or lengths leaves inputs out that ONNX's own body asks for; the rest says so.
+REFUSED = (
+    "past",
+    "nonpad",
+    "padded_kv",
+    "ext_cache",
+    "_mul",
+    "_max",
+    "_min",
+    "_multiply",
+    "not_larger",
+    "not_smaller",
+)
+# The norm of two zeros, which bends within every step.
+BENT = {"test_l2normalization_axis_0"}
+SCATTERED_OR_RESIZED = ("test_scatter", "test_resize")
 
 
 def own_cases() -> Iterator[Any]:
@@ -115,7 +145,10 @@ def own_cases() -> Iterator[Any]:
     attentions = [case.name for case in cases if case.name.startswith("test_attention_")]
     skipped = {name for i, name in enumerate(attentions) if i % 16 or name.endswith("_expanded")}  # of 200
     for case in cases:
-        if case.name in skipped or any(word in case.name for word in REFUSED):
+        refused = any(word in case.name for word in REFUSED)
+        if case.name in skipped | BENT or (
+            refused and case.name.startswith(("test_attention", *SCATTERED_OR_RESIZED))
+        ):
             continue
         values = (*case.model.graph.input[:1], *case.model.graph.output[:1])
         types = [value.type.tensor_type.elem_type for value in values]

@@ -20,26 +20,30 @@ from export.gradient.cam import Cam, append_map
 from export.gradient.int8 import calibrate
 from export.gradient.joining import channel_axis, find_logits, find_source, join_gradient, prepare_model
 from export.gradient.remedies import remedy_of
-from export.gradient.rules import layout as gradient_layout
-from export.gradient.rules import linear as gradient_linear
-from export.gradient.rules import normalization as gradient_normalization
-from export.gradient.rules import pointwise as gradient_pointwise
-from export.gradient.rules import pooling as gradient_pooling
-from export.gradient.rules import quantized as gradient_quantized
+from export.gradient.rules import (
+    choosing,
+    einsum,
+    layout,
+    linear,
+    normalization,
+    pointwise,
+    pooling,
+    quantized,
+    reductions,
+    resampling,
+    trigonometry,
+)
 from export.gradient.rules.pointwise import Rule
 from export.gradient.tape import TARGET_SCOPE, Tape
 from export.graph import describe, infer_shapes
 from export.plain_graph import expand_functions, hold_shapes
 from runtime.errors import ModelError, OptionError
 
-RULES: dict[str, Rule] = {
-    **gradient_layout.RULES,
-    **gradient_linear.RULES,
-    **gradient_normalization.RULES,
-    **gradient_pointwise.RULES,
-    **gradient_pooling.RULES,
-    **gradient_quantized.RULES,
-}
+_FAMILIES = (
+    choosing, einsum, layout, linear, normalization, pointwise, pooling, quantized, reductions, resampling,
+    trigonometry,
+)  # fmt: skip
+RULES: dict[str, Rule] = {kind: rule for family in _FAMILIES for kind, rule in family.RULES.items()}
 
 OUTPUTS = ("saliency", "gradient")
 
@@ -62,6 +66,9 @@ _LOCALLY_CONSTANT = {
     "Sign",
     "Size",
 }
+
+# Operators whose other outputs are places in their input, which a small change of it leaves as they are.
+_WITH_PLACES = {"Dropout", "MaxPool", "TopK"}
 
 
 def append_input_gradient(
@@ -145,7 +152,8 @@ def _mark_active(model: onnx.ModelProto, tape: Tape) -> None:
     tape.active.update(tape.wanted)
     for node in model.graph.node:
         if node.op_type not in _LOCALLY_CONSTANT and not tape.active.isdisjoint(node.input):
-            tape.active.update(filter(None, node.output))
+            changing = node.output[:1] if node.op_type in _WITH_PLACES else node.output
+            tape.active.update(filter(None, changing))
 
 
 def _backward(model: onnx.ModelProto, tape: Tape, result: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Gradients of the operators that move, repeat, drop or add up elements."""
+"""Gradients of the operators that move, repeat or drop elements."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from export.gradient.rules.choosing import gathered_at_run_time
 from export.gradient.rules.pointwise import Pairs, Rule, unbroadcast
 from export.gradient.tape import Tape
 from export.graph import attributes, describe
@@ -48,8 +49,17 @@ def scatter(t: Tape, dy: str, rank: int, axis: int, index: np.ndarray, size: int
         )
     place = np.zeros((len(index), size), t.numpy_type(dy))
     place[np.arange(len(index)), index] = 1
-    last = rank - 1
-    return move_axis(t, t.op("MatMul", move_axis(t, dy, rank, axis, last), place), rank, last, axis)
+    return multiply_along(t, dy, rank, axis, place)
+
+
+def multiply_along(t: Tape, dy: str, rank: int, axis: int, matrix: np.ndarray) -> str:
+    """Multiply a tensor, taken as rows along one axis, by a constant matrix [size before, size after]."""
+    matrix, last = matrix.astype(t.numpy_type(dy)), rank - 1
+    if axis == last:
+        return t.op("MatMul", dy, matrix)
+    if axis == last - 1:
+        return t.op("MatMul", t.array(np.ascontiguousarray(matrix.T), dy), dy)
+    return move_axis(t, t.op("MatMul", move_axis(t, dy, rank, axis, last), matrix), rank, last, axis)
 
 
 def place_on_grid(t: Tape, dy: str, channels: int, block: int, places: list[Places]) -> str:
@@ -70,29 +80,6 @@ def lay_out(t: Tape, cells: str, block: int, places: list[Places], mode: str = "
     if all(p.cells(block) * block == p.size for p in places):
         return pixels
     return t.op("Slice", pixels, [0, 0], sizes, [2, 3])
-
-
-def axes_of(t: Tape, node: onnx.NodeProto, rank: int) -> list[int]:
-    """Return the axes that a reduction runs over, ascending; all where it names none."""
-    axes = t.constant(node, 1, []).tolist()
-    if not axes and not attributes(node).get("noop_with_empty_axes", 0):
-        return list(range(rank))
-    return sorted(axis % rank for axis in axes)
-
-
-def spread(t: Tape, name: str, x: str, axes: list[int]) -> str:
-    """Repeat a tensor that has size 1 along `axes` to x's sizes there."""
-    shape = [1] * t.rank(x)
-    for axis, size in zip(axes, t.sizes(x, axes), strict=True):
-        shape[axis] = size
-    return t.op("Expand", name, shape)
-
-
-def kept(t: Tape, node: onnx.NodeProto, name: str, axes: list[int]) -> str:
-    """Give a reduction's result, or its gradient, back the axes of size 1 that it dropped."""
-    if attributes(node).get("keepdims", 1) or not axes:
-        return name
-    return t.op("Unsqueeze", name, axes)
 
 
 def _reshape(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
@@ -177,7 +164,11 @@ def _block(taken: dict[int, np.ndarray]) -> int:
 
 def _gather(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     x, rank = node.input[0], t.rank(node.input[0])
-    axis, index = attributes(node).get("axis", 0) % rank, t.constant(node, 1)
+    axis = attributes(node).get("axis", 0) % rank
+    if t.value(node.input[1]) is None:
+        yield x, gathered_at_run_time(t, node, y, dy, axis)
+        return
+    index = t.constant(node, 1)
     size = t.sizes(x, [axis])[0]
     if index.ndim == 0:
         dy = t.op("Unsqueeze", dy, [axis])
@@ -235,19 +226,6 @@ def _pad(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     yield x, dy
 
 
-def _reduce_sum(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-    x = node.input[0]
-    axes = axes_of(t, node, t.rank(x))
-    yield x, spread(t, kept(t, node, dy, axes), x, axes)
-
-
-def _reduce_mean(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
-    x = node.input[0]
-    axes = axes_of(t, node, t.rank(x))
-    share = t.op("Mul", kept(t, node, dy, axes), 1 / math.prod(t.sizes(x, axes)))
-    yield x, spread(t, share, x, axes)
-
-
 RULES: dict[str, Rule] = {
     "Concat": _concat,
     "Expand": _expand,
@@ -255,8 +233,6 @@ RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Pad": _pad,
-    "ReduceMean": _reduce_mean,
-    "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,

@@ -1,4 +1,4 @@
-"""Gradients of the operators that multiply by weights: Conv, Gemm, MatMul.
+"""Gradients of the operators that multiply by weights: Conv, ConvTranspose, Gemm, MatMul.
 
 The gradient of a linear map is its transpose. What can be rearranged in the weight is rearranged at export.
 """
@@ -155,6 +155,31 @@ def _sub_pixel(t: Tape, dy: str, weight: str, axes: list[Axis], groups: int) -> 
     return lay_out(t, cells, stride, places, mode)
 
 
+def _conv_transpose(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    """A convolution with the weight as it is, over the output and what was cropped of it."""
+    x, weight = node.input[:2]
+    at, (_, _, *kernel) = attributes(node), t.sizes(weight, range(t.rank(weight)))
+    axes, groups = list(range(2, t.rank(weight))), at.get("group", 1)
+    count = len(axes)
+    strides, dilations = at.get("strides", [1] * count), at.get("dilations", [1] * count)
+    steps, sizes, extra = t.sizes(x, axes), t.sizes(y, axes), at.get("output_padding", [0] * count)
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    # What the windows cover, without output_padding: it begins `before` ahead of the output.
+    covered = [(n - 1) * s + span for n, s, span in zip(steps, strides, spans, strict=True)]
+    before = list(at.get("pads", [0] * 2 * count))[:count]
+    if at.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER") or "output_shape" in at:
+        totals = [c + e - size for c, e, size in zip(covered, extra, sizes, strict=True)]
+        upper = at.get("auto_pad") == b"SAME_UPPER"
+        before = [total // 2 if upper else total - total // 2 for total in totals]
+    after = [c - b - size for c, b, size in zip(covered, before, sizes, strict=True)]
+    if min(before + after) < 0:  # the output reaches beyond them
+        cut = [max(-b, 0) for b in before], [size - max(-a, 0) for size, a in zip(sizes, after, strict=True)]
+        dy = t.op("Slice", dy, *cut, axes)
+    dy, own = factors(t, dy, weight, np.copy, out_axis=1 if groups == 1 else -1, channel_axis=1)
+    pads = [max(p, 0) for p in before + after]
+    yield x, t.op("Conv", dy, own, group=groups, pads=pads, strides=strides, dilations=dilations)
+
+
 def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """Y = alpha A' B' + beta C, where ' transposes on demand."""
     at = attributes(node)
@@ -223,4 +248,4 @@ def _transposed(t: Tape, name: str) -> str:
     return t.op("Transpose", name, perm=[*lead, columns, rows])
 
 
-RULES: dict[str, Rule] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
+RULES: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx
 
-from export.gradient.rules.pointwise import Pairs, Rule
+from export.gradient.rules.pointwise import Pairs, Rule, step
 from export.gradient.tape import Tape
 from export.graph import attributes, describe
 from runtime.errors import ModelError
@@ -83,6 +83,40 @@ def _group_normalization(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pair
     yield x, t.reshape_like(dx, x)
 
 
+def _local_response(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    """y = x S^-beta, S = bias + alpha / size * (squares of the channels around).
+
+    dx = dy S^-beta - 2 alpha beta / size * x * (dy y / S of the channels that x is around).
+    """
+    x, at = node.input[0], attributes(node)
+    alpha, beta, bias, size = at.get("alpha", 1e-4), at.get("beta", 0.75), at.get("bias", 1.0), at["size"]
+    (channels,) = t.sizes(x, [1])
+    distance = np.arange(channels)[:, None] - np.arange(channels)  # of the square from the channel
+    around = ((distance >= -((size - 1) // 2)) & (distance <= size // 2)).astype(t.numpy_type(x))
+
+    def gathered(values: str, taken: np.ndarray) -> str:
+        # A convolution 1x1 adds channels up where they lie.
+        kernel = np.ascontiguousarray(taken.T).reshape(channels, channels, *[1] * (t.rank(x) - 2))
+        return t.op("Conv", values, kernel)
+
+    squares = gathered(t.op("Mul", x, x), around)
+    total = t.op("Add", t.op("Mul", squares, alpha / size), float(bias))
+    direct = t.op("Mul", dy, t.op("Pow", total, float(-beta)))
+    through = gathered(t.op("Div", t.op("Mul", dy, y), total), np.ascontiguousarray(around.T))
+    yield x, t.op("Sub", direct, t.op("Mul", t.op("Mul", x, through), 2 * alpha * beta / size))
+
+
+def _lp_normalization(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    """y = x / |x|_p: dx = (dy - d|x|_p / dx sum(dy y)) / |x|_p; where the norm is 0 there is no gradient."""
+    x, at = node.input[0], attributes(node)
+    axis, power = at.get("axis", -1), at.get("p", 2)
+    norm = t.op("ReduceL1" if power == 1 else "ReduceL2", x, [axis], keepdims=1)
+    norm = t.op("Add", norm, t.op("Sub", t.array(1.0, x), step(t, norm)))
+    along = t.op("ReduceSum", t.op("Mul", dy, y), [axis], keepdims=1)
+    slope = t.op("Sign", x) if power == 1 else y
+    yield x, t.op("Div", t.op("Sub", dy, t.op("Mul", slope, along)), norm)
+
+
 def _by_channel(t: Tape, x: str, values: np.ndarray) -> np.ndarray:
     """Shape one value for each channel so that it broadcasts over x, [N, C, ...]."""
     return values.reshape(-1, *[1] * (t.rank(x) - 2))
@@ -93,6 +127,8 @@ RULES: dict[str, Rule] = {
     "GroupNormalization": _group_normalization,
     "InstanceNormalization": _instance_normalization,
     "LayerNormalization": _layer_normalization,
+    "LRN": _local_response,
     "LogSoftmax": _log_softmax,
+    "LpNormalization": _lp_normalization,
     "Softmax": _softmax,
 }

@@ -215,6 +215,11 @@ def _neg(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     yield node.input[0], t.op("Neg", dy)
 
 
+def _mod(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    """A remainder grows as what is divided; a divisor that changes with the image has no rule."""
+    yield node.input[0], unbroadcast(t, dy, node.input[0], y)
+
+
 def _where(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     condition, a, b = node.input
     chosen = t.op("Cast", condition, to=t.type(y))
@@ -274,6 +279,7 @@ RULES: dict[str, Rule] = {
     "Div": _div,
     "Dropout": _dropout,
     "Identity": _identity,
+    "Mod": _mod,
     "Mul": _mul,
     "Neg": _neg,
     "Sub": _sub,

@@ -1,4 +1,4 @@
-"""Gradients of pooling: MaxPool, AveragePool, their global forms and ReduceMax.
+"""Gradients of pooling: MaxPool, AveragePool, LpPool, their global forms, ReduceMax and ReduceMin.
 
 A pooling window is the product of its axes: pooling along the columns and then along the rows gives the same
 maximum or mean. So is its gradient, and every rule here works on one axis at a time.
@@ -15,9 +15,9 @@ from functools import reduce
 import numpy as np
 import onnx
 
-from export.gradient.rules.layout import axes_of, kept, spread
 from export.gradient.rules.linear import Axis, sliding
-from export.gradient.rules.pointwise import Pairs, Rule
+from export.gradient.rules.pointwise import Pairs, Rule, step
+from export.gradient.rules.reductions import axes_of, kept, spread
 from export.gradient.tape import Tape
 from export.graph import attributes
 
@@ -170,6 +170,37 @@ def _counts(axis: Axis, include_pad: bool) -> np.ndarray:
     return ((position >= low) & (position < high)).sum(1)
 
 
+def _lp_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    """y = (sum |x|^p)^(1/p): dx = sign(x) |x|^(p - 1) times the sum of dy y^(1 - p) of the windows around x."""
+    x, at = node.input[0], attributes(node)
+    axes, power = sliding(t, node, at["kernel_shape"]), at.get("p", 2)
+    dy, shape = _by_norm(t, y, dy, power), _open_batch(t, y)
+    for i, axis in enumerate(axes, 2):
+        dy = _placed(t, [dy] * axis.kernel, shape, i, axis)
+        shape[i] = axis.size
+    yield x, t.op("Mul", dy, _slope_of_power(t, x, power))
+
+
+def _global_lp_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
+    x, power = node.input[0], attributes(node).get("p", 2)
+    share = spread(t, _by_norm(t, y, dy, power), x, list(range(2, t.rank(x))))
+    yield x, t.op("Mul", share, _slope_of_power(t, x, power))
+
+
+def _by_norm(t: Tape, y: str, dy: str, power: int) -> str:
+    """Return dy y^(1 - p); where a norm y is 0, dy as it is: what it is multiplied by is 0 there."""
+    norm = t.op("Add", y, t.op("Sub", t.array(1.0, y), step(t, y)))
+    return t.op("Mul", dy, t.op("Pow", norm, float(1 - power)))
+
+
+def _slope_of_power(t: Tape, x: str, power: int) -> str:
+    """Return sign(x) |x|^(p - 1)."""
+    if power == 2:
+        return x
+    sign = t.op("Sign", x)
+    return sign if power == 1 else t.op("Mul", sign, t.op("Pow", t.op("Abs", x), float(power - 1)))
+
+
 def _global_average_pool(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     x = node.input[0]
     axes = list(range(2, t.rank(x)))
@@ -213,7 +244,9 @@ def _open_batch(t: Tape, y: str) -> list[int]:
 RULES: dict[str, Rule] = {
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average_pool,
+    "GlobalLpPool": _global_lp_pool,
     "GlobalMaxPool": _global_max_pool,
+    "LpPool": _lp_pool,
     "MaxPool": _max_pool,
     "ReduceMax": _reduce_max,
     "ReduceMin": _reduce_min,
