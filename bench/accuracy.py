@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.against:
         print(f"differently  {found.differing:6,}     images of {n:,}, from {options.against}")
     if len(classes) == 2:
-        of_class = f"of {classes[1]}"
+        of_class = f"of {command.printable(classes[1])}"
         negative, positive = (100 * row[i] / max(row.sum(), 1) for i, row in enumerate(scores.confusion))
         print(f"sensitivity  {positive:6.2f} %   {of_class}")
         print(f"specificity  {negative:6.2f} %   {of_class}")
@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _table(confusion: np.ndarray, classes: tuple[str, ...]) -> str:
     width = max(5, len(str(confusion.max())) + 1)
+    classes = tuple(map(command.printable, classes))
     names = max(len(name) for name in classes)
     head = " " * (names + 2) + "".join(f"{name[: width - 1]:>{width}}" for name in classes)
     rows = [

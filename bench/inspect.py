@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"model": options.model, "engine": engine, "manifest": json.loads(manifest.to_json()),
                           **asdict(found)}))  # fmt: skip
         return
-    print(_text(options.model, engine, manifest, found))
+    print(*map(command.printable, _text(options.model, engine, manifest, found).splitlines()), sep="\n")
 
 
 def _text(name: str, engine: str, manifest: Manifest, found: Contents) -> str:

@@ -125,10 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     failed += 1
                     continue
                 times.add(1000 * (time.perf_counter() - began))
-                print(
-                    f"{name:24}  {prediction.label:16} {prediction.probability:6.1%}  {times.last_ms:8.2f} ms",
-                    flush=True,
-                )
+                label = command.printable(prediction.label)
+                print(f"{name:24}  {label:16} {prediction.probability:6.1%}  {times.last_ms:8.2f} ms", flush=True)
         finally:  # also when the camera is gone
             if times.count:
                 print(times)

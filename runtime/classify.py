@@ -16,7 +16,7 @@ from runtime import command
 from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import FileError, ImageError, OptionError
-from runtime.images import folders_in, list_images, load_image
+from runtime.images import MAX_PIXELS, folders_in, list_images, load_image
 from runtime.manifest import CAM_METHODS
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
+                        help=f"refuse an image of more (default: {MAX_PIXELS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
     parser.add_argument("--explain-method", "--method", dest="method", choices=(*METHODS, *CAM_METHODS),
@@ -51,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise OptionError(f"--top {options.top}: expected a whole number from 1")
     paths = list_images(options.images)
     for folder in folders_in(options.images):
+        name = command.printable(str(folder))
         print(
-            f"note: {folder}: a folder in a folder is not looked into; name it to have it classified",
+            f"note: {name}: a folder in a folder is not looked into; name it to have it classified",
             file=sys.stderr,
         )
     pictures = _pictures(options, paths)
@@ -60,22 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache
     ) as classifier:
-        width = max(len(str(path)) for path in paths)
+        names = {path: command.printable(str(path)) for path in paths}
+        width = max(map(len, names.values()))
         for path in paths:
             try:
-                image = load_image(path)
+                image = load_image(path, max_pixels=options.max_pixels)
                 (prediction,) = classifier.predict([image], top_k=options.top)
                 if options.explain:
                     classifier.explain(image, method=options.method, layer=options.layer).save(pictures[path])
             except (FileError, ImageError) as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {command.printable(str(error))}", file=sys.stderr)
                 failed += 1
                 continue
             if options.json:
                 print(json.dumps({"image": str(path), "label": prediction.label, "index": prediction.index,
                                   "probability": prediction.probability, "top": prediction.top}))  # fmt: skip
             else:
-                print(f"{path!s:{width}}  {'  '.join(f'{label} {p:6.1%}' for label, p in prediction.top)}")
+                top = "  ".join(f"{command.printable(label)} {p:6.1%}" for label, p in prediction.top)
+                print(f"{names[path]:{width}}  {top}")
     return command.USER_ERROR if failed else 0
 
 

@@ -9,11 +9,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import NoReturn, TypeVar
+from unicodedata import category
 
 from runtime.errors import ClearpactError, OptionError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+# Unicode's categories of control characters, lone surrogates, and ends of lines and paragraphs.
+_STEERING = ("Cc", "Cs", "Zl", "Zp")
+# Embeddings, overrides and isolates of the direction: they can make one name look like another.
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 T = TypeVar("T")
 
@@ -64,7 +70,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         sys.stdout.flush()
     except ClearpactError as error:
         status("")
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -74,6 +80,17 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     raise SystemExit(code)
+
+
+def printable(text: str) -> str:
+    """Return a text from a file, such as a class's name, for a terminal: what would steer one becomes an escape.
+
+    Control characters, line ends and what turns the direction of writing are escaped as Python writes them.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode() if category(char) in _STEERING or char in _TURNING else char
+        for char in text
+    )
 
 
 def status(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,38 @@ _BEGINNINGS = (
 _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 # Folders that systems make beside images, for their own copies of them.
 _SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
-# Pillow's names of what shows an image upright that has this EXIF orientation.
-_UPRIGHT = {
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-    8: "ROTATE_90",
-}  # fmt: skip
+# What is read: no other kind that Pillow knows, some of which start programs. It knows the first ones without
+# loading its plugins; of the others those that are there count.
+_FIRST_KINDS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM")
+_MORE_KINDS = ("WEBP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL", "TGA", "ICO", "PCX")
+MAX_PIXELS = 50_000_000
+_STRIP_PIXELS = 2**20  # converted at a time, so that no second copy of a large image is made
+# EXIF orientation -> where the pixels as they are stored lie in the image that stands upright.
+_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
 _ORIENTATION = 0x0112
 
 # ITU-R BT.601 luma in 16-bit fixed point, as in Pillow's convert("L").
 _LUMA = np.array([19595, 38470, 7471], dtype=np.int64)
 
 
-def load_image(path: str | os.PathLike[str]) -> np.ndarray:
+def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read an image file as uint8, [H, W] if grey, otherwise [H, W, 3] RGB.
 
+    Args:
+        path: of a PNG, JPEG, GIF, BMP, PNM, WebP, TIFF, JPEG 2000, AVIF, HEIF, JPEG XL, TGA, ICO or PCX file, as
+            far as Pillow and its plugins read them.
+        max_pixels: an image of more is refused before it is decoded: a small file can hold gigabytes.
+
     Raises:
-        FileError: missing, or not an image that Pillow can read; nothing else, whatever the file holds.
+        FileError: missing, too large, or not an image that Pillow can read; nothing else, whatever the file holds.
         OptionError: Pillow is not installed.
     """
     try:
@@ -50,12 +67,16 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise OptionError("reading image files needs Pillow; pip install 'clearpact[tools]'") from None
     path = Path(path)
     try:
-        with Image.open(path) as image:
-            return _pixels(image)
+        with _opened(path) as image:
+            return _pixels(image, max_pixels)
     except ImageError as error:
         raise FileError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; check the path") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise FileError(
+            f"{path}: has more pixels than Pillow takes ({Image.MAX_IMAGE_PIXELS:,}); make it smaller"
+        ) from None
     except Exception as error:  # Pillow's plugins let anything through that a damaged file makes them do
         unidentified = isinstance(error, Image.UnidentifiedImageError)
         reason = "not an image file" if unidentified else getattr(error, "strerror", None) or _said(error)
@@ -116,18 +137,19 @@ def folders_in(paths: list[str]) -> list[Path]:
     return [inside for path in map(Path, paths) if path.is_dir() for inside in _entries(path) if inside.is_dir()]
 
 
-def to_array(image: Any) -> np.ndarray:
+def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return as an array what an app holds as its image or images.
 
     Args:
         image: an array or what numpy makes one of, or a PIL image, which comes upright, as grey or RGB.
+        max_pixels: a PIL image of more is refused.
 
     Raises:
-        ImageError: nothing, a text, or what numpy cannot make an array of.
+        ImageError: nothing, a text, a PIL image that is too large, or what numpy cannot make an array of.
     """
     if hasattr(image, "getbands"):  # a PIL image, known without Pillow
         try:
-            return _pixels(image)
+            return _pixels(image, max_pixels)
         except ImageError as error:
             raise ImageError(f"PIL image: {error}") from None
         except Exception as error:
@@ -201,22 +223,42 @@ def _entries(folder: Path) -> list[Path]:
         raise FileError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
 
 
-def _pixels(image: Any) -> np.ndarray:
+def _opened(path: Path) -> Any:
+    """Return a file as a PIL image that is not decoded yet."""
+    from PIL import Image
+
+    try:
+        return Image.open(path, formats=_FIRST_KINDS)
+    except Image.UnidentifiedImageError:
+        Image.init()
+        return Image.open(path, formats=[kind for kind in _MORE_KINDS if kind in Image.OPEN])
+
+
+def _pixels(image: Any, max_pixels: int) -> np.ndarray:
     """Return a PIL image, upright, as uint8 [H, W] if grey, otherwise as RGB [H, W, 3]."""
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"has {image.height}x{image.width} pixels, expected at most {max_pixels:,} together; make it smaller, "
+            "or allow more with max_pixels"
+        )
     if image.mode[0] in "IF":  # converting these to 8 bits would clip them, not scale them
         raise ImageError(f"has {image.mode} pixels, expected 8 bits a channel; convert it to 8 bits")
     image.load()
+    width, height = image.size
+    if not width * height:
+        raise ImageError(f"is of {height}x{width} pixels, expected some; save it again")
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+        orientation = image.getexif().get(_ORIENTATION)
+        stored = _STORED.get(orientation)
     except Exception:  # the pixels are whole though what is said about them is not
-        turn = None
-    if turn is not None:
-        from PIL import Image
-
-        image = image.transpose(Image.Transpose[turn])
-    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    if 0 in pixels.shape:
-        raise ImageError(f"is of {image.height}x{image.width} pixels, expected some; save it again")
+        stored = None
+    size = (width, height) if stored is not None and orientation >= 5 else (height, width)
+    pixels = np.empty(size if image.mode == "L" else (*size, 3), np.uint8)
+    target = pixels if stored is None else stored(pixels)
+    lines = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, lines):
+        strip = image.crop((0, top, width, min(top + lines, height)))
+        target[top : top + lines] = np.asarray(strip if image.mode == "L" else strip.convert("RGB"))
     return pixels
 
 

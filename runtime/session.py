@@ -92,7 +92,7 @@ def open_session(
         FileError: the file cannot be read, or `cache` is no folder.
         ModelError: it is no ONNX file, is truncated, or has no manifest; a plan is not for this machine.
         EngineError: the engine is not installed, or the device is not there.
-        OptionError: no such engine, fewer than one thread, or a `cache` that every user may write to.
+        OptionError: no such engine, fewer than one thread, or a `cache` that others may write to.
     """
     if not isinstance(model, bytes) and Path(model).suffix == PLAN_SUFFIX:
         if engine not in (None, PLAN_ENGINE):

@@ -202,3 +202,33 @@ def test_folders_in_a_folder_are_named_since_they_are_not_looked_into(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
     assert err == f"note: {photos}/more: a folder in a folder is not looked into; name it to have it classified\n"
+
+
+def test_a_class_or_file_whose_name_steers_the_terminal_is_written_as_escapes(
+    digits_models: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(digits_models["ort"])
+    (entry,) = (entry for entry in model.metadata_props if entry.key == "clearpact")
+    values = json.loads(entry.value)
+    names = ["\x1b]0;taken\x07", "\x9b2J", "no\rgood\n", "\u202egnp", "日本", "नमस्ते"]
+    values["classes"] = [*names, *map(str, range(len(values["classes"]) - len(names)))]
+    entry.value = json.dumps(values)
+    onnx.save(model, tmp_path / "steering.onnx")
+    (photos / "0.png").rename(photos / "\x1b[2J.png")
+    (photos / "\x1b[0m.png").write_bytes(b"no pixels")
+    assert main([str(tmp_path / "steering.onnx"), str(photos), "--top", "10"]) == USER_ERROR
+    out, err = capsys.readouterr()
+    for text in ("\\x1b]0;taken\\x07", "\\x9b2J", "no\\rgood\\n", "\\u202egnp", "日本", "नमस्ते", "\\x1b[2J.png"):
+        assert text in out
+    assert not any(char in out + err for char in "\x1b\x07\x9b\r\u202e")
+    assert len(out.splitlines()) == 5
+    assert err.startswith(f"error: {photos}/\\x1b[0m.png: cannot be read as an image")
+
+
+def test_an_image_of_more_pixels_than_asked_for_is_passed_over(
+    digits_models: dict[str, Path], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(digits_models["ort"]), str(photos), "--max-pixels", "500"]) == USER_ERROR
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4
+    assert err.startswith(f"error: {photos}/4.png: has 24x24 pixels, expected at most 500 together")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,57 @@ def test_a_file_and_a_folder_of_everybody_are_refused(digits_models: dict[str, P
         Classifier(digits_models["openvino"], cache=file)
     with pytest.raises(OptionError, match=f"^cache {folder}: every user may write to it, expected a folder of"):
         Classifier(digits_models["openvino"], cache=folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "who"), [(0o777, "every user"), (0o757, "every user"), (0o775, "a group"), (0o1777, "every user")]
+)
+@pytest.mark.parametrize("above", [False, True], ids=["itself", "above"])
+def test_a_folder_that_others_can_fill_is_refused(tmp_path: Path, mode: int, who: str, above: bool) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    os.chown(place, -1, 12345) if os.geteuid() == 0 else None
+    place.chmod(mode)
+    folder = place / "cache" if above else place
+    if above and mode & 0o1000:  # as /tmp: what lies in it is its owner's
+        CompiledCache(folder).store("key", b"contents")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        return
+    if who == "a group" and os.geteuid() != 0:
+        pytest.skip("only root can give a folder to a group that it is not in")
+    with pytest.raises(OptionError, match=f"^cache {folder}: {who} may write to {place if above else 'it'}, exp"):
+        CompiledCache(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_folder_of_another_user_is_refused_also_where_it_appears_later(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / "cache")
+    (tmp_path / "cache").mkdir(mode=0o700)
+    os.chown(tmp_path / "cache", 12345, -1)
+    for use in (lambda: cache.load("key"), lambda: cache.store("key", b"contents")):
+        with pytest.raises(OptionError, match=f"^cache {tmp_path}/cache: it belongs to another user, expected"):
+            use()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_link_is_followed_to_the_folder_that_counts(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    with pytest.raises(OptionError, match=f"^cache {tmp_path}/link: every user may write to it"):
+        CompiledCache(tmp_path / "link")
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path, max_bytes=3500)
+    for age, name in enumerate(("a", "b", "c")):
+        cache.store(name, bytes(1000))
+        os.utime(tmp_path / f"{name}{SUFFIX}", (age, age))
+    assert cache.load("a")  # now the one that was used last
+    cache.store("d", bytes(1000))
+    assert [bool(cache.load(name)) for name in "abcd"] == [True, False, True, True]
+    cache.store("large", bytes(5000))
+    assert [path.name for path in tmp_path.iterdir()] == [f"large{SUFFIX}"]
 
 
 def test_onnx_runtime_does_without(digits_models: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -153,3 +154,55 @@ def test_hidden_files_are_no_images_and_folders_are_named(tmp_path: Path) -> Non
     assert [p.name for p in list_images([str(tmp_path)])] == ["b", "photo.png"]
     assert folders_in([str(tmp_path), str(tmp_path / "photo.png")]) == [tmp_path / "cats"]
     assert [is_hidden(name) for name in ("_background", "__MACOSX", ".git", "a")] == [False, True, True, False]
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (10_000, 5_001)).save(path)
+    assert path.stat().st_size < 10_000
+    message = r"has 5001x10000 pixels, expected at most 50,000,000 together; make it smaller, or allow more with"
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match=f"^{path}: {message} max_pixels$"):
+            load_image(path)
+        with Image.open(path) as image, pytest.raises(ImageError, match=f"^PIL image: {message}"):
+            to_array(image)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**20
+    assert load_image(path, max_pixels=10_000 * 5_001).shape == (5_001, 10_000, 3)
+
+
+@pytest.mark.parametrize("side", [9_600, 13_500])  # Pillow warns of the first and refuses the second
+def test_what_pillow_finds_too_large_is_our_error(side: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+    with pytest.raises(FileError, match=f"^{tmp_path}/bomb.png: has more pixels than Pillow takes"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_a_large_photograph_is_held_once(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(size=(3000, 2000)).save(tmp_path / "photo.jpg", exif=exif)
+    load_image(tmp_path / "photo.jpg")
+    tracemalloc.start()  # Pillow's own memory, 24 MB, is not counted
+    try:
+        found = load_image(tmp_path / "photo.jpg")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (3000, 2000, 3)
+    assert found.flags.c_contiguous
+    assert peak_bytes < 1.7 * found.nbytes
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "SGI", "XBM", "MSP", "DDS", "SPIDER"])
+def test_kinds_that_cameras_and_scanners_do_not_write_are_not_tried(kind: str, tmp_path: Path) -> None:
+    picture("F" if kind == "SPIDER" else "1" if kind in ("XBM", "MSP") else "RGB").save(
+        tmp_path / "photo.png", kind
+    )
+    with pytest.raises(FileError, match=r"cannot be read as an image \(not an image file\)"):
+        load_image(tmp_path / "photo.png")
