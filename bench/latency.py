@@ -21,12 +21,11 @@ from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.record import append
 from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
 from runtime import Classifier, command
-from runtime.engines.tensorrt import session as tensorrt_session
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.outputs import check_outputs
-from runtime.session import ENGINES, PLAN_SUFFIX, Session, open_session
+from runtime.session import ENGINES, Session, is_plan, open_session
 
 EXAMPLES = """
   python -m bench.latency model.onnx
@@ -265,9 +264,10 @@ def _cold_start(model: str, session: Session, threads: int | None, starts: int =
 
 
 def _open(options: argparse.Namespace) -> Session:
-    if Path(options.model).suffix == PLAN_SUFFIX and options.engine is None:
-        return tensorrt_session.open(options.model, device=options.device or "cuda", spin=options.spin)
-    return open_session(options.model, engine=options.engine, device=options.device, threads=options.threads)
+    return open_session(
+        options.model, engine=options.engine, device=options.device, threads=options.threads,
+        options={"spin": options.spin} if is_plan(options.model) else None,
+    )  # fmt: skip
 
 
 def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Stage three: class and explanation on the device, with numpy and one inference engine."""
 
+from runtime.batching import Batching
 from runtime.classifier import Classifier, Prediction
 from runtime.errors import ClearpactError
 from runtime.explanation import Explanation
 
-__all__ = ["Classifier", "ClearpactError", "Explanation", "Prediction"]
+__all__ = ["Batching", "Classifier", "ClearpactError", "Explanation", "Prediction"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, overload
@@ -13,7 +15,8 @@ import numpy as np
 
 from runtime import command
 from runtime.attribution import METHODS, attribute
-from runtime.errors import ImageError, ModelError, OptionError
+from runtime.batching import Batching, MicroBatcher
+from runtime.errors import EngineError, ImageError, ModelError, OptionError
 from runtime.explanation import Explanation, explanation
 from runtime.images import to_array, to_batch
 from runtime.manifest import CAM_METHODS, INPUT_NAME, TARGET_NAME, CamOutput, Manifest
@@ -56,6 +59,10 @@ class Classifier:
             time; None keeps nothing. See `runtime.session.open_session`.
         stream: for a plan, the app's CUDA stream, where all work is then enqueued.
         context: for a plan, the app's PyCUDA context, in which all work is then done.
+        providers: of ONNX Runtime, in place of `device`; see `runtime.session.open_session`.
+        options: of the engine, by its own names; see `runtime.session.open_session`.
+        sidecar: of a plan that is given as its contents; see `runtime.session.open_session`.
+        batching: how `submit` puts images together.
 
     Raises:
         ClearpactError: see `runtime.session.open_session`.
@@ -72,20 +79,44 @@ class Classifier:
         cache: str | os.PathLike[str] | None = None,
         stream: Any = None,
         context: Any = None,
+        providers: Sequence[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        sidecar: str | os.PathLike[str] | bytes | None = None,
+        batching: Batching | None = None,
     ) -> None:
-        self.session: Session = open_session(
+        session = open_session(
             model, engine=engine, device=device, threads=threads, parallel_runs=parallel_runs, cache=cache,
-            stream=stream, context=context,
+            stream=stream, context=context, providers=providers, options=options, sidecar=sidecar,
         )  # fmt: skip
-        self._max_batch = min(MAX_BATCH, self.session.max_batch or MAX_BATCH)
+        self._use(session, batching)
+
+    def _use(self, session: Session, batching: Batching | None) -> None:
+        self.session = session
+        self._max_batch = min(MAX_BATCH, session.max_batch or MAX_BATCH)
+        batching = batching or Batching(max_batch=min(Batching().max_batch, self._max_batch))
+        if batching.max_batch > self._max_batch:
+            raise OptionError(
+                f"max_batch {batching.max_batch}: the model takes {self._max_batch} images at a time"
+            )
+        self._batching = batching
+        self._batcher: MicroBatcher | None = None
+        self._lock = threading.Lock()
+        self._closed = False
 
     @classmethod
-    def on(cls, session: Session) -> Classifier:
+    def on(cls, session: Session, *, batching: Batching | None = None) -> Classifier:
         """Return a classifier on a session that is open; closing it closes the session."""
         made = cls.__new__(cls)
-        made.session = session
-        made._max_batch = min(MAX_BATCH, session.max_batch or MAX_BATCH)
+        made._use(session, batching)
         return made
+
+    def __repr__(self) -> str:
+        manifest, session = self.manifest, self.session
+        shape = "x".join(map(str, (*manifest.input.size, manifest.input.channels)))
+        return (
+            f"<Classifier: {manifest.arch}, {manifest.precision}, {shape} -> {len(manifest.classes)} classes, "
+            f"{session.engine} {session.version} on {session.device}{', closed' if self._closed else ''}>"
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -93,16 +124,18 @@ class Classifier:
         return self.session.manifest
 
     @overload
-    def predict(self, images: np.ndarray, *, top_k: int = 3) -> Prediction | list[Prediction]: ...
+    def predict(self, images: str | os.PathLike[str], *, top_k: int = 3) -> Prediction: ...
     @overload
-    def predict(self, images: list[np.ndarray], *, top_k: int = 3) -> list[Prediction]: ...
-    def predict(self, images: np.ndarray | list[np.ndarray], *, top_k: int = 3) -> Prediction | list[Prediction]:
+    def predict(self, images: list[Any], *, top_k: int = 3) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Any, *, top_k: int = 3) -> Prediction | list[Prediction]: ...
+    def predict(self, images: Any, *, top_k: int = 3) -> Prediction | list[Prediction]:
         """Classify one image or several.
 
         Args:
             images: uint8, one image [H, W] or [H, W, C], a batch [N, H, W, C], or a list of single images of any
                 sizes; grey or RGB (OpenCV gives BGR: turn its frames with frame[:, :, ::-1]), or PIL images.
-                They are converted and resized to what the model takes.
+                Or the path of an image file. They are converted and resized to what the model takes.
             top_k: how many classes `Prediction.top` lists.
 
         Returns:
@@ -110,10 +143,10 @@ class Classifier:
 
         Raises:
             ImageError: an image has a dtype, shape or size the model cannot take.
+            FileError: a file is missing or no image.
             ModelError: the model gives logits that are not finite.
         """
-        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise OptionError(f"top_k {top_k!r}: expected a whole number from 1")
+        _check_top_k(top_k)
         if not isinstance(images, (list, tuple)):
             images = to_array(images)
         predictions = [_prediction(row, self.manifest.classes, top_k) for row in self.logits(images)]
@@ -121,7 +154,7 @@ class Classifier:
 
     def explain(
         self,
-        images: np.ndarray,
+        images: Any,
         target: int | Sequence[int] | np.ndarray | None = None,
         *,
         method: str | None = None,
@@ -136,7 +169,7 @@ class Classifier:
         """Explain why images are, or would be, put into a class.
 
         Args:
-            images: one image, a batch, or a list of images of one size, as for `predict`.
+            images: one image, a batch, or a list of images of one size, as for `predict`; paths too.
             target: the class to explain, one for all images or one each; None explains the predicted class.
             method: one of runtime.attribution.METHODS, or of runtime.manifest.CAM_METHODS, whose maps the file
                 must have; None takes the gradient where the file has it, else the first map that it has.
@@ -176,6 +209,57 @@ class Classifier:
             single=_is_single(images), cropped=self.manifest.input.resize == "crop", size=self.manifest.input.size,
         )  # fmt: skip
 
+    def submit(self, image: Any, *, top_k: int = 3) -> Future[Prediction]:
+        """Classify one image in the background, together with others that are submitted at about the same time.
+
+        Safe from any number of threads; a web server awaits `asyncio.wrap_future(classifier.submit(image))`.
+
+        Args:
+            image: one image, as for `predict`; it is resized in the calling thread.
+            top_k: how many classes `Prediction.top` lists.
+
+        Returns:
+            The future prediction; the errors of the run are raised by its `result()`.
+
+        Raises:
+            ImageError: it is no image that the model can take, or several.
+            EngineError: the classifier is closed.
+        """
+        _check_top_k(top_k)
+        (pixels,) = _singles([image])
+        batch = to_batch(pixels, self.manifest.input)
+        with self._lock:
+            if self._closed:
+                raise EngineError("the model is closed; open it again")
+            if self._batcher is None:
+                # Of the session, not of this object, which may then go although the thread still runs.
+                self._batcher = MicroBatcher(functools.partial(_logits, self.session), self._batching)
+            batcher = self._batcher
+        classes = self.manifest.classes
+        return batcher.submit(batch, lambda row: _prediction(finite(row[None])[0], classes, top_k))
+
+    def warm_up(self, batch: int | Sequence[int] | None = None, *, explain: bool = False) -> None:
+        """Compile and run the model on black images, so that the first frame takes no longer than the others.
+
+        Args:
+            batch: numbers of images in one run; None takes one, and the sizes that `submit` uses once it was used.
+            explain: also for `explain`.
+
+        Raises:
+            ModelError: `explain`, and the model gives classes only.
+            OptionError: a number of images that the model does not take at a time.
+        """
+        if batch is None:
+            batch = self._batching.ladder() if self._batcher else 1
+        expected = self.manifest.input
+        for n in np.atleast_1d(np.asarray(batch)):
+            if n.dtype.kind not in "iu" or not 1 <= n <= self._max_batch:
+                raise OptionError(f"batch {n}: expected whole numbers from 1 to {self._max_batch}")
+            images = np.zeros((int(n), *expected.size, expected.channels), np.uint8)
+            _logits(self.session, images)
+            if explain:
+                self.explain(images)
+
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""
         if isinstance(images, (list, tuple)):
@@ -184,7 +268,7 @@ class Classifier:
             batch = to_batch(images, self.manifest.input)
         size = self._max_batch
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return finite(np.concatenate([self.session.run({INPUT_NAME: part})["logits"] for part in parts]))
+        return finite(np.concatenate([_logits(self.session, part) for part in parts]))
 
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
@@ -243,7 +327,11 @@ class Classifier:
         return np.broadcast_to(classes.astype(np.int64), (n,)).copy()
 
     def close(self) -> None:
-        """Free the model."""
+        """Finish what was submitted, and free the model."""
+        with self._lock:
+            self._closed = True
+        if self._batcher is not None:
+            self._batcher.close()
         self.session.close()
 
     def __enter__(self) -> Classifier:
@@ -271,6 +359,15 @@ def finite(logits: np.ndarray) -> np.ndarray:
             "images); its weights are damaged or it overflows: train or export it again"
         )
     return logits
+
+
+def _logits(session: Session, images: np.ndarray) -> np.ndarray:
+    return session.run({INPUT_NAME: images})["logits"]
+
+
+def _check_top_k(top_k: object) -> None:
+    if not isinstance(top_k, (int, np.integer)) or top_k < 1:
+        raise OptionError(f"top_k {top_k!r}: expected a whole number from 1")
 
 
 def _prediction(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> Prediction:

@@ -141,11 +141,13 @@ def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return as an array what an app holds as its image or images.
 
     Args:
-        image: an array or what numpy makes one of, or a PIL image, which comes upright, as grey or RGB.
-        max_pixels: a PIL image of more is refused.
+        image: an array or what numpy makes one of, the path of a file, which is read with `load_image`, or a PIL
+            image, which comes upright, as grey or RGB.
+        max_pixels: a file or PIL image of more is refused.
 
     Raises:
-        ImageError: nothing, a text, a PIL image that is too large, or what numpy cannot make an array of.
+        FileError: there is no such file, or it is no image.
+        ImageError: nothing, bytes, a PIL image that is too large, or what numpy cannot make an array of.
     """
     if hasattr(image, "getbands"):  # a PIL image, known without Pillow
         try:
@@ -156,8 +158,12 @@ def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             raise ImageError(f"PIL image: cannot be read ({_said(error)}); convert it to RGB") from None
     if image is None:
         raise ImageError("None instead of an image: there is no frame; check the camera or what read the file")
-    if isinstance(image, (str, bytes, os.PathLike)):
-        raise ImageError(f"{image!r} instead of pixels; read a file with runtime.images.load_image")
+    if isinstance(image, (str, os.PathLike)):
+        return load_image(image, max_pixels=max_pixels)
+    if isinstance(image, bytes):
+        raise ImageError(
+            f"{len(image)} bytes instead of pixels; give the path of a file, or PIL.Image.open of them"
+        )
     try:
         return np.asarray(image)
     except Exception as error:

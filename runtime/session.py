@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ ENGINES = {
 }
 # TensorRT runs plans only, and plans run on nothing else.
 PLAN_ENGINE = "tensorrt"
-PLAN_SUFFIX = ".plan"
+PLAN_OPTIONS = ("graphs", "spin")
+PLAN_SUFFIXES = (".plan", ".engine")
 
 
 class Session(Protocol):
@@ -70,35 +71,46 @@ def open_session(
     cache: str | os.PathLike[str] | None = None,
     stream: Any = None,
     context: Any = None,
+    providers: Sequence[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    sidecar: str | os.PathLike[str] | bytes | None = None,
 ) -> Session:
     """Load an exported model.
 
     Args:
         model: path or contents of an ONNX file that `python -m export.onnx` wrote, or path of a plan that
-            `python -m export.engine` built.
+            `python -m export.engine` built (`.plan` or `.engine`), or its contents with `sidecar`.
         engine: one of ENGINES; None takes the one the file was lowered for where it is installed, otherwise the
             first that is. A plan has one engine only.
         device: another device of the engine than the first: "gpu", "npu" on OpenVINO; "cuda", "tensorrt" on ONNX
-            Runtime; "cuda:1" for a plan. None is "cpu", and "cuda" for a plan.
+            Runtime, "cuda:1" for the second GPU; "cuda:1" for a plan. None is "cpu", and "cuda" for a plan.
         threads: CPU threads of one inference; None leaves the number to the engine.
         parallel_runs: of several threads that call at the same time, so many are served at once by OpenVINO on the
             CPU, each on `threads` (1 where that is None); others wait. ONNX Runtime and plans serve all of them.
         cache: folder of your own where compiled models are kept (see engines/compiled_cache.py), so that the same
-            model starts faster the next time. OpenVINO on the CPU uses it; the others do without.
+            model starts faster the next time. OpenVINO on the CPU and ONNX Runtime on TensorRT use it; the others
+            do without.
         stream: for a plan, the app's CUDA stream (PyCUDA, CuPy, PyTorch, cuda.core, or its handle).
         context: for a plan, the app's PyCUDA context.
+        providers: of ONNX Runtime, in place of `device`: its names, or (name, options), the first that takes an
+            operator runs it.
+        options: of the engine, by its own names: properties of OpenVINO's device, options of ONNX Runtime's
+            provider, `graphs` and `spin` of a plan (see `runtime.engines.tensorrt.session.open`).
+        sidecar: contents or path of a plan's sidecar, where it does not lie beside the plan.
 
     Raises:
         FileError: the file cannot be read, or `cache` is no folder.
         ModelError: it is no ONNX file, is truncated, or has no manifest; a plan is not for this machine.
-        EngineError: the engine is not installed, or the device is not there.
+        EngineError: the engine is not installed, the device is not there, or does not compile the model.
         OptionError: no such engine, fewer than one thread, or a `cache` that others may write to.
     """
-    if not isinstance(model, bytes) and Path(model).suffix == PLAN_SUFFIX:
-        if engine not in (None, PLAN_ENGINE):
-            raise OptionError(f"engine {engine!r}: {model} is a TensorRT plan; leave the engine out")
+    if sidecar is not None or is_plan(model):
+        if engine not in (None, PLAN_ENGINE) or providers is not None:
+            name = "model bytes" if isinstance(model, bytes) else model
+            given = "providers" if providers is not None else f"engine {engine!r}"
+            raise OptionError(f"{given}: {name} is a TensorRT plan; leave the {given.split()[0]} out")
         planned: Session = importlib.import_module("runtime.engines.tensorrt.session").open(
-            model, device=device or "cuda", stream=stream, context=context
+            model, device=device or "cuda", stream=stream, context=context, sidecar=sidecar, **_known(options)
         )
         return planned
     if engine == PLAN_ENGINE:
@@ -116,13 +128,34 @@ def open_session(
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
         raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
+    more = {}
+    if providers is not None:
+        if chosen != "ort" or device is not None:
+            raise OptionError(
+                "providers are ONNX Runtime's, in place of a device; give engine='ort' and no device"
+            )
+        more["providers"] = providers
     opener = _opener(chosen, *ENGINES[chosen])
     kept = None if cache is None else CompiledCache(cache)
     session: Session = opener(
-        data, manifest, source,
-        device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs, cache=kept,
+        data, manifest, source, device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs,
+        cache=kept, options=dict(options or {}), **more,
     )  # fmt: skip
     return session
+
+
+def is_plan(model: str | os.PathLike[str] | bytes) -> bool:
+    """Return whether a model is the path of a TensorRT plan."""
+    return not isinstance(model, bytes) and Path(model).suffix.lower() in PLAN_SUFFIXES
+
+
+def _known(options: Mapping[str, Any] | None) -> dict[str, bool]:
+    """Return the options of a plan, having checked them."""
+    found = dict(options or {})
+    for name, value in found.items():
+        if name not in PLAN_OPTIONS or not isinstance(value, bool):
+            raise OptionError(f"option {name}={value!r}: a plan has {', '.join(PLAN_OPTIONS)}, True or False")
+    return found
 
 
 def _opener(engine: str, module: str, package: str, extra: str) -> Callable[..., Any]:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from runtime import Classifier, ClearpactError, Prediction
+from runtime import Batching, Classifier, ClearpactError, Prediction
 from runtime.classifier import MAX_BATCH, finite, softmax
-from runtime.errors import EngineError, ImageError, ModelError, OptionError
+from runtime.errors import EngineError, FileError, ImageError, ModelError, OptionError
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 
@@ -190,13 +194,11 @@ def test_three_planes_are_not_three_grey_images(classifier: Classifier, images: 
     ("given", "message"),
     [
         (None, "^None instead of an image: there is no frame"),
-        ("photo.png", "^'photo.png' instead of pixels; read a file with runtime.images.load_image$"),
-        (b"\x89PNG", "instead of pixels; read a file"),
-        (Path("photo.png"), "instead of pixels; read a file"),
+        (b"\x89PNG", "^4 bytes instead of pixels; give the path of a file, or PIL.Image.open of them$"),
         ([], "^an empty list of images, expected at least one$"),
         ((), "^an empty list of images, expected at least one$"),
         ([None], "^None instead of an image"),
-        (["photo.png"], "^'photo.png' instead of pixels"),
+        ([b"\x89PNG"], "^4 bytes instead of pixels"),
         ([[[1, 2], [3]]], "^list that is no array .*; give images of several sizes as a list of arrays$"),
         ([[1, 2], [3]], "dtype int64"),
         (np.array([["a", "b"]]), "^image of dtype <U1, expected uint8"),
@@ -295,3 +297,127 @@ def test_threads_are_a_number(digits_models: dict[str, Path]) -> None:
 def test_softmax_is_exact_for_logits_that_overflow_an_exponential() -> None:
     assert softmax(np.array([1000.0, 1000.0, -1000.0], np.float32)).tolist() == [0.5, 0.5, 0.0]
     assert softmax(np.log(np.array([[1.0, 3.0]]))).tolist() == [pytest.approx([0.25, 0.75], rel=1e-15)]
+
+
+@pytest.mark.parametrize("call", ["predict", "explain", "logits"])
+def test_paths_and_pil_images_are_what_they_show(
+    digits_models: dict[str, Path], images: np.ndarray, tmp_path: Path, call: str
+) -> None:
+    classifier = Classifier(digits_models["ort"])
+    path = tmp_path / "photo.png"
+    Image.fromarray(images[0, ..., 0]).save(path)
+    run = getattr(classifier, call)
+    expected = run(images[0, ..., 0])
+    for photo in (path, str(path), Image.open(path)):
+        found = run(photo)
+        found, wanted = (getattr(value, "logits", value) for value in (found, expected))
+        assert np.array_equal(found, wanted)
+    several = run([path, Image.open(path), images[0]])
+    assert len(getattr(several, "logits", several)) == 3
+    for missing in (tmp_path / "absent.png", [str(tmp_path / "absent.png")]):
+        with pytest.raises(FileError, match=r"absent\.png: no such file; check the path$"):
+            run(missing)
+
+
+def test_what_is_submitted_at_the_same_time_is_run_together_and_each_gets_its_own(
+    digits_models: dict[str, Path], images: np.ndarray
+) -> None:
+    with Classifier(digits_models["openvino"], batching=Batching(max_batch=4, max_wait_ms=500)) as classifier:
+        expected = classifier.predict(images[:11])
+        sizes: list[int] = []
+        run = classifier.session.run
+        classifier.session.run = lambda inputs, *more: sizes.append(len(inputs["image"])) or run(inputs, *more)
+        futures = [classifier.submit(image, top_k=2) for image in images[:11]]
+        found = [future.result() for future in futures]
+    assert [p.index for p in found] == [p.index for p in expected]
+    assert all(np.allclose(p.logits, e.logits, atol=1e-5) for p, e in zip(found, expected, strict=True))
+    assert all(len(p.top) == 2 for p in found)
+    assert sizes == [4, 4, 2, 1]
+
+
+def test_an_image_waits_for_others_no_longer_than_it_may(
+    digits_models: dict[str, Path], images: np.ndarray
+) -> None:
+    with Classifier(digits_models["ort"], batching=Batching(max_batch=64, max_wait_ms=50)) as classifier:
+        classifier.predict(images[0])
+        began = time.perf_counter()
+        classifier.submit(images[0]).result(timeout=30)
+        assert time.perf_counter() - began >= 0.05
+
+
+def test_errors_of_submitted_images_are_their_own(
+    digits_models: dict[str, Path], images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(digits_models["ort"], batching=Batching(max_wait_ms=300))
+    for wrong, error in ((None, ImageError), (images[:2], ImageError), ("absent.png", FileError)):
+        with pytest.raises(error):
+            classifier.submit(wrong)
+    with pytest.raises(OptionError, match=r"^top_k 0"):
+        classifier.submit(images[0], top_k=0)
+    run = classifier.session.run
+    infinite = np.zeros((3, 10), np.float32)
+    infinite[1] = np.inf
+    monkeypatch.setattr(classifier.session, "run", lambda inputs, *_: {"logits": infinite[: len(inputs["image"])]})
+    futures = [classifier.submit(image) for image in images[:3]]
+    # Two and one run: in both the second row is infinite, and the first is not.
+    assert futures[0].result().index == 0
+    with pytest.raises(ModelError, match="not finite"):
+        futures[1].result()
+    monkeypatch.setattr(classifier.session, "run", run)
+    cancelled = [classifier.submit(image) for image in images[:2]]
+    assert cancelled[0].cancel() or cancelled[0].done()
+    assert cancelled[1].result().index >= 0
+    classifier.close()
+    classifier.close()
+    with pytest.raises(EngineError, match=r"^the model is closed; open it again$"):
+        classifier.submit(images[0])
+
+
+def test_a_classifier_that_is_dropped_ends_its_thread(digits_models: dict[str, Path], images: np.ndarray) -> None:
+    classifier = Classifier(digits_models["ort"])
+    classifier.submit(images[0]).result()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "clearpact-batches")
+    del classifier
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+@given(st.integers(1, 200))
+def test_any_number_of_images_is_a_sum_of_few_sizes(most: int) -> None:
+    ladder = Batching(max_batch=most).ladder()
+    assert ladder == tuple(sorted(set(ladder), reverse=True))
+    assert (ladder[0], ladder[-1]) == (most, 1)
+    assert len(ladder) <= most.bit_length() + 1
+
+
+def test_after_warming_up_nothing_is_compiled(digits_models: dict[str, Path], images: np.ndarray) -> None:
+    classifier = Classifier(digits_models["openvino"])
+    classifier.warm_up(np.int64(2), explain=True)
+    classifier.warm_up((1, 3))
+    kept = dict(classifier.session._variants)  # type: ignore[attr-defined]
+    assert sorted(kept) == [
+        (1, ("logits",)), (2, ("logits",)), (2, ("logits", "gradient")), (3, ("logits",)),
+    ]  # fmt: skip
+    for n in (1, 2, 3):
+        classifier.predict(images[:n])
+    assert classifier.session._variants == kept  # type: ignore[attr-defined]
+    for wrong in (0, 65, 1.5, [1, 100]):
+        with pytest.raises(OptionError, match=r"^batch .*: expected whole numbers from 1 to 64$"):
+            classifier.warm_up(wrong)  # type: ignore[arg-type]
+
+
+def test_its_text_says_what_it_is(digits_models: dict[str, Path]) -> None:
+    classifier = Classifier(digits_models["openvino"])
+    version = classifier.session.version
+    assert repr(classifier) == f"<Classifier: cnn2, int8, 8x8x1 -> 10 classes, openvino {version} on cpu>"
+    classifier.close()
+    assert repr(classifier).endswith("on cpu, closed>")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_batch", 0), ("max_batch", 2.5), ("max_wait_ms", -1), ("max_wait_ms", float("nan"))]
+)
+def test_batching_refuses_what_makes_no_sense(name: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"^{name} "):
+        Batching(**{name: value})

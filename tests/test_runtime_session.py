@@ -7,15 +7,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 
 from export.deploy_form import FoldedQuantizer, deploy_form, folded_layers
 from runtime import ClearpactError
-from runtime.engines.openvino import _MAX_SHAPES
+from runtime.engines import ort
+from runtime.engines.compiled_cache import CompiledCache
+from runtime.engines.openvino import _MAX_SHAPES, float_precision
 from runtime.errors import EngineError, FileError, ModelError, OptionError
 from runtime.session import ENGINES, Session, open_session
 from train.checkpoint import Checkpoint
@@ -333,3 +337,87 @@ def test_an_engine_whose_package_is_broken_is_one_line(digits_models: dict[str, 
         "engine ort: onnxruntime is installed but cannot be loaded (libfoo.so.1: cannot open); "
         "pip install --force-reinstall 'clearpact[ort]'\n"
     )
+
+
+def test_the_engines_own_options_reach_it(digits_models: dict[str, Path], images: np.ndarray) -> None:
+    model = digits_models["openvino"]
+    expected = run(open_session(model), images[:5])
+    half = open_session(model, options={"INFERENCE_PRECISION_HINT": "bf16"})
+    (variant,) = half._variants.values()  # type: ignore[attr-defined]
+    assert variant._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "bf16"
+    assert np.allclose(run(half, images[:5]), expected, atol=0.5)
+    for providers in (["CPUExecutionProvider"], [("CPUExecutionProvider", {})]):
+        session = open_session(model, engine="ort", providers=providers)
+        assert session.device == "cpu"
+        assert (run(session, images[:5]).argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"options": {"NO_SUCH": 1}},
+            EngineError,
+            r"does not compile it for cpu \(NotFound: Unsupported property NO",
+        ),
+        (
+            {"options": {"INFERENCE_PRECISION_HINT": "f17"}},
+            EngineError,
+            r"\(Wrong value f17 for property .*\); check",
+        ),
+        (
+            {"engine": "ort", "options": {"threads": 1}},
+            OptionError,
+            "^option 'threads': ONNX Runtime has none on the",
+        ),
+        (
+            {"providers": ["CPUExecutionProvider"]},
+            OptionError,
+            "^providers are ONNX Runtime's, in place of a device",
+        ),
+        ({"engine": "ort", "device": "cpu", "providers": ["A"]}, OptionError, "^providers are ONNX Runtime's"),
+        (
+            {"engine": "ort", "providers": ["ROCMExecutionProvider"]},
+            EngineError,
+            "^provider 'ROCMExecutionProvider': O",
+        ),
+        ({"engine": "ort", "providers": []}, OptionError, "^providers: none given"),
+        ({"engine": "ort", "device": "cuda:x"}, EngineError, "^device 'cuda:x': ONNX Runtime does not find it"),
+        ({"engine": "ort", "device": "cpu:1"}, EngineError, "^device 'cpu:1': ONNX Runtime does not find it"),
+    ],
+)
+def test_wrong_options_of_an_engine_are_one_line_at_opening(
+    digits_models: dict[str, Path], given: dict[str, Any], error: type[ClearpactError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        open_session(digits_models["openvino"], **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the plugin of the NPU is part of the wheel for Linux")
+def test_float_islands_compute_in_what_the_device_has() -> None:
+    # OpenVINO's own plugin says so, without an NPU.
+    core = openvino.Core()
+    assert float_precision(core, "npu") == {"INFERENCE_PRECISION_HINT": "f16"}
+    assert float_precision(core, "cpu") == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert float_precision(core, "no_such") == {}
+
+
+def test_tensorrt_in_onnx_runtime_gets_the_files_precision_and_keeps_its_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: names)
+    folder = tmp_path / "cache"
+    (first, ours), (second, rest) = ort._device_providers("tensorrt:1", "int8", CompiledCache(folder), {})
+    assert [first, second] == names[:2]
+    assert ours == {
+        "device_id": "1", "trt_fp16_enable": "1", "trt_int8_enable": "1",
+        "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(folder),
+    }  # fmt: skip
+    assert rest == {"device_id": "1"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (_, ours), _ = ort._device_providers("tensorrt", "fp32", None, {"trt_fp16_enable": False})
+    assert ours == {"trt_fp16_enable": "0", "trt_int8_enable": "0"}
+    assert ort._device_providers("cuda", "int8", None, {"device_id": 2}) == [(names[1], {"device_id": "2"})]

@@ -251,6 +251,41 @@ def test_a_plan_for_another_machine_is_refused_before_it_is_loaded(
     assert "cudaMalloc" not in gpu.calls
 
 
+def test_a_plan_may_be_called_engine_or_come_as_bytes_with_its_sidecar(gpu: FakeGpu, plan: Path) -> None:
+    contents, sidecar = plan.read_bytes(), sidecar_path(plan).read_bytes()
+    other = plan.with_name("other.engine")
+    other.write_bytes(contents)
+    sidecar_path(other).write_bytes(sidecar)
+    elsewhere = plan.with_name("elsewhere.json")
+    elsewhere.write_bytes(sidecar)
+    for model, described in (
+        (other, None), (contents, sidecar), (contents, elsewhere), (plan, str(elsewhere)),
+    ):  # fmt: skip
+        with Classifier(model, sidecar=described) as classifier:
+            assert classifier.predict(images(1)[0]).index == network(images(1), None)["logits"].argmax()
+    assert repr(classifier) == (
+        f"<Classifier: cnn2, int8, 4x5x3 -> {CLASSES} classes, tensorrt {VERSION} on cuda:0, closed>"
+    )
+    with pytest.raises(OptionError, match=r"^plan bytes: nothing says what they are; give sidecar"):
+        open_plan(contents)
+    with pytest.raises(ModelError, match=r"^sidecar bytes: is not a plan's readable JSON"):
+        open_plan(contents, sidecar=b"{")
+
+
+def test_options_of_a_plan_are_passed_on(gpu: FakeGpu, plan: Path) -> None:
+    with Classifier(plan, options={"graphs": False, "spin": True}) as classifier:
+        for _ in range(4):
+            classifier.predict(images(1)[0])
+    assert "cudaStreamBeginCapture" not in gpu.calls
+    for options in ({"graph": True}, {"graphs": "no"}):
+        with pytest.raises(OptionError, match=r"^option .*: a plan has graphs, spin, True or False$"):
+            Classifier(plan, options=options)
+    with pytest.raises(
+        OptionError, match=r"^providers: .*engine.plan is a TensorRT plan; leave the providers out$"
+    ):
+        Classifier(plan, providers=["CUDAExecutionProvider"])
+
+
 def test_a_plan_without_sidecar_names_the_command(gpu: FakeGpu, tmp_path: Path) -> None:
     (tmp_path / "engine.plan").write_bytes(b"plan")
     with pytest.raises(ModelError, match=r"its sidecar engine.plan.json is missing; .* python -m export.engine"):

@@ -57,6 +57,20 @@ class CompiledCache:
                     "is in it; chmod go-w, or name another"
                 )
 
+    def own_folder(self) -> Path:
+        """Return the folder, made where it is missing, for an engine that keeps its files there itself.
+
+        Raises:
+            FileError: it cannot be made.
+            OptionError: another user may write to it.
+        """
+        self._check()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"cache {self._folder}: cannot be made ({error.strerror}); name another") from None
+        return self._folder
+
     def load(self, key: str) -> bytes | None:
         """Return what was kept under a key; None where there is nothing, or it is damaged."""
         self._check()

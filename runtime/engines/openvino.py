@@ -70,6 +70,7 @@ class OpenVINOSession:
         threads: int | None,
         parallel_runs: int,
         cache: CompiledCache | None,
+        options: Mapping[str, Any],
     ) -> None:
         self.version: str = openvino.__version__.split("-")[0]
         self.manifest = manifest
@@ -79,14 +80,13 @@ class OpenVINOSession:
         self._closed = False
         self._core = openvino.Core()
         self._check_device()
-        # Float islands compute in float32, so that the codes are those of the checkpoint: left to itself the
-        # plugin takes bfloat16 where the processor has it, and the residual sums then miss codes for no gain.
-        self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **float_precision(self._core, device)}
         if device.upper() == "CPU" and (threads is not None or parallel_runs > 1):
             all_threads = (threads or 1) * parallel_runs
             # Unpinned: two sessions of one app would be pinned to the same cores.
             self._config |= {"INFERENCE_NUM_THREADS": all_threads, "NUM_STREAMS": parallel_runs,
                              "ENABLE_CPU_PINNING": False}  # fmt: skip
+        self._config |= options
         self._data: bytes | None = model
         self._model: Any = None
         self._cache = cache if device.upper() == "CPU" else None
@@ -105,6 +105,8 @@ class OpenVINOSession:
         # (batch size, outputs) -> what is compiled for them.
         self._variants: dict[tuple[int, tuple[str, ...]], _Variant] = {}
         self._lock = threading.Lock()
+        if options or device.upper() != "CPU":
+            self._variant_for(1, ("logits",))  # what the device or the plugin refuses is refused now
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ("logits",)
@@ -181,7 +183,13 @@ class OpenVINOSession:
         for shape in shapes.values():
             shape[0] = batch
         model.reshape(shapes)
-        return self._core.compile_model(model, self.device.upper(), self._config)
+        try:
+            return self._core.compile_model(model, self.device.upper(), self._config)
+        except RuntimeError as error:
+            raise EngineError(
+                f"{self._source}: OpenVINO does not compile it for {self.device} ({_reason(error)}); check the "
+                "device's driver and the options, or use cpu"
+            ) from None
 
 
 class _Variant:
@@ -231,6 +239,7 @@ def open(
     threads: int | None,
     parallel_runs: int = 1,
     cache: CompiledCache | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> OpenVINOSession:
     """Load a model on OpenVINO.
 
@@ -242,14 +251,38 @@ def open(
         threads: CPU threads of one inference, or None.
         parallel_runs: runs of several threads at the same time.
         cache: where compiled models are kept, on the CPU; the model itself is then read when one is missing there.
+        options: properties of the device, such as {"INFERENCE_PRECISION_HINT": "bf16"}, over ours.
 
     Raises:
-        EngineError: OpenVINO does not find the device.
+        EngineError: OpenVINO does not find the device, or does not compile the model for it with these options.
         ModelError: OpenVINO cannot read the model.
     """
     return OpenVINOSession(
-        model, manifest, source, device=device, threads=threads, parallel_runs=parallel_runs, cache=cache
-    )
+        model, manifest, source,
+        device=device, threads=threads, parallel_runs=parallel_runs, cache=cache, options=options or {},
+    )  # fmt: skip
+
+
+def float_precision(core: Any, device: str) -> dict[str, str]:
+    """Return the property that says in what a device computes float islands: in float32 where it can.
+
+    So the codes are those of the checkpoint: left to itself the CPU's plugin takes bfloat16 where the processor
+    has it, and the residual sums then miss codes for no gain. NPUs have float16 alone and refuse float32.
+    """
+    if device.upper() == "CPU":
+        return {"INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        known = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    except RuntimeError:
+        return {}
+    found = next((name for name in ("FP32", "FP16") if name in known), None)
+    return {} if found is None else {"INFERENCE_PRECISION_HINT": found.lower().replace("fp", "f")}
+
+
+def _reason(error: Exception) -> str:
+    """Return the last thing that OpenVINO says, after the places in its sources that it names first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("Exception from ")), "no reason given")
 
 
 def _first_line(error: Exception) -> str:

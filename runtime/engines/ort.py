@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from runtime.engines.compiled_cache import CompiledCache
-from runtime.errors import EngineError, ModelError
+from runtime.errors import EngineError, ModelError, OptionError
 from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names, with_outputs
 
@@ -34,7 +34,18 @@ class ORTSession:
     engine = "ort"
     max_batch = None
 
-    def __init__(self, model: bytes, manifest: Manifest, source: str, *, device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        manifest: Manifest,
+        source: str,
+        *,
+        device: str,
+        threads: int | None,
+        cache: CompiledCache | None = None,
+        options: Mapping[str, Any] | None = None,
+        providers: Sequence[Any] | None = None,
+    ) -> None:
         self.version: str = onnxruntime.__version__
         self.manifest = manifest
         self.device = device
@@ -42,17 +53,15 @@ class ORTSession:
         # The gradient and its map cost the same: one session gives both.
         self._by_gradient = tuple(name for name in self.outputs if name in _OF_GRADIENT)
         self._source = source
-        self._provider = _PROVIDERS.get(device)
-        # What TensorRT does not take runs on CUDA, not on the CPU.
-        self._providers = [self._provider, *(["CUDAExecutionProvider"] if device == "tensorrt" else [])]
-        available = onnxruntime.get_available_providers()
-        if self._provider not in available:
-            found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
-            remedy = f"expected one of: {found}"
-            if self._provider is not None:
-                remedy += "; pip uninstall onnxruntime && pip install onnxruntime-gpu"
-            raise EngineError(f"device {device!r}: ONNX Runtime does not find it; {remedy}")
-        if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
+        self._providers = (
+            _device_providers(device, manifest.precision, cache, dict(options or {}))
+            if providers is None
+            else _named(providers)
+        )
+        self._provider = self._providers[0][0]
+        if providers is not None:
+            self.device = next((name for name, p in _PROVIDERS.items() if p == self._provider), self._provider)
+        if self._provider != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             # The CUDA libraries that pip installs, which the system's loader does not search; from 1.21 on.
             # It prints what it does not find.
             with contextlib.redirect_stdout(sys.stderr):
@@ -94,9 +103,17 @@ class ORTSession:
 
     def _open(self, model: bytes) -> Any:
         try:
-            session = onnxruntime.InferenceSession(model, self._options, providers=self._providers)
+            names, options = zip(*self._providers, strict=True)
+            session = onnxruntime.InferenceSession(
+                model, self._options, providers=list(names), provider_options=list(options)
+            )
         except Exception as error:
             reason = str(error).splitlines()[0]
+            if self._provider != _PROVIDERS["cpu"]:
+                raise EngineError(
+                    f"{self._source}: ONNX Runtime does not start it on {self.device} ({reason}); check the "
+                    "driver and the options, or use cpu"
+                ) from None
             raise ModelError(
                 f"{self._source}: ONNX Runtime cannot load it ({reason}); export it with --target ort"
             ) from None
@@ -117,6 +134,8 @@ def open(
     threads: int | None,
     parallel_runs: int = 1,
     cache: CompiledCache | None = None,
+    options: Mapping[str, Any] | None = None,
+    providers: Sequence[Any] | None = None,
 ) -> ORTSession:
     """Load a model on ONNX Runtime.
 
@@ -124,13 +143,68 @@ def open(
         model: contents of the ONNX file.
         manifest: of the file.
         source: its name, for messages.
-        device: "cpu", "cuda" or "tensorrt".
+        device: "cpu", "cuda" or "tensorrt"; "cuda:1" is the second GPU.
         threads: CPU threads of one inference, or None.
         parallel_runs: not used: runs of several threads are parallel.
-        cache: not used: ResNet-20's session opens in 13 ms, and from its serialized optimized form in 6.
+        cache: where TensorRT's engines are kept, which take minutes to build; not used on the CPU: ResNet-20's
+            session opens in 13 ms, and from its serialized optimized form in 6.
+        options: of the device's provider, by ONNX Runtime's names, over ours.
+        providers: names or (name, options) in place of a device, the first that takes an operator runs it.
 
     Raises:
-        EngineError: this build of ONNX Runtime has no such device.
+        EngineError: this build of ONNX Runtime has no such device, or cannot start it with these options.
         ModelError: ONNX Runtime cannot load the model.
+        OptionError: `providers` is no list of names, or the device has no such options.
     """
-    return ORTSession(model, manifest, source, device=device, threads=threads)
+    return ORTSession(
+        model, manifest, source,
+        device=device, threads=threads, cache=cache, options=options, providers=providers,
+    )  # fmt: skip
+
+
+def _device_providers(
+    device: str, precision: str, cache: CompiledCache | None, options: dict[str, Any]
+) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers of a device with their options, the device's own first."""
+    name, _, number = device.partition(":")
+    provider = _PROVIDERS.get(name)
+    known = provider is not None and (not number or (number.isdecimal() and name != "cpu"))
+    available = onnxruntime.get_available_providers()
+    if not known or provider not in available:
+        found = ", ".join(name for name, p in _PROVIDERS.items() if p in available)
+        remedy = f"expected one of: {found}"
+        if known:
+            remedy += "; pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        raise EngineError(f"device {device!r}: ONNX Runtime does not find it; {remedy}")
+    if name == "cpu" and options:
+        raise OptionError(f"option {next(iter(options))!r}: ONNX Runtime has none on the CPU; leave it out")
+    ours: dict[str, Any] = {"device_id": number} if number else {}
+    if name != "tensorrt":
+        return _named([(provider, ours | options)])
+    # Without these it computes everything in float32, whatever grids the file has.
+    ours |= {"trt_fp16_enable": True, "trt_int8_enable": precision == "int8"}
+    if cache is not None:
+        folder = str(cache.own_folder())
+        ours |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": folder,
+                 "trt_timing_cache_enable": True, "trt_timing_cache_path": folder}  # fmt: skip
+    # What TensorRT does not take runs on CUDA, not on the CPU.
+    rest = {"device_id": number} if number else {}
+    return _named([(provider, ours | options), ("CUDAExecutionProvider", rest)])
+
+
+def _named(providers: Sequence[Any]) -> list[tuple[str, dict[str, str]]]:
+    """Return providers as (name, options), options as the texts that ONNX Runtime reads."""
+    found = []
+    available = onnxruntime.get_available_providers()
+    for given in [providers] if isinstance(providers, str) else providers:
+        name, options = (given, {}) if isinstance(given, str) else given
+        if name not in available:
+            raise EngineError(f"provider {name!r}: ONNX Runtime does not find it; expected {', '.join(available)}")
+        found.append((name, {str(key): _text(value) for key, value in dict(options).items()}))
+    if not found:
+        raise OptionError("providers: none given, expected names such as CPUExecutionProvider")
+    return found
+
+
+def _text(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)

@@ -183,7 +183,19 @@ def read_sidecar(plan: str | os.PathLike[str]) -> PlanSidecar:
         raise ModelError(
             f"{plan}: its sidecar {path.name} is missing; copy both files, or build it again: {rebuild}"
         )
-    return PlanSidecar.from_json(read_bytes(path).decode("utf-8", "replace"), str(path))
+    return sidecar_from(path)
+
+
+def sidecar_from(contents: str | os.PathLike[str] | bytes) -> PlanSidecar:
+    """Return the sidecar whose path or contents are given.
+
+    Raises:
+        FileError: it cannot be read.
+        ModelError: it is no sidecar.
+    """
+    source = "sidecar bytes" if isinstance(contents, bytes) else str(contents)
+    found = contents if isinstance(contents, bytes) else read_bytes(contents)
+    return PlanSidecar.from_json(found.decode("utf-8", "replace"), source)
 
 
 def this_platform() -> str:

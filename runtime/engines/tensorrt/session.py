@@ -18,7 +18,7 @@ import numpy as np
 from runtime.engines.tensorrt.cuda import Cuda, stream_handle
 from runtime.engines.tensorrt.device_array import DeviceArray, DeviceView, device_view
 from runtime.engines.tensorrt.engine import Engine, import_first
-from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar
+from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar, sidecar_from
 from runtime.engines.tensorrt.worker import Worker
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.files import read_bytes
@@ -246,21 +246,23 @@ def _end_lease(session: TensorRTSession, worker: Worker) -> None:
 
 
 def open(
-    path: str | os.PathLike[str],
+    plan: str | os.PathLike[str] | bytes,
     *,
     device: str = "cuda",
     stream: Any = None,
     context: Any = None,
+    sidecar: str | os.PathLike[str] | bytes | None = None,
     graphs: bool = True,
     spin: bool = False,
 ) -> TensorRTSession:
     """Load a plan on TensorRT.
 
     Args:
-        path: of the plan; its sidecar lies beside it.
+        plan: its path or contents.
         device: "cuda", or "cuda:1" for the second GPU.
         stream: the app's stream, see `stream_handle` of cuda.py; None makes one for each thread.
         context: the app's PyCUDA context.
+        sidecar: its path or contents; None takes the one beside the plan.
         graphs: record repeated shapes into CUDA graphs.
         spin: wait for the GPU on a busy core instead of asleep.
 
@@ -270,20 +272,33 @@ def open(
         EngineError: TensorRT, cuda-bindings or the GPU is not there, or one of them fails.
         OptionError: no such device.
     """
-    sidecar = read_sidecar(path)
-    plan = read_bytes(path)
+    source = "plan bytes" if isinstance(plan, bytes) else str(plan)
+    described = _sidecar(plan, sidecar)
+    contents = plan if isinstance(plan, bytes) else read_bytes(plan)
     number = re.fullmatch(r"cuda(?::(\d+))?", device.lower())
     if number is None:
         raise OptionError(f"device {device!r}: a plan runs on a GPU, expected cuda or cuda:1")
-    trt = import_first(_MODULES[sidecar.builder], f"{BUILDERS[sidecar.builder]} plan", _PACKAGES[sidecar.builder])
+    builder = described.builder
+    trt = import_first(_MODULES[builder], f"{BUILDERS[builder]} plan", _PACKAGES[builder])
     api = import_first(("cuda.bindings.runtime",), "a plan", "cuda-bindings")
     return TensorRTSession(
-        plan,
-        sidecar,
-        str(path),
+        contents,
+        described,
+        source,
         trt=trt,
         cuda=Cuda(api, int(number[1] or 0), context),
         stream=None if stream is None else stream_handle(stream),
         graphs=graphs,
         spin=spin,
     )
+
+
+def _sidecar(plan: str | os.PathLike[str] | bytes, sidecar: str | os.PathLike[str] | bytes | None) -> PlanSidecar:
+    """Return what is known of a plan."""
+    if sidecar is not None:
+        return sidecar_from(sidecar)
+    if isinstance(plan, bytes):
+        raise OptionError(
+            "plan bytes: nothing says what they are; give sidecar, which lies beside the plan as .json"
+        )
+    return read_sidecar(plan)
