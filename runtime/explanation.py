@@ -125,8 +125,11 @@ def explanation(
     if maps.shape[1:] != (height, width):
         top, left, *seen = middle((height, width), size or maps.shape[1:]) if cropped else (0, 0, height, width)
         inside = resize_maps(maps, (seen[0], seen[1]))
-        maps = np.zeros((len(maps), height, width), np.float32)
-        maps[:, top : top + seen[0], left : left + seen[1]] = inside
+        if tuple(seen) == (height, width):
+            maps = inside
+        else:
+            maps = np.zeros((len(maps), height, width), np.float32)
+            maps[:, top : top + seen[0], left : left + seen[1]] = inside
     labels = [classes[index] for index in found.target]
     if not single:
         return Explanation(

@@ -18,7 +18,7 @@ from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.images import load_image, to_batch
 from runtime.onnx_bytes import without_gradient
-from runtime.session import PLAN_SUFFIX
+from runtime.session import is_plan
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -91,7 +91,7 @@ def write_page(
         ModelError: ONNX Runtime cannot run the model.
         OptionError: the model is a plan, or there are too many examples.
     """
-    if model.suffix == PLAN_SUFFIX:
+    if is_plan(model):
         raise OptionError(f"{model}: a browser runs ONNX files; name the file that the plan was built from")
     if len(examples) > MOST_EXAMPLES:
         raise OptionError(f"{len(examples)} examples, expected at most {MOST_EXAMPLES}; name fewer")
