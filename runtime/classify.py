@@ -6,19 +6,24 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m runtime.classify")
 
 import argparse
+import functools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from runtime import command
 from runtime.attribution import METHODS
-from runtime.classifier import Classifier
+from runtime.classifier import Classifier, Prediction
 from runtime.errors import FileError, ImageError, OptionError
 from runtime.images import MAX_PIXELS, folders_in, list_images, load_image
 from runtime.manifest import CAM_METHODS
 from runtime.outputs import check_outputs
+from runtime.picture import CLOSE, COLORMAPS
 from runtime.session import ENGINES
 
 EXAMPLES = """
@@ -28,6 +33,7 @@ EXAMPLES = """
   python -m runtime.classify model.onnx photo.png --explain heat.png
   python -m runtime.classify model.onnx photos/ --explain heats/ --explain-method smoothgrad
   python -m runtime.classify model.onnx photo.png --explain heat.png --explain-method layercam
+  python -m runtime.classify model.onnx photos/ --explain heats/ --side-by-side
 """
 
 
@@ -47,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
     parser.add_argument("--explain-method", "--method", dest="method", choices=(*METHODS, *CAM_METHODS),
                         help="of --explain (default: gradient, or the map that the file has)")  # fmt: skip
+    parser.add_argument("--side-by-side", action="store_true",
+                        help="of --explain: frame, map, overlay; of a close or wrong call two")  # fmt: skip
+    parser.add_argument("--no-caption", action="store_true",
+                        help="of --explain: leave class, probability and method out")  # fmt: skip
+    parser.add_argument("--colormap", choices=tuple(COLORMAPS), default="inferno",
+                        help="of --explain (default: inferno)")  # fmt: skip
     parser.add_argument("--layer", help="of a class activation map, where the file has several")
     options = parser.parse_args(argv)
     if options.top < 1:
@@ -70,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 image = load_image(path, max_pixels=options.max_pixels)
                 (prediction,) = classifier.predict([image], top_k=options.top)
                 if options.explain:
-                    classifier.explain(image, method=options.method, layer=options.layer).save(pictures[path])
+                    _draw(classifier, image, prediction, pictures[path], path.parent.name, options)
             except (FileError, ImageError) as error:
                 print(f"error: {command.printable(str(error))}", file=sys.stderr)
                 failed += 1
@@ -82,6 +94,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 top = "  ".join(f"{command.printable(label)} {p:6.1%}" for label, p in prediction.top)
                 print(f"{names[path]:{width}}  {top}")
     return command.USER_ERROR if failed else 0
+
+
+def _draw(
+    classifier: Classifier,
+    image: np.ndarray,
+    prediction: Prediction,
+    picture: Path,
+    folder: str,
+    options: argparse.Namespace,
+) -> None:
+    """Write the picture of one image; side by side, a close or wrong call has the second class's map, too.
+
+    A call is wrong where the folder is named like another class.
+    """
+    explain = functools.partial(classifier.explain, image, method=options.method, layer=options.layer)
+    best, *second = np.argsort(-prediction.logits, kind="stable")[:2]
+    runner_up = None
+    if options.side_by_side and second:
+        gap = float(prediction.logits[best] - prediction.logits[second[0]])
+        close = gap < -math.log(CLOSE)
+        wrong = folder in classifier.manifest.classes and folder != prediction.label
+        runner_up = explain(int(second[0])) if close or wrong else None
+    explain().save(picture, caption=not options.no_caption, side_by_side=options.side_by_side,
+                   runner_up=runner_up, colormap=options.colormap)  # fmt: skip
 
 
 def _pictures(options: argparse.Namespace, paths: list[Path]) -> dict[Path, Path]:

@@ -12,10 +12,8 @@ import numpy as np
 from runtime.attribution import Attribution
 from runtime.errors import ImageError, OptionError
 from runtime.files import write_atomically
+from runtime.picture import blend, joined, panels_of
 from runtime.resizing import middle, resize_maps
-
-# The map's value that is drawn as fully salient: single pixels above it would otherwise darken all others.
-_BRIGHT_PERCENTILE = 99.0
 
 
 @dataclass(frozen=True)
@@ -45,34 +43,69 @@ class Explanation:
     images: np.ndarray
     completeness_gap: np.ndarray | None = None
 
-    def overlay(self, images: np.ndarray | None = None, *, strength: float = 0.75) -> np.ndarray:
+    def overlay(
+        self, images: np.ndarray | None = None, *, strength: float = 0.9, colormap: str = "inferno"
+    ) -> np.ndarray:
         """Return the images with the map drawn over them, uint8 RGB [N, H, W, 3].
 
         Args:
             images: to draw on, uint8, of the map's size; None takes the explained ones.
             strength: opacity of the most salient pixels, 0 to 1.
+            colormap: one of runtime.picture.COLORMAPS.
 
         Raises:
             ImageError: the images are not uint8 of the map's size.
+            OptionError: no such scale of colours.
         """
         images = np.asarray(self.images if images is None else images)
-        if images.ndim == self.map.ndim:
-            images = images[..., None]
-        if images.dtype != np.uint8 or images.shape[:-1] != self.map.shape or images.shape[-1] not in (1, 3):
-            raise ImageError(
-                f"overlay on {images.dtype} {list(images.shape)}, expected uint8 {[*self.map.shape, 3]}; "
-                "pass the frame that was explained"
-            )
-        bright = np.percentile(self.map, _BRIGHT_PERCENTILE, axis=(-2, -1), keepdims=True)
-        level = np.clip(self.map / np.maximum(bright, np.finfo(np.float32).tiny), 0, 1)[..., None]
-        # Grey carries the image, colour the map: from black through red and yellow to white.
-        grey = np.broadcast_to(images.mean(-1, keepdims=True), (*self.map.shape, 3))
-        heat = 255 * np.clip(np.concatenate([3 * level, 3 * level - 1, 3 * level - 2], -1), 0, 1)
-        opacity = strength * np.sqrt(level)
-        return np.rint((1 - opacity) * grey + opacity * heat).astype(np.uint8)
+        return blend(images, self.map, strength=strength, colormap=colormap)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the explanation of one image: `.npz` holds map, attribution, logits and target; else a picture.
+    def picture(
+        self,
+        *,
+        caption: bool = True,
+        side_by_side: bool = False,
+        runner_up: Explanation | None = None,
+        colormap: str = "inferno",
+    ) -> np.ndarray:
+        """Return the explanation of one image as a picture for a person, uint8 RGB [H, W, 3].
+
+        Its shorter side has 256 pixels at least; the pixels of tiny images stay squares.
+
+        Args:
+            caption: write class, probability and method under it, which needs Pillow.
+            side_by_side: show the frame, the map and the overlay.
+            runner_up: of the same image for another class, whose overlay is shown beside.
+            colormap: one of runtime.picture.COLORMAPS.
+
+        Raises:
+            ImageError: the explanation is of several images.
+            OptionError: no such scale of colours, or Pillow is not installed.
+        """
+        if self.map.ndim != 2:
+            raise ImageError(f"a picture of {len(self.map)} explanations, expected one; draw one at a time")
+        panels = panels_of(
+            self.images, self.map, self._caption() if caption else "", side_by_side=side_by_side, colormap=colormap
+        )
+        if runner_up is not None:
+            text = runner_up._caption() if caption else ""
+            panels += panels_of(runner_up.images, runner_up.map, text, side_by_side=False, colormap=colormap)
+        return joined(panels)
+
+    def _caption(self) -> str:
+        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        return f"{self.label} {shifted[self.target] / shifted.sum():.1%} · {self.method.replace('_', ' ')}"
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        caption: bool = True,
+        side_by_side: bool = False,
+        runner_up: Explanation | None = None,
+        colormap: str = "inferno",
+    ) -> None:
+        """Write the explanation of one image: `.npz` holds map, attribution, logits and target; else `picture`.
 
         Raises:
             FileError: the file cannot be written.
@@ -95,7 +128,8 @@ class Explanation:
             raise OptionError("writing pictures needs Pillow; pip install 'clearpact[tools]'") from None
         if path.suffix.lower() not in Image.registered_extensions():
             raise OptionError(f"{path}: unknown kind of picture, expected a name such as heat.png")
-        Image.fromarray(self.overlay()).save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+        drawn = self.picture(caption=caption, side_by_side=side_by_side, runner_up=runner_up, colormap=colormap)
+        Image.fromarray(drawn).save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
         write_atomically(path, buffer.getvalue())
 
 

@@ -250,7 +250,8 @@ def test_map_and_overlay_have_the_frames_own_size(classifier: Classifier, frames
     assert picture.shape == (60, 90, 3)
     assert picture.dtype == np.uint8
     quiet = found.map < 0.01 * found.map.max()
-    assert np.abs(picture[quiet].astype(int) - photo[quiet]).max() <= 40
+    dimmed = 20 + photo.mean(-1, keepdims=True) * 105 / 255
+    assert np.abs(picture[quiet] - dimmed[quiet]).max() <= 10
     assert not np.array_equal(picture, photo)
     with pytest.raises(ImageError, match=r"overlay on uint8 \[8, 8, 1\], expected uint8 \[60, 90, 3\]"):
         found.overlay(frames[0])
@@ -260,7 +261,7 @@ def test_explanations_are_saved(classifier: Classifier, frames: np.ndarray, tmp_
     one, many = classifier.explain(frames[0]), classifier.explain(frames[:2])
     one.save(tmp_path / "heat.png")
     with Image.open(tmp_path / "heat.png") as picture:
-        assert np.array_equal(np.asarray(picture), one.overlay())
+        assert np.array_equal(np.asarray(picture), one.picture())
     many.save(tmp_path / "maps.npz")
     with np.load(tmp_path / "maps.npz") as archive:
         assert np.array_equal(archive["map"], many.map)
@@ -324,7 +325,7 @@ def test_command_writes_heat_maps(digits_models: dict[str, Path], frames: np.nda
     model = str(digits_models["openvino"])
     assert classify([model, str(photos / "0.png"), "--explain", str(tmp_path / "heat.png")]) == 0
     with Image.open(tmp_path / "heat.png") as picture:
-        assert picture.size == (32, 32)
+        assert picture.width == 256 < picture.height
     classify([model, str(photos), "--explain", str(tmp_path / "heats"), "--method", "integrated_gradients"])
     assert sorted(p.name for p in (tmp_path / "heats").iterdir()) == ["0.png", "1.png"]
     with pytest.raises(OptionError, match="one file for 2 images, expected a folder"):

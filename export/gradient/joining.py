@@ -77,7 +77,8 @@ def _written_as_today(model: onnx.ModelProto) -> None:
         del graph.input[:]
         graph.input.extend(inputs)
     for own in (*model.opset_import, *graph.node):
-        own.domain = "" if own.domain == "ai.onnx" else own.domain
+        if own.domain == "ai.onnx":
+            own.domain = ""
     outputs = {value.name: value for value in graph.output}
     if len(outputs) < len(graph.output):  # one named twice
         kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs.values()]
