@@ -7,7 +7,7 @@ if __name__ == "__main__" and not __package__:
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from bench.measure import data
 from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
+from export.probabilities import Calibration, of_sums, sums
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
@@ -83,11 +84,15 @@ class Counts:
         confusion: int64 [K, K]; row: true class, column: predicted class.
         differing: images that another classifier puts elsewhere.
         auc: area under the ROC curve by the difference of the logits, where there are two classes; else None.
+        raw: how far the probabilities are to be believed at temperature 1.
+        calibrated: likewise, at the temperature asked for.
     """
 
     confusion: np.ndarray
     differing: int
     auc: float | None
+    raw: Calibration
+    calibrated: Calibration
 
 
 def roc_auc(margins: np.ndarray, positive: np.ndarray) -> float:
@@ -105,7 +110,13 @@ def roc_auc(margins: np.ndarray, positive: np.ndarray) -> float:
 
 
 def count(
-    logits: Logits, test: ImageStream, classes: int, *, against: Logits | None = None, workers: int = 1
+    logits: Logits,
+    test: ImageStream,
+    classes: int,
+    *,
+    against: Logits | None = None,
+    workers: int = 1,
+    temperature: float = 1.0,
 ) -> Counts:
     """Classify all images and count.
 
@@ -117,27 +128,34 @@ def count(
         classes: K.
         against: of the other classifier; None finds no difference.
         workers: batches that are classified at the same time.
+        temperature: that `Counts.calibrated` is measured at.
     """
 
-    def of_batch(batch: Batch) -> tuple[np.ndarray, int, np.ndarray]:
+    def of_batch(batch: Batch) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
         images, labels = batch
         found = logits(images)
         predicted = found.argmax(1)
         differing = int((predicted != against(images).argmax(1)).sum()) if against else 0
         margins = np.stack([found[:, 1] - found[:, 0], labels]).astype(np.float32) if classes == 2 else _NO_MARGINS
-        return confusion_matrix(labels, predicted, classes), differing, margins
+        believed = np.stack([sums(found, labels), sums(found, labels, temperature)])
+        return confusion_matrix(labels, predicted, classes), differing, margins, believed
 
     total, differing, parts = np.zeros((classes, classes), np.int64), 0, []
+    believed = np.zeros((2, 1))
     batches = in_parallel(of_batch, test.batches(), workers)
-    for confusion, elsewhere, margins in command.progress(batches, label="images / 64", total=test.batch_count):
+    for confusion, elsewhere, margins, of_part in command.progress(
+        batches, label="images / 64", total=test.batch_count
+    ):
         total += confusion
+        believed = believed + of_part
         differing += elsewhere
         parts.append(margins)
     auc = None
     if classes == 2 and total.sum(1).all():
         margins, labels = np.concatenate(parts, axis=1)
         auc = roc_auc(margins, labels == 1)
-    return Counts(total, differing, auc)
+    raw, calibrated = map(of_sums, believed)
+    return Counts(total, differing, auc, raw, calibrated)
 
 
 def checkpoint_logits(path: str) -> Logits:
@@ -198,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"classes of {options.model}; name the data it was trained on"
             )
         against = checkpoint_logits(options.against) if options.against else None
-        found = count(classifier.logits, test, len(classes), against=against, workers=workers)
+        found = count(classifier.logits, test, len(classes), against=against, workers=workers,
+                      temperature=manifest.temperature)  # fmt: skip
         scores = score(found.confusion)
         engine = f"{classifier.session.engine} {classifier.session.version}"
         before = classifier.manifest.metrics.get("test_accuracy")
@@ -209,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
             "data": test.name, "n": n, "accuracy": scores.accuracy,
             "sensitivity": scores.sensitivity, "specificity": scores.specificity, "auc": found.auc,
+            "temperature": manifest.temperature, "raw": asdict(found.raw), "calibrated": asdict(found.calibrated),
             "checkpoint_accuracy": before, "classified_differently": found.differing if options.against else None,
             "classes": classes, "confusion": scores.confusion.tolist(),
             "peak_memory_bytes": peak_memory_bytes(), "environment": where,
@@ -228,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"specificity  {scores.specificity:6.2f} %")
     if found.auc is not None:
         print(f"ROC AUC      {found.auc:8.4f}")
+    print(f"confidence   {found.raw}")
+    if manifest.temperature != 1:
+        print(f"calibrated   {found.calibrated}   at temperature {manifest.temperature:.3f}")
     print(_table(scores.confusion, classes))
     print(describe(where))
 

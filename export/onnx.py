@@ -18,7 +18,7 @@ from export.memory import keep_freed_memory
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically
-from runtime.manifest import RESIZES
+from runtime.manifest import RESIZES, Manifest
 from runtime.outputs import check_outputs
 from train.choices import CALIBRATION_SAMPLES, FLOAT_BITS, QUANTIZED_BITS, SEARCHES
 from train.data.splits import sources_of
@@ -54,6 +54,7 @@ EXAMPLES = """
   python -m export.onnx ckpt.pt --int8 --target ort -o model_ort.onnx
   python -m export.onnx ckpt.pt --fp32 -o model_float.onnx
   python -m export.onnx ckpt.pt --int8 --require-agreement 0.9
+  python -m export.onnx ckpt.pt --int8 --validation folder:photos    # honest probabilities, and a reference
   python -m export.onnx ckpt.pt --explain layercam    # a map of the last convolution, nearly free
   python -m export.onnx ckpt.pt --explain gradient,gradcam,layercam:stage2
   python -m export.onnx float.pt --int8 --calibrate --data mnist --qat ckpt.pt    # without training again
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="of gradients (default: auto, int8 on openvino if maps hardly change)")  # fmt: skip
     parser.add_argument("--require-agreement", type=float, default=-1.0, metavar="SPEARMAN",
                         help="refuse a file whose maps agree less with the float network's")  # fmt: skip
+    parser.add_argument("--validation", metavar="NAME",
+                        help="labelled images that give the file the temperature of its probabilities and the "
+                             "reference of runtime.Monitor; a data set or folder:PATH")  # fmt: skip
     parser.add_argument("-o", "--output", help="file to write (default: the checkpoint's name with .onnx)")
     parser.add_argument("--resize", choices=RESIZES,
                         help="what the runtime does with other sizes (default: as in training)")  # fmt: skip
@@ -139,9 +143,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     by_gradient = (exported.gradients, exported.differentiated, exported.agreement)
     for part in filter(None, (*(by_gradient if exported.gradients else ()), *exported.cams)):
         print(_wrapped(f"explains: {part}"))
-    write_atomically(output, exported.data)
+    data = _validated(exported.data, exported.manifest, options)
+    write_atomically(output, data)
     gives = _gives(options)
-    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+
+
+def _validated(data: bytes, manifest: Manifest, options: argparse.Namespace) -> bytes:
+    """Return a file with its temperature and its reference, where validation images are named."""
+    if options.validation is None:
+        return data
+    from export.validation import validated
+
+    found = validated(data, manifest, options.validation, options.data_root, command.status)
+    command.status("")
+    for line in found.lines:
+        print(_wrapped(line))
+    return found.data
 
 
 def _gives(options: argparse.Namespace) -> str:
@@ -211,9 +229,10 @@ def _export_onnx(options: argparse.Namespace) -> None:
     exported = own_onnx.run(options, command.status)
     for line in exported.lines:
         print(_wrapped(line))
-    write_atomically(output, exported.data)
+    data = _validated(exported.data, exported.manifest, options)
+    write_atomically(output, data)
     gives = _gives(options)
-    print(f"{output}: {len(exported.data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
+    print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 
 def _size(text: str) -> tuple[int, int]:

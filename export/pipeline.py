@@ -33,7 +33,7 @@ from export.passes.take_pixels_as_codes import take_pixels_as_codes
 from export.verification.agreement import ExportAgreement, GradientGraph, differentiate, export_agreement
 from export.verification.cams import CamVerification, verify_cams
 from export.verification.engine_run import EngineRun, run_on_engine
-from export.verification.forward import MAX_TIED_SHARE, Verification, verify
+from export.verification.forward import MAX_TIED_SHARE, Verification, code_step, verify
 from export.verification.gradient import GradientVerification, verify_gradient
 from export.verification.probes import probe
 from runtime.errors import ModelError, OptionError
@@ -157,7 +157,7 @@ def export(
     prune(model.graph)  # of what lowering left without a reader
     resize = resize or trained.facts.resize
     manifest = _manifest(trained, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
-    manifest = replace(manifest, cams=tuple(cam.output for cam in maps))
+    manifest = replace(manifest, cams=tuple(cam.output for cam in maps), logit_step=code_step(form))
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
     # From here on only these bytes count: they are what is verified, last, and what is written.

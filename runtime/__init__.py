@@ -4,5 +4,6 @@ from runtime.batching import Batching
 from runtime.classifier import Classifier, Prediction
 from runtime.errors import ClearpactError
 from runtime.explanation import Explanation
+from runtime.monitor import Monitor
 
-__all__ = ["Batching", "Classifier", "ClearpactError", "Explanation", "Prediction"]
+__all__ = ["Batching", "Classifier", "ClearpactError", "Explanation", "Monitor", "Prediction"]

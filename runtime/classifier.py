@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, overload
 
@@ -33,9 +33,11 @@ class Prediction:
     Args:
         label: name of the most probable class.
         index: its position in the manifest's classes.
-        probability: its softmax probability, 0 to 1.
+        probability: its softmax probability, 0 to 1, at the manifest's temperature.
         top: the k most probable classes as (label, probability), best first.
         logits: float32 [K].
+        margin: best minus second logit, in steps of the last grid: below 1, another rounding of a single code may
+            change the class. None where the file is in float or has one class.
     """
 
     label: str
@@ -43,6 +45,12 @@ class Prediction:
     probability: float
     top: tuple[tuple[str, float], ...]
     logits: np.ndarray
+    margin: float | None = None
+
+    @property
+    def raw_probability(self) -> float:
+        """The softmax probability of the label at temperature 1."""
+        return float(softmax(self.logits)[self.index])
 
 
 class Classifier:
@@ -149,7 +157,7 @@ class Classifier:
         _check_top_k(top_k)
         if not isinstance(images, (list, tuple)):
             images = to_array(images)
-        predictions = [_prediction(row, self.manifest.classes, top_k) for row in self.logits(images)]
+        predictions = [_prediction(row, self.manifest, top_k) for row in self.logits(images)]
         return predictions[0] if _is_single(images) else predictions
 
     def explain(
@@ -204,10 +212,11 @@ class Classifier:
             max_batch=self._max_batch,
             progress=command.progress if progress else None,
         )
-        return explanation(
+        explained = explanation(
             found, images, self.manifest.classes, method,
             single=_is_single(images), cropped=self.manifest.input.resize == "crop", size=self.manifest.input.size,
         )  # fmt: skip
+        return replace(explained, temperature=self.manifest.temperature)
 
     def submit(self, image: Any, *, top_k: int = 3) -> Future[Prediction]:
         """Classify one image in the background, together with others that are submitted at about the same time.
@@ -235,8 +244,8 @@ class Classifier:
                 # Of the session, not of this object, which may then go although the thread still runs.
                 self._batcher = MicroBatcher(functools.partial(_logits, self.session), self._batching)
             batcher = self._batcher
-        classes = self.manifest.classes
-        return batcher.submit(batch, lambda row: _prediction(finite(row[None])[0], classes, top_k))
+        manifest = self.manifest
+        return batcher.submit(batch, lambda row: _prediction(finite(row[None])[0], manifest, top_k))
 
     def warm_up(self, batch: int | Sequence[int] | None = None, *, explain: bool = False) -> None:
         """Compile and run the model on black images, so that the first frame takes no longer than the others.
@@ -370,11 +379,14 @@ def _check_top_k(top_k: object) -> None:
         raise OptionError(f"top_k {top_k!r}: expected a whole number from 1")
 
 
-def _prediction(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> Prediction:
-    probabilities = softmax(logits)
-    best = np.argsort(-probabilities, kind="stable")[:top_k]
-    top = tuple((classes[i], float(probabilities[i])) for i in best)
-    return Prediction(top[0][0], int(best[0]), top[0][1], top, logits)
+def _prediction(logits: np.ndarray, manifest: Manifest, top_k: int) -> Prediction:
+    probabilities = softmax(logits if manifest.temperature == 1 else logits / manifest.temperature)
+    order = np.argsort(-probabilities, kind="stable")
+    top = tuple((manifest.classes[i], float(probabilities[i])) for i in order[:top_k])
+    margin = None
+    if manifest.logit_step is not None and len(order) > 1:
+        margin = float(logits[order[0]] - logits[order[1]]) / manifest.logit_step
+    return Prediction(top[0][0], int(order[0]), top[0][1], top, logits, margin)
 
 
 def _singles(images: Sequence[Any]) -> list[np.ndarray]:

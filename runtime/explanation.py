@@ -32,6 +32,7 @@ class Explanation:
         method: name of the method.
         images: the explained images as they were given, uint8 [N, H, W] or [N, H, W, C].
         completeness_gap: of Integrated Gradients, float64 [N]; otherwise None.
+        temperature: of the caption's probability.
     """
 
     map: np.ndarray
@@ -42,6 +43,7 @@ class Explanation:
     method: str
     images: np.ndarray
     completeness_gap: np.ndarray | None = None
+    temperature: float = 1.0
 
     def overlay(
         self, images: np.ndarray | None = None, *, strength: float = 0.9, colormap: str = "inferno"
@@ -93,7 +95,7 @@ class Explanation:
         return joined(panels)
 
     def _caption(self) -> str:
-        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        shifted = np.exp((self.logits.astype(np.float64) - self.logits.max()) / self.temperature)
         return f"{self.label} {shifted[self.target] / shifted.sum():.1%} · {self.method.replace('_', ' ')}"
 
     def save(

@@ -14,7 +14,10 @@
     checkpoint   sha256 of the checkpoint file, hexadecimal
     versions     of the programs that wrote it
     cams         class activation maps among the outputs: {"output", "method", "layer", "size": [h, w]};
-                 absent in older files
+                 absent in older files, as is all that follows
+    logit_step   the most by which one code before the last layer moves the difference of two logits; null in float
+    temperature  what logits are divided by before probabilities are computed of them, fitted after quantization
+    reference    what the model did on validation images, see reference.py; null where it was exported without
 
 The graph's output is `logits` float32 [N, K]. Where it explains itself it also takes `target` int64 [N] (-1: the
 predicted class) and gives `gradient`, d logit_target / d normalized image, float32 [N, C, H, W], and `saliency`
@@ -31,6 +34,7 @@ from typing import Any
 
 from runtime.errors import ModelError
 from runtime.onnx_bytes import metadata
+from runtime.reference import Reference
 
 METADATA_KEY = "clearpact"
 VERSION = 1
@@ -96,6 +100,9 @@ class Manifest:
     checkpoint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     cams: tuple[CamOutput, ...] = ()
+    logit_step: float | None = None
+    temperature: float = 1.0
+    reference: Reference | None = None
 
     def to_json(self) -> str:
         """Return the JSON text that `from_json` reads."""
@@ -179,8 +186,22 @@ def _from_values(values: dict[str, Any]) -> Manifest:
         layers=tuple(_items(values, "layers", dict)),
         metrics={name: _typed(metrics, name, int, float) for name in metrics},
         versions=_typed(values, "versions", dict),
+        **_measured(values, len(classes)),
         cams=tuple(map(_cam, _items(values, "cams", dict))) if "cams" in values else (),
     )
+
+
+def _measured(values: dict[str, Any], classes: int) -> dict[str, Any]:
+    """Return the fields that older files do not have."""
+    found: dict[str, Any] = {}
+    for name in ("logit_step", "temperature"):
+        if name in values and (name, values[name]) != ("logit_step", None):
+            found[name] = float(_typed(values, name, int, float))
+            if not 0 < found[name] < math.inf:
+                raise ValueError(f"field {name} {values[name]!r}: expected a number above 0")
+    if values.get("reference") is not None:
+        found["reference"] = Reference.from_values(values["reference"], classes)
+    return found
 
 
 def _cam(values: dict[str, Any]) -> CamOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from train.input_spec import InputSpec
 
 # Labelled images that accuracy is measured on, at most.
 _TEST_IMAGES = 2_000
+_VALIDATION_IMAGES = 5_000
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,57 @@ def _sized(images: Tensor, input_spec: InputSpec) -> Tensor:
     if pixels.shape[1:] == (*input_spec.size, input_spec.channels):
         return images
     return channels_first(to_batch(pixels, expected))
+
+
+@dataclass(frozen=True)
+class ValidationImages:
+    """Labelled images that a network was not trained on, in its size: some to fit on, others to measure on.
+
+    Args:
+        part: what was fitted on, for texts.
+        classes: their names.
+        fitted: uint8 [n, C, H, W].
+        fitted_labels: int64 [n].
+        measured: uint8 [m, C, H, W].
+        measured_labels: int64 [m].
+    """
+
+    part: str
+    classes: tuple[str, ...]
+    fitted: Tensor
+    fitted_labels: Tensor
+    measured: Tensor
+    measured_labels: Tensor
+
+
+def validation_images(data: str, root: str | Path, input_spec: InputSpec) -> ValidationImages:
+    """Return the validation split to fit on and the test split to measure on; without it, halves of the latter.
+
+    Args:
+        data: a data set's name or "folder:PATH", with class folders.
+        root: folder of the data sets' files.
+        input_spec: size and channels; other images are cropped to its shape and resized.
+
+    Raises:
+        FileError: no images there, or one that cannot be read.
+        OptionError: a folder without classes.
+    """
+    parts: list[Any] = []
+    if is_folder(data):
+        split = splits.find(data, root)
+        for name in ("val", "test"):
+            paths, numbers = split.part(name)
+            order = random.Random(0).sample(range(len(paths)), min(_TEST_IMAGES, len(paths)))
+            parts += [_read([paths[i] for i in order], input_spec), torch.tensor([numbers[i] for i in order])]
+        return ValidationImages("validation images", split.classes, *parts)
+    found = datasets.load(data, root)
+    if found.val_images is not None and found.val_labels is not None:
+        parts = [found.val_images, found.val_labels, found.test_images, found.test_labels]
+        part = "validation images"
+    else:
+        part = "test images, every second one,"
+        parts = [images[start::2] for start in (0, 1) for images in (found.test_images, found.test_labels)]
+    for i in (0, 2):
+        parts[i] = _sized(parts[i][:_VALIDATION_IMAGES], input_spec)
+        parts[i + 1] = parts[i + 1][:_VALIDATION_IMAGES]
+    return ValidationImages(part, found.classes, *parts)

@@ -23,7 +23,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from export.deploy_form import DeployForm, FoldedQuantizer, folded_layers
+from export.deploy_form import DeployForm, FoldedLayer, FoldedQuantizer, folded_layers
 from export.operators import along
 from export.verification.probes import probe
 from runtime.errors import ModelError
@@ -297,17 +297,32 @@ def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:
     return best[:, 0] - best[:, 1] <= 2 * moved
 
 
-def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
-    """Return the value of an accumulator step of the last layer, [K] or []; in float, 1e-4 of a large logit."""
+def code_step(form: DeployForm) -> float | None:
+    """Return the most by which one code before the last layer moves the gap of two logits; None in float."""
+    last, input_scale = _last_layer(form)
+    if last.scale is None or last.codes is None or input_scale is None:
+        return None
+    weight = last.codes.double().flatten(1) * last.scale.double().reshape(-1, 1)
+    return float((weight.amax(0) - weight.amin(0)).max() * input_scale) or None
+
+
+def _last_layer(form: DeployForm) -> tuple[FoldedLayer, Tensor | None]:
+    """Return the last layer and the scale of its input's grid, None where it has none."""
     name, last = list(folded_layers(form).items())[-1]
     graph: Any = form.network.graph
     nodes = list(graph.nodes)
     before = nodes[: next(i for i, node in enumerate(nodes) if node.target == name)]
     modules = dict(form.network.named_modules())
     called = [modules[str(node.target)] for node in before if node.op == "call_module"]
-    scales = [module.scale for module in called if isinstance(module, FoldedQuantizer)]
-    if last.scale is None or not scales:
+    scales = [module.scale for module in called if isinstance(module, FoldedQuantizer) and module.rounds]
+    return last, scales[-1] if scales else None
+
+
+def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
+    """Return the value of an accumulator step of the last layer, [K] or []; in float, 1e-4 of a large logit."""
+    last, input_scale = _last_layer(form)
+    if last.scale is None or input_scale is None:
         return 1e-4 * logits.abs().max().clamp_min(1)
-    steps = scales[-1] * last.scale
+    steps = input_scale * last.scale
     # What comes after it may have other channels.
     return steps if steps.numel() == logits.shape[1] else steps.max()
