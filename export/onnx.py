@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.choices import EXPLAIN_HELP, GATES, SALIENCY_PRECISIONS, TARGETS, explanations
+from export.image_size import size_of
 from export.memory import keep_freed_memory
 from runtime import command
 from runtime.errors import OptionError
@@ -235,13 +236,6 @@ def _export_onnx(options: argparse.Namespace) -> None:
     print(f"{output}: {len(data):,} bytes, {exported.manifest.precision} for {options.target}, {gives}")
 
 
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise OptionError(f"--size {text}: expected pixels, as in 224, or height x width, as in 96x128")
-    return int(sides[0]), int(sides[-1])
-
-
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("post-training quantization, of a float checkpoint or of your own network")
     group.add_argument("--calibrate", action="store_true", help="quantize a checkpoint; writes a .pt too")
@@ -257,7 +251,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("your own network, PyTorch or ONNX; ONNX without --int8 is taken as it is")
     own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")
     own.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the folders')")
-    own.add_argument("--size", type=_size, metavar="PIXELS",
+    own.add_argument("--size", type=size_of, metavar="PIXELS",
                      help="side of its image, or HxW (default: the data set's, of photos 224)")  # fmt: skip
     own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
     own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")

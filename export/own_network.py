@@ -113,7 +113,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
             "give --data folder:PATH (labels are not needed) or a data set's name"
         )
     is_onnx = Path(options.checkpoint).suffix == ".onnx"
-    found_onnx = read_classifier(options.checkpoint) if is_onnx else None
+    found_onnx = read_classifier(options.checkpoint, options.size) if is_onnx else None
     if found_onnx is not None:
         network, input_spec = _from_onnx(options, found_onnx)
     else:
@@ -168,9 +168,7 @@ def _from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.M
     path = Path(options.checkpoint)
     input_spec = onnx_input(options, found)
     if found.size is None:
-        raise OptionError(
-            f"{path}: leaves its image's size open, expected a fixed one; export it with fixed sizes"
-        )
+        raise OptionError(f"{path}: leaves its image's size open, expected a fixed one; give it with --size")
     try:
         return to_torch(found), input_spec
     except ModelError as error:
@@ -194,6 +192,12 @@ def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
         given = f"--size {size[0]}x{size[1]}" if size else "the file leaves its image's size open"
         wanted = f"expected {found.size[0]}x{found.size[1]}" if found.size else "give it with --size"
         raise OptionError(f"{options.checkpoint}: {given}, {wanted}")
+    if found.integers is not None:
+        if options.mean or options.std:
+            raise OptionError(f"{options.checkpoint}: takes pixels as integers; drop --mean and --std")
+        return InputSpec(
+            size, found.channels, (found.integers.mean,) * found.channels, (found.integers.std,) * found.channels
+        )
     mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
     std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
     return InputSpec(size, found.channels, mean, std)

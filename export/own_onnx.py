@@ -16,12 +16,17 @@ import numpy as np
 import onnx
 
 from export.gradient.cam import find_cams
-from export.gradient.joining import NORMALIZED, first_line
+from export.gradient.joining import NORMALIZED, first_line, write_as_today
 from export.gradient.walk import OUTPUTS, append_input_gradient
+from export.model_file import input_names, read_model
 from export.own_network import LARGEST_DIFFERENCE, class_names, difference_of, labelled, onnx_input
+from export.passes.average_exactly import average_exactly
+from export.passes.hold_signed_codes import hold_signed_codes
+from export.passes.keep_rounding import keep_rounding
 from export.reference import reference_run
 from export.sources.images import real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from export.sources.q_operators import has_q_operators
 from export.verification.cams import CamVerification, run_cams
 from runtime.agreement import spearman
 from runtime.errors import EngineError, ModelError, OptionError
@@ -32,6 +37,8 @@ from train.input_spec import InputSpec
 
 # By so much of the logits' size codes differ of a quantized file that nobody lowered for the engine.
 LARGEST_OF_CODES = 0.1
+# How an engine is made to compute the codes that a quantized file says; nothing is quantized again.
+_LOWERINGS = {"openvino": (average_exactly, keep_rounding), "ort": (hold_signed_codes,)}
 _RANDOM_IMAGES = 16
 _COMPARED_IMAGES = 64
 
@@ -62,7 +69,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
     path = Path(options.checkpoint)
     if options.target not in ENGINES:
         raise OptionError(f"--target {options.target}: expected one of {', '.join(ENGINES)} for an ONNX file")
-    found = read_classifier(path)
+    found = read_classifier(path, options.size)
     spec = onnx_input(options, found)
     labels = None
     names: tuple[str, ...] = ()
@@ -82,8 +89,8 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
         arch=path.stem, sha256=hashlib.sha256(read_bytes(path)).hexdigest(), resize=options.resize or "crop",
     )  # fmt: skip
     status("verifying ...")
-    original = onnx.load(path)
-    original.graph.name = original.graph.name or "classifier"
+    original, _ = read_model(path)
+    write_as_today(original)
     kind = "real" if options.data is not None else "random"
     lines = compared(original, found, exported, spec, pixels[:_COMPARED_IMAGES], target=options.target, kind=kind)
     if labels is not None:
@@ -127,13 +134,15 @@ def as_it_is(
     """
     mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
     model = with_pixels(found, input_spec.size, mean, std)
+    quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     maps = find_cams(model, cams)
     if saliency or maps:
         outputs = OUTPUTS if saliency else ()
         model = append_input_gradient(
             model, input=NORMALIZED, logits="logits", outputs=outputs, cams=maps, gate=gate
         )
-    quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    for lower in _LOWERINGS[target] if quantized else ():
+        lower(model)
     image = ImageInput(input_spec.size, input_spec.channels, input_spec.mean, input_spec.std, resize)
     manifest = Manifest(
         arch=arch, precision="int8" if quantized else "fp32", target=target, input=image, classes=tuple(classes),
@@ -168,35 +177,39 @@ def compared(
     Raises:
         ModelError: the file gives other logits.
     """
-    mean, std = (np.asarray(values, np.float32) for values in (input_spec.mean, input_spec.std))
-    floats = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
-    floats = floats if found.layout == "NHWC" else floats.transpose(0, 3, 1, 2)
-    floats = floats.astype(onnx.helper.tensor_dtype_to_np_dtype(found.kinds[0]))
+    if found.integers is None:
+        mean, std = (np.asarray(values, np.float32) for values in (input_spec.mean, input_spec.std))
+        images = (pixels.astype(np.float32) - 255 * mean) / (255 * std)
+        images = images.astype(onnx.helper.tensor_dtype_to_np_dtype(found.kinds[0]))
+    else:
+        images = found.integers.codes(pixels)
+    images = np.ascontiguousarray(images if found.layout == "NHWC" else images.transpose(0, 3, 1, 2))
+    (image,) = input_names(original)
     try:
-        run_original, runner = reference_run(original)
-        parts = np.ascontiguousarray(floats).reshape(-1, 1, *floats.shape[1:])
-        outputs = [run_original({found.input: part}) for part in parts]
+        run_original, runner = reference_run(original, [found.result])
+        outputs = [run_original({image: images[i : i + 1]}) for i in range(len(images))]
     except Exception as error:  # of whichever library runs it
         height, width = input_spec.size
         raise ModelError(
             f"the file itself does not run on an image of {height}x{width} ({first_line(error)}); check --size"
         ) from None
-    name = original.graph.output[0].name
-    expected = np.concatenate([output[name].reshape(1, -1) for output in outputs]).astype(np.float32)
-    as_logits = found.output == name
+    expected = np.concatenate([output[found.result].reshape(1, -1) for output in outputs]).astype(np.float32)
+    as_logits = not found.gives_probabilities
     model = onnx.load_model_from_string(exported.data)
     explains = any(value.name == TARGET_NAME for value in model.graph.input)
     feeds = {INPUT_NAME: pixels}
     if explains:
         feeds[TARGET_NAME] = np.full(len(pixels), -1)
     inside = reference_run(model)[0](feeds)
+    largest = LARGEST_OF_CODES if exported.manifest.precision == "int8" else LARGEST_DIFFERENCE
+    # The file rounds its own probabilities, or sums of codes, where ours does not.
+    rounds = found.gives_probabilities or has_q_operators(original)
     lines = [
         f"verified: on {len(pixels)} {kind} images "
-        + _difference(inside["logits"], expected, as_logits, runner, LARGEST_DIFFERENCE)
+        + _difference(inside["logits"], expected, as_logits, runner, largest if rounds else LARGEST_DIFFERENCE)
     ]
     wanted = ("logits", "saliency") if "saliency" in inside else ("logits",)
     engine = _on_engine(exported, target, pixels, wanted)
-    largest = LARGEST_OF_CODES if exported.manifest.precision == "int8" else LARGEST_DIFFERENCE
     if engine is None:
         lines.append(f"verified: not run on {target}: it is not installed here")
         return lines
@@ -204,6 +217,8 @@ def compared(
     if "saliency" in inside:
         agreement = spearman(engine["saliency"], inside["saliency"]).mean()
         lines.append(f"explains: maps on {target} against the graph's: Spearman {agreement:.3f}")
+        if not inside["saliency"].any():
+            lines[-1] = f"explains: every map is 0 on {kind} images; give real ones with --data"
     cams = exported.manifest.cams
     for cam, run in zip(cams, run_cams(exported.data, target, cams, feeds, inside), strict=True):
         lines.append(f"explains: {CamVerification(cam, len(pixels), None, *run)}")

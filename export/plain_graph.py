@@ -112,6 +112,30 @@ def hold_shapes(model: onnx.ModelProto) -> None:
         facts = GraphFacts(infer_shapes(model))
 
 
+def as_rows(model: onnx.ModelProto, facts: GraphFacts, name: str) -> str:
+    """Return the tensor [N, K] of a tensor [N, K] or [N, K, 1, 1]; of the latter a node is added, in place."""
+    if facts.rank(name) == 2:
+        return name
+    rows = f"{name}/rows"
+    model.graph.node.append(helper.make_node("Flatten", [name], [rows], name=rows, axis=1))
+    kept = [value for value in model.graph.output if value.name != name]
+    if len(kept) < len(model.graph.output):
+        _, classes = facts.shape(name)[:2]
+        kept.append(helper.make_tensor_value_info(rows, facts.type(name), [None, classes]))
+    values = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del model.graph.output[:]
+    model.graph.output.extend(values)
+    return rows
+
+
+def is_flat(facts: GraphFacts, name: str) -> bool:
+    """Return whether a tensor is [N, K], perhaps with axes of size 1 behind."""
+    if not facts.has_rank(name):
+        return False
+    _, *rest = facts.shape(name) or (None,)
+    return len(rest) >= 1 and all(size == 1 for size in rest[1:])
+
+
 def _schema(name: str, model: onnx.ModelProto) -> defs.OpSchema:
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     return defs.get_schema(name, opset, "")

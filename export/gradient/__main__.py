@@ -8,23 +8,15 @@ if __name__ == "__main__" and not __package__:
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx
-from google.protobuf.message import DecodeError
-
 from export.choices import GATES
-from export.gradient.joining import first_line
 from export.gradient.walk import append_input_gradient
+from export.image_size import fix_size, size_of
+from export.model_file import read_model
 from export.passes.hold_signed_codes import hold_signed_codes
 from runtime import command
-from runtime.errors import FileError, ModelError
-from runtime.files import read_bytes, write_atomically
+from runtime.errors import ModelError
+from runtime.files import write_atomically
 from runtime.outputs import check_outputs
-
-
-def _external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """Return the files beside a model in which its weights lie."""
-    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
-    return [path.parent / entry.value for entry in entries if entry.key == "location"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   python -m export.gradient model.onnx                             # -> model_saliency.onnx
   python -m export.gradient model.onnx -o explained.onnx --raw     # the gradient [N, C, H, W], not its map
   python -m export.gradient model.onnx --input pixels --logits fc  # where the model leaves a choice
+  python -m export.gradient model.onnx --size 224                  # where it leaves the image's size open
 """,
     )
     arguments.add_argument("model", help="an ONNX classifier, ours or not")
@@ -45,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input", help="the float tensor to differentiate by (default: 'normalized', or the only input)"
     )
     arguments.add_argument("--logits", help="the [N, K] tensor to differentiate (default: the only such output)")
+    arguments.add_argument("--size", metavar="PIXELS", help="of an image whose size the file leaves open, or HxW")
     arguments.add_argument("--raw", action="store_true", help="the output `gradient`, not its map")
     arguments.add_argument(
         "--gate",
@@ -55,14 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     path = Path(options.model)
     output = Path(options.output or path.with_name(f"{path.stem}_saliency.onnx"))
-    data = read_bytes(path)
     check_outputs([output], inputs=[path])
-    try:
-        model = onnx.load_from_string(data)
-        check_outputs([output], inputs=_external_files(model, path))
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except (DecodeError, OSError, onnx.checker.ValidationError) as error:
-        raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None
+    model, beside = read_model(path)
+    check_outputs([output], inputs=beside)
+    if options.size:
+        fix_size(model, size_of(options.size))
     try:
         explained = append_input_gradient(
             model,

@@ -44,7 +44,7 @@ def prepare_model(model: onnx.ModelProto, added: Sequence[str] = ()) -> onnx.Mod
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    _written_as_today(copy)
+    write_as_today(copy)
     try:
         onnx.checker.check_model(copy)
         if copy.functions:
@@ -66,8 +66,8 @@ def prepare_model(model: onnx.ModelProto, added: Sequence[str] = ()) -> onnx.Mod
     return copy
 
 
-def _written_as_today(model: onnx.ModelProto) -> None:
-    """Write, in place, as today what old or careless writers wrote otherwise: its meaning is clear."""
+def write_as_today(model: onnx.ModelProto) -> None:
+    """Write, in place, as today what old or careless writers wrote otherwise: names, order, domains, constants."""
     graph = model.graph
     graph.name = graph.name or "classifier"
     if model.ir_version < _CONSTANTS_APART:  # when constants had to be inputs, too

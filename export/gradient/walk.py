@@ -35,8 +35,8 @@ from export.gradient.rules import (
 )
 from export.gradient.rules.pointwise import Rule
 from export.gradient.tape import TARGET_SCOPE, Tape
-from export.graph import describe, infer_shapes
-from export.plain_graph import expand_functions, hold_shapes
+from export.graph import GraphFacts, describe, infer_shapes
+from export.plain_graph import as_rows, expand_functions, hold_shapes, is_flat
 from runtime.errors import ModelError, OptionError
 
 _FAMILIES = (
@@ -118,6 +118,9 @@ def append_input_gradient(
     )
     hold_shapes(model)
     inferred = infer_shapes(model)
+    rows = _logits_in_rows(model, GraphFacts(inferred), logits)
+    if rows != logits:
+        logits, inferred = rows, infer_shapes(model)
     tape = Tape(inferred, gate, int8=int8_samples is not None)
     source, result = find_source(inferred, tape, input), find_logits(inferred, tape, logits)
     if "saliency" in outputs and tape.rank(source) != 4:
@@ -145,6 +148,16 @@ def append_input_gradient(
     if int8_samples is not None:
         calibrate(model, int8_samples)
     return model
+
+
+def _logits_in_rows(model: onnx.ModelProto, facts: GraphFacts, name: str | None) -> str | None:
+    """Return the logits' name as [N, K], where the only float output, or the named one, is [N, K, 1, 1]."""
+    outputs = [value.name for value in model.graph.output]
+    floats = [output for output in outputs if facts.is_float(output)]
+    found = str(name if name is not None else floats[0] if len(floats) == 1 else "")
+    if found in facts.producer and facts.has_rank(found) and facts.rank(found) > 2 and is_flat(facts, found):
+        return as_rows(model, facts, found)
+    return name
 
 
 def _mark_active(model: onnx.ModelProto, tape: Tape) -> None:

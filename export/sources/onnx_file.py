@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
-from export.gradient.joining import NORMALIZED, channel_axis, find_source, first_line, prepare_model
+from export.gradient.joining import NORMALIZED, channel_axis, find_source, prepare_model
 from export.gradient.tape import Tape
 from export.graph import infer_shapes
-from runtime.errors import FileError, ModelError
-from runtime.files import read_bytes
+from export.image_size import fix_size
+from export.model_file import read_model
+from export.passes.pair_quantizers import pair_quantizers
+from export.plain_graph import as_rows
+from export.sources.onnx_ends import IntegerImage, find_output, take_floats
+from export.sources.q_operators import has_q_operators, to_pairs
+from runtime.errors import ModelError
 from runtime.manifest import INPUT_NAME
 
 _LAYOUTS = {1: "NCHW", 3: "NHWC"}
@@ -26,13 +30,16 @@ class OnnxClassifier:
 
     Args:
         model: at an opset that the gradient's rules know, with shapes.
-        input: name of its image.
+        input: name of its image of floats.
         output: name of its logits; what a softmax at the end is given.
         layout: "NCHW" or "NHWC".
         size: height and width of its image; None where the file leaves them open.
         channels: 1 or 3.
         classes: number of logits.
         kinds: element types of image and logits, of onnx.TensorProto.
+        result: name of the file's own output.
+        gives_probabilities: whether that is the softmax of the logits.
+        integers: how the file takes an image of integers; None where it takes floats.
     """
 
     model: onnx.ModelProto
@@ -43,30 +50,37 @@ class OnnxClassifier:
     channels: int
     classes: int
     kinds: tuple[int, int]
+    result: str
+    gives_probabilities: bool
+    integers: IntegerImage | None
 
 
-def read_classifier(path: str | Path) -> OnnxClassifier:
+def read_classifier(path: str | Path, size: tuple[int, int] | None = None) -> OnnxClassifier:
     """Read an ONNX file of anyone's.
 
+    Args:
+        path: of the file.
+        size: height and width, for a file that leaves them open.
+
     Raises:
-        FileError: it is not there, or no whole ONNX file.
-        ModelError: it is no classifier of one image of floats.
+        FileError: it, or a file that holds its weights, is not there, or no whole ONNX file.
+        ModelError: it is no classifier of one image.
     """
     path = Path(path)
+    original, _ = read_model(path)
     try:
-        original = onnx.load_from_string(read_bytes(path))
-        onnx.load_external_data_for_model(original, str(path.parent))
-    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise FileError(f"{path}: is not a whole ONNX file ({first_line(error)}); export it again") from None
-    try:
-        return _understood(original)
+        return _understood(original, size)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
 
 
-def _understood(original: onnx.ModelProto) -> OnnxClassifier:
-    model = prepare_model(original)
+def _understood(original: onnx.ModelProto, given: tuple[int, int] | None) -> OnnxClassifier:
+    model = prepare_model(to_pairs(original) if has_q_operators(original) else original)
+    integers = take_floats(model)
+    pair_quantizers(model)
     _open_batch(model)
+    if given is not None:
+        fix_size(model, given)
     inferred = infer_shapes(model)
     tape = Tape(inferred, "code", int8=False)
     source = find_source(inferred, tape, None)
@@ -74,25 +88,30 @@ def _understood(original: onnx.ModelProto) -> OnnxClassifier:
         raise ModelError(f"input {source!r}: has {tape.rank(source)} axes, expected an image [N, C, H, W]")
     shape = tape.shape(source)
     if shape[0] is not None:
-        raise ModelError(f"input {source!r}: takes {shape[0]} images at a time, expected one or any number")
+        raise ModelError(
+            f"input {source!r}: takes {shape[0]} images at a time, expected one or any number; export it with an "
+            "open batch"
+        )
     axis = channel_axis(inferred, tape, source)
     channels = shape[axis]
     if channels not in (1, 3):
-        raise ModelError(f"input {source!r}: has {channels} channels, expected 1 (grey) or 3 (RGB)")
+        raise ModelError(
+            f"input {source!r}: has {channels} channels, expected 1 (grey) or 3 (RGB); put what makes them of RGB "
+            "into the network"
+        )
     height, width = (side for i, side in enumerate(shape) if i not in (0, axis))
-    outputs = [value.name for value in model.graph.output]
-    if len(outputs) != 1 or outputs[0] not in tape.producer:
-        raise ModelError(f"{len(outputs)} outputs ({', '.join(outputs)}), expected one, the logits [N, K]")
-    output = outputs[0]
-    last = tape.producer[output]
-    if last.op_type == "Softmax":
-        output = last.input[0]
-    if tape.rank(output) != 2 or not isinstance(tape.shape(output)[1], int):
-        raise ModelError(f"output {output!r}: has shape {list(tape.shape(output))}, expected logits [N, K]")
     size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-    return OnnxClassifier(model, source, output, _LAYOUTS[axis], size, channels, int(tape.shape(output)[1] or 0),
-        (tape.type(source), tape.type(output)),
-    )  # fmt: skip
+    result, output, softmax = find_output(model, tape)
+    if not isinstance(tape.shape(output)[1], int):
+        remedy = "export it with a fixed number of classes" if size else "give its image's size with --size"
+        raise ModelError(
+            f"output {output!r}: has shape {list(tape.shape(output))}, expected logits [N, K]; {remedy}"
+        )
+    kinds, classes = (tape.type(source), tape.type(output)), int(tape.shape(output)[1] or 0)
+    output = as_rows(model, tape, output)
+    return OnnxClassifier(
+        model, source, output, _LAYOUTS[axis], size, channels, classes, kinds, result, softmax, integers
+    )
 
 
 def with_pixels(

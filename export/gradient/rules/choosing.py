@@ -32,14 +32,18 @@ def gathered_at_run_time(t: Tape, node: onnx.NodeProto, y: str, dy: str, axis: i
 def _extreme(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     """The input that is y gets the gradient: of equal ones a constant, as at Relu's kink, else the first."""
     inputs = list(dict.fromkeys(node.input))
-    constants = [x for x in inputs if x not in t.active]
-    changing = [x for x in inputs if x in t.active]
-    if len(changing) == 1 and len(constants) == 1:
-        over = (y, constants[0]) if node.op_type == "Max" else (constants[0], y)
-        yield changing[0], unbroadcast(t, t.op("Mul", dy, step(t, t.op("Sub", *over))), changing[0], y)
+    ordered = sorted(inputs, key=lambda x: x in t.active)  # constants first
+    if len(inputs) == 2:
+        first, second = ordered
+        over = (second, first) if node.op_type == "Max" else (first, second)
+        chosen = step(t, t.op("Sub", *over), *ordered)
+        yield second, unbroadcast(t, t.op("Mul", dy, chosen), second, y)
+        if first in t.active:
+            other = t.op("Sub", t.array(1.0, dy), chosen)
+            yield first, unbroadcast(t, t.op("Mul", dy, other), first, y)
         return
     left = t.array(1.0, dy)
-    for x in [*constants, *changing]:
+    for x in ordered:
         here = t.op("Mul", t.op("Cast", t.op("Equal", x, y), to=t.type(dy)), left)
         left = t.op("Sub", left, here)
         if x in t.active:

@@ -21,15 +21,48 @@ Pairs = Iterator[tuple[str, str]]
 Rule = Callable[[Tape, onnx.NodeProto, str, str], Pairs]
 """rule(tape, node, y, dy) yields (input tensor, gradient) pairs; y is a node's output, dy its gradient."""
 
+# What hands on some of its elements, and a scale with them.
+_HANDING_ON = {
+    "Concat",
+    "Flatten",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
+
 Derivative = Callable[[Tape, onnx.NodeProto, str, str], str]
 
 
-def step(t: Tape, x: str) -> str:
-    """Return 1 where x > 0, else 0, of x's shape.
+def step(t: Tape, x: str, *sources: str) -> str:
+    """Return 1 where x > 0, else 0, of x's shape; `sources` are forward tensors that x is the difference of.
 
     Exact down to 2^-100, which no activation resolves (2^-15 in half precision, whose range ends there).
     """
-    return t.op("Clip", t.op("Mul", x, _steepness(t, x)), 0.0, 1.0)
+    return t.op("Clip", steep(t, x, *sources), 0.0, 1.0)
+
+
+def steep(t: Tape, x: str, *sources: str) -> str:
+    """Return x times 2^100, for a Clip to make 0 or 1 of.
+
+    OpenVINO 2026.4 moves the scale of codes past such a Mul and a Clip, and then clips the codes at 2^-100: all
+    are 0. It does not past a maximum with the lowest float, which changes nothing.
+    """
+    if any(is_dequantized(t, source) for source in sources or (x,)):
+        x = t.op("Max", x, float(np.finfo(t.numpy_type(x)).min))
+    return t.op("Mul", x, _steepness(t, x))
+
+
+def is_dequantized(t: Tape, x: str) -> bool:
+    """Return whether a tensor holds dequantized codes, perhaps moved."""
+    node = t.producer.get(x)
+    while node is not None and node.op_type in _HANDING_ON:
+        node = t.producer.get(node.input[0])
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _inside(t: Tape, y: str, low: float, high: float) -> str:
@@ -104,7 +137,13 @@ def _clip(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
         yield x, dy
         return
     low, high = (float(t.constant(node, i, default)) for i, default in ((1, -np.inf), (2, np.inf)))
-    if np.isinf(low) and np.isinf(high):
+    if is_dequantized(t, x):
+        # OpenVINO moves the clip to the codes, so that what is clipped is not exactly at the bound.
+        for bound, pair in ((low, (x, low)), (high, (t.array(high, x), x))):
+            if np.isfinite(bound):
+                dy = t.op("Mul", dy, step(t, t.op("Sub", *pair), x))
+        yield x, dy
+    elif np.isinf(low) and np.isinf(high):
         yield x, dy
     elif np.isinf(high):
         yield x, t.op("Mul", dy, step(t, t.op("Sub", y, low)))
@@ -154,7 +193,7 @@ def _erf(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 
 
 def _abs(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return t.op("Clip", t.op("Mul", x, _steepness(t, x)), -1.0, 1.0)
+    return t.op("Clip", steep(t, x), -1.0, 1.0)
 
 
 def _sqrt(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
