@@ -14,9 +14,9 @@ from export.gradient.tape import Tape
 from export.graph import infer_shapes
 from export.image_size import fix_size
 from export.model_file import read_model
-from export.passes.pair_quantizers import pair_quantizers
 from export.plain_graph import as_rows
 from export.sources.onnx_ends import IntegerImage, find_output, take_floats
+from export.sources.pair_quantizers import pair_quantizers
 from export.sources.q_operators import has_q_operators, to_pairs
 from runtime.errors import ModelError
 from runtime.manifest import INPUT_NAME

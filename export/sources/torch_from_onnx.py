@@ -15,7 +15,8 @@ import onnx
 import torch
 from torch import fx, nn
 
-from export.graph import GraphFacts, attributes, describe, infer_shapes
+from export.graph import GraphFacts, describe, infer_shapes
+from export.plain_graph import expand_functions, hold_shapes
 from export.sources.onnx_file import OnnxClassifier
 from export.sources.torch_forms import FORMS, REMEDY, SHAPED, as_float32
 from runtime.errors import ModelError
@@ -143,7 +144,7 @@ def _drop_double_permutations(graph: fx.Graph) -> None:
 
 
 def _with_constant_shapes(found: OnnxClassifier) -> onnx.ModelProto:
-    """Return the graph for one image, in which the shapes that it asks for are constants.
+    """Return the graph for one image, with constant shapes and without operators that have a body of known ones.
 
     Reshapes and slices then have constant arguments. The forms leave the first axis, of the images, open again.
     """
@@ -155,26 +156,6 @@ def _with_constant_shapes(found: OnnxClassifier) -> onnx.ModelProto:
             if dimension:
                 dimension[0].Clear()
                 dimension[0].dim_value = 1
-    known = {tensor.name for tensor in model.graph.initializer}
-    before = -1
-    while len(known) > before:  # what becomes a constant may make the shape of something else known
-        before, facts = len(known), GraphFacts(infer_shapes(model))
-        for node in list(model.graph.node):
-            if node.op_type == "Shape" and facts.has_rank(node.input[0]):
-                first, *others = facts.shape(node.input[0]) or (1,)
-                shape = [first or 1, *others]
-                if None not in others:
-                    start, end = attributes(node).get("start", 0), attributes(node).get("end", len(shape))
-                    _hold(model.graph, node.output[0], np.array(shape[start:end], np.int64), known)
-                    model.graph.node.remove(node)
-            elif node.op_type == "Reshape" and node.input[1] not in known:
-                value = facts.value(node.input[1])
-                if value is not None:
-                    node.input[1] = f"{node.output[0]}/shape"
-                    _hold(model.graph, node.input[1], value, known)
+    model = expand_functions(model, FORMS)
+    hold_shapes(model)
     return model
-
-
-def _hold(graph: onnx.GraphProto, name: str, value: np.ndarray, known: set[str]) -> None:
-    graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    known.add(name)
