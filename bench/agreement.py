@@ -24,6 +24,7 @@ from bench.networks.agreement import TARGETS, Agreement, compare
 from bench.networks.network import Network, find
 from bench.networks.opened import open_networks, stream_for
 from runtime import command
+from runtime.agreement import MEASURES
 from runtime.errors import OptionError
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES
@@ -110,15 +111,19 @@ def _report(found: Agreement, sides: Sequence[Network], data: str, target: str) 
         f"{found.differing:,} of {found.images:,} images of {data} in another class, logits differ by at most "
         f"{found.largest_difference:.2%} of the largest"
     )
-    if found.spearman is None or found.top_overlap is None:
+    rows = (found.spearman, found.pearson, found.ssim, found.top_overlap, found.top_20_overlap)
+    if found.spearman is None:
         without = " and ".join(letter for letter, side in zip("AB", sides, strict=True) if not side.explains)
         return "\n".join([*lines, f"{without} without maps: exported or built with --no-saliency"])
-    lines.append(f"{f'maps of the {target} class':30}    mean  median  lowest decile   least (image)")
-    for name, row in (("Spearman", found.spearman), ("top-10 % overlap", found.top_overlap)):
-        lines.append(
-            f"{name:30}{row.mean:8.3f}{row.median:8.3f}{row.lowest_decile:15.3f}{row.least:8.3f} "
-            f"({row.least_image})"
-        )
+    head = f"maps of the {target} class"
+    lines.append(f"{head:30}    mean  median  lowest decile   least (image)  same class")
+    for name, row in zip(MEASURES, rows, strict=True):
+        if row is not None:
+            agreeing = f"{found.same_class[name]:8.3f}" if found.same_class else "       -"
+            lines.append(
+                f"{name:30}{row.mean:8.3f}{row.median:8.3f}{row.lowest_decile:15.3f}{row.least:8.3f} "
+                f"{f'({row.least_image})':9}{agreeing}"
+            )
     return "\n".join(lines)
 
 

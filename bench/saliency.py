@@ -10,6 +10,7 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.saliency")
 
+import argparse
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.record import append
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
 from bench.networks.agreement import of_maps
+from bench.networks.imputation import ROAD_PERCENTS
+from bench.networks.methods import measure_methods
 from bench.networks.network import Network, find
 from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
@@ -39,6 +42,7 @@ EXAMPLES = """
   python -m bench.saliency ckpt.pt ckpt.onnx --float --data mnist   # what quantization and export did to the maps
   python -m bench.saliency runs/plain runs/sgt --data mnist --plot curves.png
   python -m bench.saliency ckpt.pt --data mnist --fill random --target true --record results.jsonl
+  python -m bench.saliency ckpt.onnx --data mnist --method all --images 500 --plot methods.png
 """
 
 
@@ -158,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         [options.record, options.plot],
         inputs=[*map(find, options.models), *sources_of(options.data, options.data_root)],
     )
+    if options.method:
+        _compare_methods(options)
+        return
     workers = options.threads or cores()
     networks = [
         network
@@ -201,6 +208,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(where))
 
 
+def _compare_methods(options: argparse.Namespace) -> None:
+    """Print what each method of exported files is worth and costs, or one JSON line."""
+    rows: list[dict[str, Any]] = []
+    for path in options.models:
+        (network,) = open_networks(path, engine=options.engine, threads=1, classes_only=True)
+        test = stream_for([network], options.data, options.data_root)
+        network.close()
+        if options.images is not None:
+            test = test.evenly_spaced(options.images)
+        rows += measure_methods(find(path), network.name, test, options.method, engine=options.engine,
+                                fill=options.fill, canvas=options.canvas)  # fmt: skip
+    where = environment()
+    result = {
+        "bench": "saliency-methods", "data": test.name, "n": len(test.positions), "fill": options.fill,
+        "canvas": options.canvas, "road_percent": ROAD_PERCENTS, "methods": rows, "environment": where,
+    }  # fmt: skip
+    if options.plot:
+        from bench.pictures.methods import draw_methods
+
+        draw_methods(rows, test.name, Path(options.plot))
+    if options.record:
+        append(options.record, result)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['n']:,} images of {test.name}; the predicted class is explained; lower is better but for "
+          "insertion, energy, pointing")  # fmt: skip
+    print(f"{'':52}masked AUC  ROAD % deletion insertion  energy pointing       ms  x class")
+    for row in rows:
+        energy, pointing = (
+            f"{row[key]:8.3f}" if row[key] is not None else "       -" for key in ("energy", "pointing")
+        )
+        print(f"{_shortened(row['model'], 24)} {row['precision']:5}{row['method']:22}{row['masked_auc']:10.2f}"
+              f"{row['road']:8.2f}{row['deletion_auc']:9.3f}{row['insertion_auc']:10.3f}{energy}{pointing}"
+              f"{row['ms']:9.2f}{row['times_class']:9.2f}")  # fmt: skip
+    print(describe(where))
+
+
 def _parser() -> Any:
     parser = command.parser("bench.saliency", "Measure how well a network's saliency explains it.", EXAMPLES)
     parser.add_argument("models", nargs="+", metavar="model", help="exported .onnx, ckpt.pt or run folder")
@@ -214,6 +259,8 @@ def _parser() -> Any:
                         help="what salient pixels are inserted into (default: blur)")  # fmt: skip
     parser.add_argument("--target", choices=TARGETS, default="predicted",
                         help="the class that is explained (default: predicted)")  # fmt: skip
+    parser.add_argument("--method", metavar="METHODS",
+                        help="of exported files: all, or some of their methods, and what each costs")  # fmt: skip
     parser.add_argument("--engine", choices=tuple(ENGINES), help="of .onnx files (default: as exported)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--plot", metavar="PNG", help="draw the three curves of all networks")

@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     by_gradient = (exported.gradients, exported.differentiated, exported.agreement)
     for part in filter(None, (*(by_gradient if exported.gradients else ()), *exported.cams)):
         print(_wrapped(f"explains: {part}"))
+    if exported.agreement is not None:
+        print(_wrapped(f"explains: {exported.agreement.drift}"))
     data = _validated(exported.data, exported.manifest, options)
     write_atomically(output, data)
     gives = _gives(options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_SSIM_WINDOW = 7
+
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the rank correlation of maps [N, H, W] image by image, float64 [N], -1 to 1.
@@ -36,6 +38,52 @@ def top_overlap(a: np.ndarray, b: np.ndarray, share: float = 0.1) -> np.ndarray:
         tops.append(chosen)
     overlap: np.ndarray = (tops[0] & tops[1]).sum(1) / count
     return overlap
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the linear correlation of maps [N, H, W] image by image, float64 [N]; of a constant map 0."""
+    flat_a, flat_b = (maps.reshape(len(maps), -1).astype(np.float64) for maps in (a, b))
+    flat_a -= flat_a.mean(1, keepdims=True)
+    flat_b -= flat_b.mean(1, keepdims=True)
+    norms = np.linalg.norm(flat_a, axis=1) * np.linalg.norm(flat_b, axis=1)
+    correlation: np.ndarray = (flat_a * flat_b).sum(1) / np.where(norms > 0, norms, 1)
+    return correlation
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the mean structural similarity of maps [N, H, W], each divided by its maximum, float64 [N], -1 to 1.
+
+    Wang et al. 2004, equation 13, in windows of 7 x 7 pixels, or of the map where that is smaller.
+    """
+    scaled = []
+    for maps in (a, b):
+        peaks = maps.max((1, 2), keepdims=True).astype(np.float64)
+        scaled.append(maps / np.where(peaks > 0, peaks, 1))
+    window = tuple(min(_SSIM_WINDOW, size) for size in a.shape[1:])
+    x, y = (np.lib.stride_tricks.sliding_window_view(maps, window, axis=(1, 2)) for maps in scaled)
+    mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
+    n = window[0] * window[1]
+    unbiased = n / max(n - 1, 1)
+    var_x, var_y = (unbiased * (v.var((-2, -1))) for v in (x, y))
+    cov = unbiased * ((x * y).mean((-2, -1)) - mean_x * mean_y)
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    found: np.ndarray = similarity.mean((1, 2))
+    return found
+
+
+def top_20_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return `top_overlap` of the 20 % most salient pixels."""
+    return top_overlap(a, b, share=0.2)
+
+
+# What two maps of an image are compared by.
+MEASURES = {
+    "Spearman": spearman, "Pearson": pearson, "SSIM": ssim, "top-10 % overlap": top_overlap,
+    "top-20 % overlap": top_20_overlap,
+}  # fmt: skip
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from bench.measure.streams import Batch, ImageStream, in_parallel
 from bench.networks.network import Network
 from runtime import command
-from runtime.agreement import spearman, top_overlap
+from runtime.agreement import MEASURES, spearman, top_overlap
 
 TARGETS = ("predicted", "true")
 
@@ -47,6 +47,11 @@ class Agreement:
         largest_difference: of two logits, as a share of the other's largest magnitude.
         spearman: rank correlation of the two maps of each image, -1 to 1; None where one of the two has no maps.
         top_overlap: share of the 10 % most salient pixels that the two have in common, 0 to 1; or None.
+        pearson: linear correlation of the two maps, -1 to 1; or None.
+        ssim: structural similarity of the two, -1 to 1; or None.
+        top_20_overlap: as top_overlap, of the 20 % most salient pixels.
+        same_class: means of these over the images that both put into one class, by name; None likewise, or where
+            there is no such image.
     """
 
     images: int
@@ -54,6 +59,10 @@ class Agreement:
     largest_difference: float
     spearman: Spread | None
     top_overlap: Spread | None
+    pearson: Spread | None = None
+    ssim: Spread | None = None
+    top_20_overlap: Spread | None = None
+    same_class: dict[str, float] | None = None
 
 
 def of_maps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -87,16 +96,23 @@ def compare(
             return differing, peaks, np.empty((len(images), 0))
         classes = (labels if target == "true" else logits[1].argmax(1)).astype(np.int64)
         maps = (side.explain(images, classes)[1] for side in (network, reference))
-        return differing, peaks, of_maps(*maps)
+        pair = tuple(maps)
+        return differing, peaks, np.stack([measure(*pair) for measure in MEASURES.values()], axis=1)
 
     steps = in_parallel(of_batch, test.batches(), workers)
     found = list(command.progress(steps, label="images / 64", total=test.batch_count))
     differing, peaks, maps = (np.concatenate(parts) for parts in zip(*found, strict=True))
     difference, magnitude = peaks.reshape(-1, 2).max(0)
+    spreads = {name: Spread.of(maps[:, i]) for i, name in enumerate(MEASURES)} if explained else {}
+    agreeing = explained and not differing.all()
     return Agreement(
         images=len(differing),
         differing=int(differing.sum()),
         largest_difference=float(difference / magnitude) if magnitude else float(difference > 0),
-        spearman=Spread.of(maps[:, 0]) if explained else None,
-        top_overlap=Spread.of(maps[:, 1]) if explained else None,
+        spearman=spreads.get("Spearman"),
+        top_overlap=spreads.get("top-10 % overlap"),
+        pearson=spreads.get("Pearson"),
+        ssim=spreads.get("SSIM"),
+        top_20_overlap=spreads.get("top-20 % overlap"),
+        same_class=dict(zip(MEASURES, map(float, maps[~differing].mean(0)), strict=True)) if agreeing else None,
     )

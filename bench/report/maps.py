@@ -15,12 +15,14 @@ from bench.pictures.maps import one_of_each_class
 from bench.report.page import Content, Html, Section, join, missing, paragraph, table, tag
 from bench.report.subjects import Subject, role
 from runtime import command
-from runtime.agreement import spearman, top_overlap
+from runtime.agreement import MEASURES, spearman
 from runtime.classifier import MAX_BATCH, softmax
 
 # The saliency drawn as brightest: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.5
 _LARGEST_PIXELS = 112
+# So many images are added whose maps agree least.
+_WORST = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def explain(subject: Subject, samples: LabelledImages, count: int) -> ExplainedI
     Args:
         subject: whose networks explain.
         samples: images of their size.
-        count: how many to show, one of each class in turn; the one whose maps agree least is added to them.
+        count: how many to show, one of each class in turn; those whose maps agree least are added, the worst last.
     """
     if not subject.networks:
         return None
@@ -65,8 +67,8 @@ def explain(subject: Subject, samples: LabelledImages, count: int) -> ExplainedI
     numbered = LabelledImages(samples.name, np.arange(len(samples.labels)), samples.labels)
     shown = one_of_each_class(numbered, min(count, len(samples.labels), MAX_BATCH)).images.tolist()
     if len(maps) > 1:
-        worst = int(spearman(maps[0], maps[-1]).argmin())
-        shown = [*(number for number in shown if number != worst), worst]
+        worst = spearman(maps[0], maps[-1]).argsort()[:_WORST].tolist()
+        shown = [*(number for number in shown if number not in worst), *reversed(worst)]
     return ExplainedImages(subject, samples, tuple(logits), tuple(maps), tuple(shown))
 
 
@@ -118,13 +120,15 @@ def _agreement(found: ExplainedImages) -> Html | None:
     rows = []
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
-            ranks, tops = spearman(found.maps[a], found.maps[b]), top_overlap(found.maps[a], found.maps[b])
-            same = 100 * float((found.logits[a].argmax(1) == found.logits[b].argmax(1)).mean())
-            rows.append([f"{names[a]} and {names[b]}", f"{ranks.mean():.3f}", f"{np.percentile(ranks, 10):.3f}",
-                         f"{tops.mean():.3f}", f"{same:.2f}"])  # fmt: skip
+            alike = {name: measure(found.maps[a], found.maps[b]) for name, measure in MEASURES.items()}
+            same = found.logits[a].argmax(1) == found.logits[b].argmax(1)
+            ranks = alike["Spearman"]
+            agreeing = f"{ranks[same].mean():.3f}" if same.any() else "-"
+            rows.append([f"{names[a]} and {names[b]}", *(f"{values.mean():.3f}" for values in alike.values()),
+                         f"{np.percentile(ranks, 10):.3f}", agreeing, f"{100 * same.mean():.2f}"])  # fmt: skip
     caption = f"Agreement of the maps on {len(found.samples.labels):,} images of {found.samples.name}"
-    header = ["networks", "Spearman, mean", "lowest decile", "top-10 % overlap", "same class %"]
-    agreement = table(caption, header, rows, align="lrrrr") if rows else None
+    header = ["networks", *MEASURES, "Spearman, lowest decile", "Spearman, same class", "same class %"]
+    agreement = table(caption, header, rows, align="l" + "r" * (len(header) - 1)) if rows else None
     return join(agreement, paragraph(found.subject.remark) if found.subject.remark else None)
 
 
@@ -134,7 +138,8 @@ def _cards(found: ExplainedImages) -> Html:
 
 def _card(found: ExplainedImages, number: int) -> Html:
     classes, label = found.subject.classes, int(found.samples.labels[number])
-    least = " · maps agree least" if number == found.shown[-1] and len(found.maps) > 1 else ""
+    worst = found.shown[-_WORST:] if len(found.maps) > 1 else ()
+    least = " · maps agree least" if number in worst else ""
     shown = [_thumbnail(picture(found.samples.images[number], f"Image {number}, class {classes[label]}"), "image")]
     brightest = float(np.percentile([maps[number] for maps in found.maps], _BRIGHT_PERCENTILE))
     for network, logits, maps in zip(found.subject.networks, found.logits, found.maps, strict=True):

@@ -16,6 +16,16 @@ def barrier(value: str, result: str) -> onnx.NodeProto:
     return helper.make_node("Max", [value, _LOWEST], [result], name=result)
 
 
+def take_barriers_away(graph: onnx.GraphProto) -> None:
+    """Let, in place, the readers of barriers read the values before them, so that no gradient passes one."""
+    barriers = [node for node in graph.node if node.op_type == "Max" and _LOWEST in node.input]
+    before = {node.output[0]: node.input[0] for node in barriers}
+    kept = [node for node in graph.node if node.output[0] not in before]
+    for node in kept:
+        node.input[:] = [before.get(name, name) for name in node.input]
+    replace_nodes(graph, kept)
+
+
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     """Give a graph other nodes, in their order, and the constant that barriers among them read."""
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

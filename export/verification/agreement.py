@@ -14,12 +14,14 @@ from export.deploy_form import deploy_form
 from export.gradient.cam import Cam
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.reference import reference_run
-from runtime.agreement import spearman, top_overlap
+from runtime.agreement import MEASURES, spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
 
 # Where int8 gradients agree less with float32's, `auto` does without them.
 LEAST_SPEARMAN = 0.99
+# So many images are named whose maps agree least.
+_WORST = 3
 # Where they agree much less on a few images already, `auto` looks at no more.
 _FIRST_IMAGES, _FIRST_SPEARMAN = 8, 0.95
 
@@ -32,14 +34,28 @@ class MapAgreement:
         samples: number of images.
         spearman: rank correlation of the maps of each image, -1 to 1.
         top_overlap: share of the 10 % most salient pixels in common, 0 to 1.
+        pearson: linear correlation, -1 to 1.
+        ssim: structural similarity, -1 to 1.
+        top_20_overlap: as top_overlap, of 20 %.
     """
 
     samples: int
     spearman: float
     top_overlap: float
+    pearson: float
+    ssim: float
+    top_20_overlap: float
 
     def __str__(self) -> str:
         return f"Spearman {self.spearman:.3f}, top-10 % overlap {self.top_overlap:.3f} ({self.samples} images)"
+
+    @property
+    def drift(self) -> str:
+        """All measures as text."""
+        return (
+            f"Spearman {self.spearman:.3f}, Pearson {self.pearson:.3f}, SSIM {self.ssim:.3f}, top-10 % overlap "
+            f"{self.top_overlap:.3f}, top-20 % overlap {self.top_20_overlap:.3f} ({self.samples} images)"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,12 +141,23 @@ class ExportAgreement:
         maps: agreement of the maps for each image's true class.
         float_accuracy: of the float network, in percent; None where the images have no labels.
         exported_accuracy: of the file; without labels, how often it gives the float network's class.
+        same_class: agreement of the maps of the images that both put into one class; None where there is none.
+        worst: numbers of the images whose maps agree least, the worst first.
     """
 
     reference: str
     maps: MapAgreement
     float_accuracy: float | None
     exported_accuracy: float
+    same_class: MapAgreement | None = None
+    worst: tuple[int, ...] = ()
+
+    @property
+    def drift(self) -> str:
+        """How far the explanations moved, as text."""
+        same = f"; where the class is the same {self.same_class.drift}" if self.same_class else ""
+        worst = ", ".join(map(str, self.worst))
+        return f"drift of the maps: {self.maps.drift}{same}; least alike are samples {worst}"
 
     def __str__(self) -> str:
         classes = f"its class on {self.exported_accuracy:.2f} %"
@@ -157,9 +184,13 @@ def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgr
     found = reference_run(graph)[0](_feeds(replace(model, labels=truth)))
     right = {name: (values.argmax(1) == truth.numpy()).mean() for name, values in
              (("float", logits.detach().numpy()), ("exported", found["logits"]))}  # fmt: skip
+    maps, expected = found["saliency"], gradient.abs().amax(1).numpy()
+    same = found["logits"].argmax(1) == logits.detach().numpy().argmax(1)
     return ExportAgreement(
         reference="the trained network without rounding" if model.original is None else "the float network",
-        maps=_agreement(found["saliency"], gradient.abs().amax(1).numpy()),
+        maps=_agreement(maps, expected),
+        same_class=_agreement(maps[same], expected[same]) if same.any() else None,
+        worst=tuple(map(int, spearman(maps, expected).argsort()[:_WORST])),
         float_accuracy=None if model.labels is None else 100 * float(right["float"]),
         exported_accuracy=100 * float(right["exported"]),
     )
@@ -173,8 +204,12 @@ def _feeds(model: QuantizedModel) -> dict[str, np.ndarray]:
 
 
 def _agreement(maps: np.ndarray, expected: np.ndarray) -> MapAgreement:
+    means = {name: float(measure(maps, expected).mean()) for name, measure in MEASURES.items()}
     return MapAgreement(
         samples=len(maps),
-        spearman=float(spearman(maps, expected).mean()),
-        top_overlap=float(top_overlap(maps, expected).mean()),
+        spearman=means["Spearman"],
+        top_overlap=means["top-10 % overlap"],
+        pearson=means["Pearson"],
+        ssim=means["SSIM"],
+        top_20_overlap=means["top-20 % overlap"],
     )
