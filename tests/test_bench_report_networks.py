@@ -120,7 +120,7 @@ def test_the_confusion_matrix_is_the_engines(page: Element, run: Path, digits: I
 def test_maps_of_all_three_networks_stand_side_by_side(page: Element) -> None:
     maps = section(page, "Maps")
     cards = maps.find("div", class_="card")
-    assert len(cards) in (4, 5)  # four classes, and the one that agrees least, which may be among them
+    assert 4 <= len(cards) <= 7  # four classes, and the three that agree least, which may be among them
     for card in cards:
         image, *saliency = card.find("img")
         assert image.attributes["alt"].startswith("Image ")  # type: ignore[union-attr]
@@ -131,7 +131,7 @@ def test_maps_of_all_three_networks_stand_side_by_side(page: Element) -> None:
         drawn = Image.open(io.BytesIO(base64.b64decode((saliency[0].attributes["src"] or "").partition(",")[2])))
         assert drawn.size == (8, 8)
         assert np.asarray(drawn.convert("L")).std() > 5
-    assert "maps agree least" in cards[-1].text
+    assert all("maps agree least" in card.text for card in cards[-3:])
     rows = cells(maps.find("table")[0])
     assert [row[0] for row in rows[1:]] == [
         "float and fake-quantized, 8 bit", "float and INT8 on OpenVINO",
