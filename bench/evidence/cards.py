@@ -27,6 +27,7 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
         "method": f"{recipe['method']}, {result['epochs']} epochs, seed {recipe['seed']}",
         "test accuracy": f"{result['test_accuracy']:.2f} %",
         **_maps(result["row"], bits, records),
+        **_confidence(result["row"], records),
         "file": f"{n_bytes:,} bytes",
         "made by": f"`{result['command']}`",
         "on": describe(result["environment"]),
@@ -43,6 +44,19 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
         f"```\npython -m export.onnx deploy/models/{result['row']}.pt {precision} -o model.onnx\n"
         f"python -m runtime.classify model.onnx photo.png --explain heat.png\n```\n"
     )
+
+
+def _confidence(row: str, records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the line of the newest `bench.accuracy` of a row's exported file, or nothing."""
+    for record in reversed(records):
+        if record["bench"] == "accuracy" and "raw" in record and record["model"] == f"{row}.onnx":
+            raw, calibrated = (
+                f"ECE {found['ece_percent']:.2f} %, NLL {found['nll']:.4f}, Brier {found['brier']:.4f}"
+                for found in (record["raw"], record["calibrated"])
+            )
+            engine = f"{record['precision']} on {record['engine']}, {record['n']:,} images"
+            return {"confidence": f"{raw}; at temperature {record['temperature']:.3f} {calibrated} ({engine})"}
+    return {}
 
 
 def _maps(row: str, bits: str, records: Sequence[dict[str, Any]]) -> dict[str, str]:
