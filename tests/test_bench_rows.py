@@ -118,8 +118,10 @@ def test_a_card_shows_the_newest_area_of_its_row() -> None:
                record("y", "8 bit", 2.0), record("x", "8 bit", 3.0, "random"), {"bench": "latency"}]  # fmt: skip
     assert "| masked-accuracy AUC | 26.50 ± 0.25 (5,000 images, black fill," in card(result, records, 10)
     believed = {"ece_percent": 3.0, "nll": 0.25, "brier": 0.125}
-    accuracy = {"bench": "accuracy", "model": "x.onnx", "raw": believed, "calibrated": believed, "temperature": 1.5,
-                "precision": "int8", "engine": "ort 1", "n": 10}  # fmt: skip
+    accuracy = {
+        "bench": "accuracy", "model": "x.onnx", "raw": believed, "calibrated": believed, "temperature": 1.5,
+        "precision": "int8", "engine": "ort 1", "n": 10,
+    }  # fmt: skip
     line = "| confidence | ECE 3.00 %, NLL 0.2500, Brier 0.1250; at temperature 1.500 ECE 3.00 %"
     assert line in card(result, [accuracy, {**accuracy, "model": "y.onnx"}], 10)
     assert "AUC" not in card(result, [], 10)

@@ -154,6 +154,7 @@ def test_older_files_are_read(checked: Validated) -> None:
     assert (old.temperature, old.reference, old.logit_step, old.cams) == (1.0, None, None, ())
 
 
+@pytest.mark.slow
 def test_the_command_takes_validation_images(
     digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
