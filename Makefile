@@ -13,7 +13,7 @@ help:
 	@echo "make test-slow  run the tests marked slow"
 	@echo "make web-runtime  fetch ONNX Runtime Web, which python -m deploy.web copies (needs npm)"
 	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
-	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.16 and 11.4 (3 MB) for a test marked slow"
+	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 (4 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
 	@echo "make clean      remove .venv, demo and caches"
 
@@ -40,9 +40,9 @@ wheel: $(VENV)/.installed
 
 # Wheels without NVIDIA's libraries: enough to see which names each release has.
 tensorrt-bindings: $(VENV)/.installed
-	for release in 10.16.1.11 11.4.0.106; do \
+	for wheel in cu12-bindings==10.3.0 cu13-bindings==10.16.1.11 cu13-bindings==11.4.0.106; do \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-			--target build/tensorrt-bindings/$$release tensorrt-cu13-bindings==$$release || exit 1; \
+			--target build/tensorrt-bindings/$${wheel##*==} tensorrt-$$wheel || exit 1; \
 	done
 
 check: $(VENV)/.installed

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _CHECKPOINT, _NETWORK, _ONNX_AS_IT_IS = "a checkpoint", "a network of your own", "an ONNX file without --int8"
 _ONNX_TO_QUANTIZE = "an ONNX file"
 _NOT_OF = {
-    _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels"),
-    _NETWORK: ("calibrate", "qat", "pixels"),
-    _ONNX_TO_QUANTIZE: ("state", "calibrate", "qat"),
+    _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels", "keep_input"),
+    _NETWORK: ("calibrate", "qat", "pixels", "keep_input"),
+    _ONNX_TO_QUANTIZE: ("state", "calibrate", "qat", "keep_input"),
     _ONNX_AS_IT_IS: (
         "calibrate",
         "state",
@@ -257,6 +257,8 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
                      help="side of its image, or HxW (default: the data set's, of photos 224)")  # fmt: skip
     own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
     own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")
+    own.add_argument("--keep-input", action="store_true",
+                     help="of a .onnx file as it is: it takes normalized floats, as before")  # fmt: skip
     own.add_argument("--pixels", type=int, choices=(1, 255), default=1,
                      help="of a .onnx file: it takes pixels from 0 to 1, or to 255 (default: 1)")  # fmt: skip
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")

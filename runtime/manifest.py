@@ -17,6 +17,7 @@
                  absent in older files, as is all that follows
     logit_step   the most by which one code before the last layer moves the difference of two logits; null in float
     temperature  what logits are divided by before probabilities are computed of them, fitted after quantization
+    float_layout ""; or "NCHW" or "NHWC": the graph's input `image` is float32 of that layout, normalized already
     reference    what the model did on validation images, see reference.py; null where it was exported without
 
 The graph's output is `logits` float32 [N, K]. Where it explains itself it also takes `target` int64 [N] (-1: the
@@ -39,6 +40,7 @@ from runtime.reference import Reference
 METADATA_KEY = "clearpact"
 VERSION = 1
 INPUT_NAME, TARGET_NAME = "image", "target"
+LAYOUTS = ("", "NCHW", "NHWC")
 RESIZES = ("bilinear", "crop", "none")
 # Class activation maps that a graph may compute; export/gradient/cam.py has their formulas.
 CAM_METHODS = ("gradcam", "hirescam", "layercam")
@@ -102,6 +104,7 @@ class Manifest:
     cams: tuple[CamOutput, ...] = ()
     logit_step: float | None = None
     temperature: float = 1.0
+    float_layout: str = ""
     reference: Reference | None = None
 
     def to_json(self) -> str:
@@ -199,6 +202,12 @@ def _measured(values: dict[str, Any], classes: int) -> dict[str, Any]:
             found[name] = float(_typed(values, name, int, float))
             if not 0 < found[name] < math.inf:
                 raise ValueError(f"field {name} {values[name]!r}: expected a number above 0")
+    if "float_layout" in values:
+        found["float_layout"] = _typed(values, "float_layout", str)
+        if found["float_layout"] not in LAYOUTS:
+            raise ValueError(
+                f"field float_layout {values['float_layout']!r}: expected one of {', '.join(LAYOUTS)}"
+            )
     if values.get("reference") is not None:
         found["reference"] = Reference.from_values(values["reference"], classes)
     return found

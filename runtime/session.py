@@ -14,6 +14,7 @@ import numpy as np
 from runtime.engines.compiled_cache import CompiledCache
 from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes
+from runtime.float_input import PixelSession
 from runtime.manifest import Manifest, read_manifest
 
 # Engine name -> (module of its session, package it needs, extra that installs it).
@@ -141,7 +142,7 @@ def open_session(
         data, manifest, source, device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs,
         cache=kept, options=dict(options or {}), **more,
     )  # fmt: skip
-    return session
+    return PixelSession(session) if manifest.float_layout else session
 
 
 def is_plan(model: str | os.PathLike[str] | bytes) -> bool:

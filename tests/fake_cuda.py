@@ -1,9 +1,11 @@
 """A strict model of the part of the CUDA runtime that runtime/engines uses, for machines without a GPU.
 
 Work given to a stream is done only when somebody waits for it, as late as CUDA allows: a result read too early is
-stale. Wrong order, use after release, release of memory that enqueued work needs, copies beyond a buffer, calls
-without a current GPU and use in another context than the one of creation are `Violation`s. `fail_at` lets one call
-fail.
+stale, and memory that is written again too early spoils what an app's kernel has yet to read. The legacy default
+stream (handles 0 and 1) and the blocking streams wait for each other; those made with `cudaStreamNonBlocking` wait
+for nobody. Wrong order, use after release, release of memory that enqueued work needs, copies beyond a buffer,
+calls without a current GPU and use in another context than the one of creation are `Violation`s. `fail_at` lets
+one call fail.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ from typing import Any
 import numpy as np
 
 POISON = 0xDD
+_PREFIXES = ("cuda", "cuInit", "cuDevice", "cuCtx")
+_WITHOUT_CONTEXT = {
+    "cudaGetDeviceCount", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaGetDeviceProperties",
+    "cudaDriverGetVersion", "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease",
+    "cuCtxPushCurrent", "cuCtxPopCurrent",
+}  # fmt: skip
 
 
 class Violation(AssertionError):
@@ -33,6 +41,12 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInvalidDevice = 101
     cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorStreamCaptureImplicit = 906
+
+
+class CUresult(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_UNKNOWN = 999
 
 
 @dataclass
@@ -59,6 +73,7 @@ class Operation:
 @dataclass
 class Stream:
     context: object
+    blocking: bool = False
     queue: list[Operation] = field(default_factory=list)
     recording: list[Operation] | None = None
     recorder: int = 0  # the thread that records
@@ -91,7 +106,11 @@ class FakeGpu:
     """A GPU and `cuda.bindings.runtime` for it: every function of that module is a method `cuda...` here."""
 
     cudaError_t = cudaError_t
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    CUresult = CUresult
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
+    cudaStreamCaptureStatus = SimpleNamespace(cudaStreamCaptureStatusNone=0, cudaStreamCaptureStatusActive=1)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
     cudaStreamNonBlocking = 1
@@ -102,6 +121,10 @@ class FakeGpu:
         self.devices, self.capability = devices, capability
         self.memory: dict[int, Memory] = {}
         self.streams: dict[int, Stream] = {}
+        self.legacy: dict[object, Stream] = {}  # by context
+        self.retained: list[int] = []  # numbers of devices whose primary context is held
+        self.device_bytes_left: int | None = None  # None: there is always enough
+        self.captures = True  # whether streams can be recorded
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[Operation]] = {}
         self.executables: dict[int, list[Operation]] = {}
@@ -120,7 +143,7 @@ class FakeGpu:
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if not name.startswith("cuda") or not callable(value) or isinstance(value, type):
+        if not name.startswith(_PREFIXES) or not callable(value) or isinstance(value, type):
             return value
         return lambda *arguments: self._call(name, value, arguments)
 
@@ -147,12 +170,43 @@ class FakeGpu:
             self.calls.append(name)
             index = len(self.calls) - 1
             return self.fail_at is not None and (
-                index == self.fail_at or (self.stays_broken and index > self.fail_at)
+                index == self.fail_at
+                # A thread's contexts are the driver's own list, which an error inside a kernel leaves alone.
+                or (self.stays_broken and index > self.fail_at and not name.startswith("cuCtx"))
             )
 
     def enqueue(self, handle: int, operation: Operation) -> None:
         stream = self._stream(handle)
-        (stream.queue if stream.recording is None else stream.recording).append(operation)
+        if stream.recording is not None:
+            stream.recording.append(operation)
+            return
+        # The legacy stream waits for what blocking streams were given before, and they for what it was.
+        legacy = self.legacy.get(stream.context)
+        others = [] if legacy is None else [legacy]
+        if stream is legacy:
+            others = [s for s in self.streams.values() if s.blocking and s.context == stream.context]
+        elif not stream.blocking:
+            others = []
+        before = [(other, other.queue[-1]) for other in others if other.queue]
+        if before:
+            stream.queue.append(Operation(lambda: [self._drain(*last) for last in before] and None, 0.0))
+        stream.queue.append(operation)
+
+    def app_reads(self, array: Any, stream: int) -> Callable[[], np.ndarray]:
+        """Enqueue an app's kernel that reads a device array; returns what it has read, once it has run."""
+        interface = array.__cuda_array_interface__
+        shape, dtype, address = interface["shape"], np.dtype(interface["typestr"]), interface["data"][0]
+        n_bytes, found = int(np.prod(shape)) * dtype.itemsize, []
+        memory = self.allocation(address, n_bytes)
+
+        def read() -> None:
+            if memory.released:
+                raise self.violated("an app's kernel reads memory that was released")
+            found.append(np.frombuffer(bytes(self.bytes_at(address, n_bytes)), dtype).reshape(shape))
+
+        with self.lock:
+            self.enqueue(stream, Operation(read, 0.0, (memory,)))
+        return lambda: found[0]
 
     def allocation(self, address: int, n_bytes: int) -> Memory:
         """Return the live allocation that holds all of a range."""
@@ -171,10 +225,12 @@ class FakeGpu:
     def assert_clean(self) -> None:
         """Assert that everything was given back and no rule was broken."""
         live = [f"{m.kind} memory of {len(m.data)} bytes" for m in self.memory.values() if not m.released]
+        live += [f"primary context {number}" for number in self.retained]
         live += ["stream"] * len(self.streams) + ["event"] * len(self.events)
         live += ["graph"] * len(self.graphs) + ["executable graph"] * len(self.executables) + self.objects
         assert not live, live
         assert not self.violations, self.violations
+        assert not self.contexts(), "contexts are left pushed"
         for memory in self.memory.values():
             assert set(bytes(memory.data)) <= {POISON}, "released memory was written"
 
@@ -188,6 +244,37 @@ class FakeGpu:
             return (cudaError_t.cudaErrorInvalidDevice,)
         self._thread.primary = f"primary {device}"
         return (cudaError_t.cudaSuccess,)
+
+    def cudaDeviceSynchronize(self) -> Any:
+        for stream in self._streams():
+            if stream.context == self.current_context() and stream.recording is None:
+                self._drain(stream)
+        return (cudaError_t.cudaSuccess,)
+
+    # The driver's functions, `cuda.bindings.driver`.
+
+    def cuInit(self, flags: int) -> Any:
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuDeviceGet(self, ordinal: int) -> Any:
+        return CUresult.CUDA_SUCCESS, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, dev: int) -> Any:
+        self.retained.append(dev)
+        return CUresult.CUDA_SUCCESS, f"primary {dev}"
+
+    def cuDevicePrimaryCtxRelease(self, dev: int) -> Any:
+        self.retained.remove(dev)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPushCurrent(self, ctx: object) -> Any:
+        if str(ctx).startswith("primary") and int(str(ctx).split()[1]) not in self.retained:
+            raise self.violated("a primary context that is not held becomes current")
+        self.contexts().append(ctx)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> Any:
+        return CUresult.CUDA_SUCCESS, self.contexts().pop()
 
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> Any:
         return cudaError_t.cudaSuccess, self.capability[attribute - 75]
@@ -207,6 +294,10 @@ class FakeGpu:
     # Memory.
 
     def cudaMalloc(self, n_bytes: int) -> Any:
+        if self.device_bytes_left is not None:
+            self.device_bytes_left -= n_bytes
+            if self.device_bytes_left < 0:
+                return cudaError_t.cudaErrorMemoryAllocation, None
         return cudaError_t.cudaSuccess, self._allocate(bytearray(n_bytes), "device")
 
     def cudaHostAlloc(self, n_bytes: int, flags: int) -> Any:
@@ -220,12 +311,13 @@ class FakeGpu:
 
     def cudaMemcpyAsync(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> Any:
         into, out_of = self.allocation(target, n_bytes), self.allocation(source, n_bytes)
-        if (out_of.kind, into.kind) != {1: ("host", "device"), 2: ("device", "host")}[kind]:
+        kinds = {1: ("host", "device"), 2: ("device", "host"), 3: ("device", "device")}
+        if (out_of.kind, into.kind) != kinds[kind]:
             raise self.violated(f"copy of kind {kind} from {out_of.kind} to {into.kind} memory")
 
         def copy() -> None:
             self.bytes_at(target, n_bytes)[:] = self.bytes_at(source, n_bytes)
-            self.bytes_copied += n_bytes
+            self.bytes_copied += n_bytes if kind != 3 else 0  # over the bus
 
         self.enqueue(stream, Operation(copy, n_bytes / 1e6, (into, out_of)))
         return (cudaError_t.cudaSuccess,)
@@ -233,7 +325,14 @@ class FakeGpu:
     # Streams and events.
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
-        return cudaError_t.cudaSuccess, self._new(self.streams, Stream(self.current_context()))
+        blocking = flags != self.cudaStreamNonBlocking
+        return cudaError_t.cudaSuccess, self._new(self.streams, Stream(self.current_context(), blocking))
+
+    def cudaStreamIsCapturing(self, stream: int) -> Any:
+        found = self._stream(stream)
+        if self._implicit(found):
+            return cudaError_t.cudaErrorStreamCaptureImplicit, None
+        return cudaError_t.cudaSuccess, int(found.recording is not None)
 
     def cudaStreamDestroy(self, handle: int) -> Any:
         stream = self._stream(handle)
@@ -259,6 +358,8 @@ class FakeGpu:
     def cudaEventRecord(self, handle: int, stream: int) -> Any:
         event = self._find(self.events, handle, "event")
         self._refuse_recording(self._stream(stream))
+        if self._implicit(self._stream(stream)):
+            raise self.violated("the legacy stream is used while a blocking stream is recorded")
 
         def reached() -> None:
             event.at_ms = self.clock_ms
@@ -294,6 +395,8 @@ class FakeGpu:
     def cudaStreamBeginCapture(self, handle: int, mode: int) -> Any:
         stream = self._stream(handle)
         self._refuse_recording(stream)
+        if not self.captures:
+            return (cudaError_t.cudaErrorStreamCaptureInvalidated,)
         stream.recording, stream.invalidated, stream.recorder = [], False, threading.get_ident()
         return (cudaError_t.cudaSuccess,)
 
@@ -317,7 +420,9 @@ class FakeGpu:
 
     def cudaGraphExecDestroy(self, handle: int) -> Any:
         graph = self._find(self.executables, handle, "executable graph")
-        if any(operation in stream.queue for stream in self.streams.values() for operation in graph):
+        if any(
+            operation is queued for stream in self._streams() for queued in stream.queue for operation in graph
+        ):
             raise self.violated("an executable graph is destroyed before its work is done")
         del self.executables[handle]
         return (cudaError_t.cudaSuccess,)
@@ -334,17 +439,20 @@ class FakeGpu:
         with self.lock:
             if name in ("cudaGetErrorString", "cudaGetLastError"):
                 return function(*arguments)
-            if name not in ("cudaGetDeviceCount", "cudaSetDevice"):
+            if name not in _WITHOUT_CONTEXT:
                 self.current_context()
             if not self.fails(name):
                 return function(*arguments)
             # What releases does so even where it reports an error: it may be one of work before.
-            if "Destroy" in name or "Free" in name or name == "cudaStreamEndCapture":
+            gives_back = ("Destroy", "Free", "EndCapture", "Release", "PopCurrent")
+            if any(word in name for word in gives_back):
                 value = function(*arguments)
                 if name == "cudaStreamEndCapture":
                     self.graphs.pop(value[1], None)
             if name.endswith("Synchronize"):
                 function(*arguments)
+            if not name.startswith("cuda"):
+                return (CUresult.CUDA_ERROR_UNKNOWN, None)
             out_of_memory = "Alloc" in name
             error = cudaError_t.cudaErrorMemoryAllocation if out_of_memory else cudaError_t.cudaErrorLaunchFailure
             return (error, None)
@@ -365,7 +473,7 @@ class FakeGpu:
         if memory is None or memory.released or memory.kind != kind:
             raise self.violated(f"{kind} memory at {address:#x} is released, but is not allocated")
         self._check_context(memory)
-        if any(memory in operation.memory for stream in self.streams.values() for operation in stream.queue):
+        if any(memory is used for s in self._streams() for operation in s.queue for used in operation.memory):
             raise self.violated(f"{kind} memory is released before the work that needs it is done")
         memory.released = True
         memory.data[:] = bytes([POISON]) * len(memory.data)
@@ -391,7 +499,18 @@ class FakeGpu:
         table[handle] = thing
         return handle
 
+    def _streams(self) -> list[Stream]:
+        return [*self.streams.values(), *self.legacy.values()]
+
+    def _implicit(self, stream: Stream) -> bool:
+        """Return whether a stream is the legacy one while a blocking one is recorded."""
+        legacy = any(stream is found for found in self.legacy.values())
+        return legacy and any(s.blocking and s.recording is not None for s in self.streams.values())
+
     def _stream(self, handle: int) -> Stream:
+        if handle in (0, 1):
+            context = self.current_context()
+            return self.legacy.setdefault(context, Stream(context, blocking=True))
         stream: Stream = self._find(self.streams, handle, "stream")
         return stream
 
@@ -423,12 +542,21 @@ def all_failures(run: Callable[[FakeGpu], None], *, stays_broken: bool) -> Itera
         yield name, gpu
 
 
-def to_device(gpu: FakeGpu, array: np.ndarray, stream: int | None = None) -> Any:
-    """Return an array in GPU memory as CuPy or PyTorch would hold it."""
-    address = gpu.cudaMalloc(array.nbytes)[1]
+def to_device(
+    gpu: FakeGpu, array: np.ndarray, stream: int | None = None, *, version: int = 3, offset: int = 0
+) -> Any:
+    """Return an array in GPU memory as CuPy or PyTorch would hold it.
+
+    Version 2 of the interface, PyTorch's, has no stream. With an offset, it lies so many bytes into its memory.
+    """
+    start = gpu.cudaMalloc(array.nbytes + offset)[1]
+    address = start + offset
     gpu.bytes_at(address, array.nbytes)[:] = array.tobytes()
+    if version == 2:
+        interface = {"version": 2, "shape": array.shape, "typestr": array.dtype.str, "data": (address, False)}
+        return SimpleNamespace(__cuda_array_interface__=interface, address=start)
     interface = {"version": 3, "shape": array.shape, "typestr": array.dtype.str, "data": (address, False)}
-    return SimpleNamespace(__cuda_array_interface__={**interface, "stream": stream}, address=address)
+    return SimpleNamespace(__cuda_array_interface__={**interface, "stream": stream}, address=start)
 
 
 def on_host(gpu: FakeGpu, array: Any) -> np.ndarray:

@@ -166,6 +166,7 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", gpu)  # type: ignore[arg-type]
 
 
 class Runtime:
@@ -273,7 +274,7 @@ class Context:
             return self._execute(stream)
 
     def _execute(self, stream: int) -> bool:
-        found = self._gpu.streams[stream]
+        found = self._gpu._stream(stream)
         if self._gpu.fails("execute_async_v3"):
             found.invalidated = found.recording is not None
             self._logger.log(ILogger.ERROR, "Error Code 1: Cuda Runtime")

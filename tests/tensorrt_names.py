@@ -49,7 +49,8 @@ def names_of_the_builder() -> set[str]:
     """Return the names that building plans uses, with those it composes at run time."""
     from export.engine import builder as plan_builder
 
-    composed = {f"HardwareCompatibilityLevel.{name}" for name in plan_builder._HARDWARE.values()}
+    levels = set(plan_builder._HARDWARE.values()) - {"SAME_COMPUTE_CAPABILITY"}  # refused where it is missing
+    composed = {f"HardwareCompatibilityLevel.{name}" for name in levels}
     return used_names((ROOT / "export" / "engine" / "builder.py").read_text()) | composed
 
 
@@ -89,3 +90,10 @@ if __name__ == "__main__":
     sys.path.insert(1, str(ROOT))
     tensorrt = importlib.import_module("tensorrt_bindings")
     print("\n".join([tensorrt.__version__, *missing(tensorrt, names_of_the_builder() | names_of_the_session())]))
+    from export.engine.builder import hardware_level
+    from runtime.errors import OptionError
+
+    try:
+        hardware_level(tensorrt, "same-compute-capability")
+    except OptionError as refused:
+        print(f"refused: {refused}")

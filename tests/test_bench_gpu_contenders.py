@@ -155,6 +155,7 @@ def test_images_go_to_the_smallest_plan_that_takes_them_else_in_pieces_to_the_la
         assert runs == expected
     for session in sessions:
         session.close()
+    monkeypatch.undo()  # it holds the sessions, and they the context
 
 
 def test_a_plan_for_each_batch_and_the_logits_of_its_network(

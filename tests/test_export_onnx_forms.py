@@ -272,3 +272,28 @@ def test_openvino_gates_what_comes_from_codes(form: str, moved: str, tmp_path: P
     differing = np.abs(found - expected) > 1e-3 * expected.max()
     assert expected.any()
     assert differing.mean() < 0.02  # where a code is rounded otherwise
+
+
+@pytest.mark.parametrize("target", ["openvino", "ort"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_an_image_of_floats_is_kept_and_pixels_still_go_in(layout: str, target: str, tmp_path: Path) -> None:
+    image, body = f"float[1,{CHANNELS},{SIDE},{SIDE}] x", BODY
+    if layout == "NHWC":
+        image, body = f"float[1,{SIDE},{SIDE},{CHANNELS}] image", f"x = Transpose<perm=[0,3,1,2]>(image) {BODY}"
+    path = tmp_path / "net.onnx"
+    path.write_bytes(net(body, image).SerializeToString())
+    kept = exported(path, "--keep-input", "--mean", "0.4", "--std", "0.3", target=target)
+    floats = (FRAMES / np.float32(255) - np.float32(0.4)) / np.float32(0.3)
+    floats = floats if layout == "NHWC" else floats.transpose(0, 3, 1, 2)
+    expected = run(path, np.ascontiguousarray(floats))
+    np.testing.assert_allclose(kept.logits(FRAMES), expected, atol=1e-5)
+    ours = onnxruntime.InferenceSession((tmp_path / "ours.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    assert ours.get_inputs()[0].shape == ["N", *floats.shape[1:]]
+    feeds = {"image": np.ascontiguousarray(floats), "target": np.full(6, 1)}
+    logits, gradient = ours.run(["logits", "gradient"], feeds)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert gradient.shape == (6, CHANNELS, SIDE, SIDE)
+    pixels = exported(path, "--mean", "0.4", "--std", "0.3", target=target)
+    np.testing.assert_allclose(kept.explain(FRAMES[0]).map, pixels.explain(FRAMES[0]).map, atol=1e-5)
+    with pytest.raises(OptionError, match="--keep-input: is not for an ONNX file"):
+        main([str(path), "--keep-input", "--int8", "--data", "digits"])

@@ -168,6 +168,30 @@ def test_a_network_of_many_operators_and_computed_shapes(tmp_path: Path) -> None
     np.testing.assert_array_equal(second.bias.detach().numpy(), constants["added"].ravel())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["ReduceMin", "ReduceMax", "ReduceSum", "Max", "Min"])
+def test_reductions_and_extremes(kind: str, tmp_path: Path) -> None:
+    constants = {"w": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)}
+    nodes = [helper.make_node("Conv", ["image", "w"], ["x"])]
+    if kind.startswith("Reduce"):
+        constants["axes"] = np.array([2])
+        nodes.append(helper.make_node(kind, ["x", "axes"], ["r"]))
+        nodes.append(helper.make_node("Sub", ["x", "r"], ["features"]))
+    else:
+        constants["bound"] = np.full((4, 1, 1), 0.1, np.float32)
+        nodes.append(helper.make_node(kind, ["x", "bound"], ["features"]))
+    compare(tmp_path / "net.onnx", write(tmp_path / "net.onnx", nodes, constants))
+
+
+def test_operators_with_a_body_are_read_by_it(tmp_path: Path) -> None:
+    constants = {"w": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["x"]),
+        helper.make_node("MeanVarianceNormalization", ["x"], ["n"], axes=[1, 2, 3]),
+        helper.make_node("Celu", ["n"], ["features"]),
+    ]
+    compare(tmp_path / "net.onnx", write(tmp_path / "net.onnx", nodes, constants))
+
+
 @pytest.mark.parametrize("form", ["columns", "wide border", "one axis", "twice"])
 def test_what_only_looks_like_a_layer_s_own(form: str, tmp_path: Path) -> None:
     """A constant along the columns of as many channels is no bias; nor has PyTorch every border of a pooling."""

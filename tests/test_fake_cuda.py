@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.engines.tensorrt.cuda import Cuda
-from tests.fake_cuda import FakeGpu, Violation, cudaError_t
+from tests.fake_cuda import _PREFIXES, CUresult, FakeGpu, Operation, Violation, cudaError_t
 
 
 @pytest.mark.parametrize(
@@ -50,17 +50,37 @@ def test_the_model_of_cuda_does_work_only_when_somebody_waits() -> None:
 
 
 def test_the_model_has_the_functions_of_cuda_bindings_with_their_arguments() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings here: pip install cuda-bindings")
-    modelled = [name for name in vars(FakeGpu) if name.startswith("cuda")]
-    assert len(modelled) > 25
+    pytest.importorskip("cuda.bindings", reason="no cuda-bindings here: pip install cuda-bindings")
+    from cuda.bindings import driver, runtime
+
+    modelled = [name for name in vars(FakeGpu) if name.startswith(_PREFIXES)]
+    assert len(modelled) > 32
     for name in modelled:
+        real = runtime if name.startswith("cuda") else driver
         assert hasattr(real, name), name
         if inspect.isfunction(vars(FakeGpu)[name]):
             documented = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
             assert documented is not None, name
             arguments = [argument for argument in documented[1].split(",") if argument.strip()]
             assert len(arguments) == len(inspect.signature(vars(FakeGpu)[name]).parameters) - 1, name
-    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode"):
+    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaStreamCaptureStatus"):
         for member in vars(getattr(FakeGpu, name)):
-            assert hasattr(getattr(real, name), member)
-    assert {error.name for error in cudaError_t} <= set(real.cudaError_t.__members__)
+            assert hasattr(getattr(runtime, name), member)
+    assert {error.name for error in cudaError_t} <= set(runtime.cudaError_t.__members__)
+    assert {error.name for error in CUresult} <= set(driver.CUresult.__members__)
+
+
+def test_the_legacy_stream_and_blocking_ones_wait_for_each_other() -> None:
+    gpu = FakeGpu()
+    gpu.cudaSetDevice(0)
+    order: list[str] = []
+    blocking, other = gpu.cudaStreamCreateWithFlags(0)[1], gpu.cudaStreamCreateWithFlags(1)[1]
+    for name, stream in (("blocking", blocking), ("other", other), ("legacy", 1), ("after", blocking)):
+        gpu.enqueue(stream, Operation(lambda name=name: order.append(name), 0.0))
+    gpu.cudaStreamSynchronize(blocking)
+    assert order == ["blocking", "legacy", "after"]
+    gpu.cudaStreamBeginCapture(blocking, 1)
+    assert gpu.cudaStreamIsCapturing(0)[0] == cudaError_t.cudaErrorStreamCaptureImplicit
+    assert gpu.cudaStreamIsCapturing(blocking) == (cudaError_t.cudaSuccess, 1)
+    with pytest.raises(Violation, match="while a blocking stream is recorded"):
+        gpu.cudaEventRecord(gpu.cudaEventCreateWithFlags(2)[1], 0)

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import Classifier
-from runtime.engines.tensorrt.cuda import Cuda
+from runtime.engines.tensorrt.cuda import Cuda, PrimaryContext
 from runtime.engines.tensorrt.plan import read_sidecar, sidecar_path
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.engines.tensorrt.session import open as open_plan
 from runtime.errors import ClearpactError, EngineError, ImageError, ModelError, OptionError
 from runtime.session import open_session
-from tests.fake_cuda import FakeGpu, all_failures
+from tests.fake_cuda import FakeGpu, all_failures, on_host, to_device
 from tests.fake_tensorrt import (
     CHANNELS,
     CLASSES,
@@ -222,11 +222,65 @@ def test_masked_and_strided_device_arrays_are_refused(gpu: FakeGpu, plan: Path) 
     session.close()
 
 
-def test_a_fixed_batch_is_respected(gpu: FakeGpu, tmp_path: Path) -> None:
-    session = open_plan(write_plan(tmp_path / "four.plan", batch=(4, 4, 4)))
-    with pytest.raises(ImageError, match=r"takes \[4, 4, 5, 3\]"):
-        session.run({"image": images(1)})
-    assert session.run({"image": images(4)})["logits"].shape == (4, CLASSES)
+@pytest.mark.parametrize("batch", [(4, 4, 4), (3, 4, 8)])
+def test_fewer_images_than_the_plan_takes_are_filled_up(
+    gpu: FakeGpu, tmp_path: Path, batch: tuple[int, int, int]
+) -> None:
+    gpu.cudaSetDevice(0)
+    session = open_plan(write_plan(tmp_path / "four.plan", batch=batch))
+    for n in (1, 4, 2, 2, 2, 3):
+        target = np.arange(n)
+        expected = network(images(n, n), target)
+        found = session.run({"image": images(n, n), "target": target}, ALL)
+        image = to_device(gpu, images(n, n))
+        on_device = session.run({"image": image, "target": target}, ALL)
+        for name in ALL:
+            np.testing.assert_array_equal(found[name], expected[name])
+            np.testing.assert_array_equal(on_host(gpu, on_device[name]), expected[name])
+        del on_device
+        gpu.cudaFree(image.address)
+    with pytest.raises(ImageError, match=rf"takes \[1 to {batch[2]}, 4, 5, 3\]"):
+        session.run({"image": images(batch[2] + 1)})
+    with pytest.raises(ImageError, match=r"^target of shape \[3\]: 2 images; give one for each$"):
+        session.run({"image": images(2), "target": np.zeros(3, np.int64)})
+    session.close()
+
+
+def test_shapes_in_turns_are_launched_by_graphs(gpu: FakeGpu, plan: Path) -> None:
+    with Classifier(plan) as classifier:
+        for index in range(50):
+            batch = images(9, index)  # a run of 8 and one of 1
+            assert [p.index for p in classifier.predict(batch)] == network(batch, None)["logits"].argmax(
+                1
+            ).tolist()
+        assert gpu.calls.count("cudaGraphLaunch") == 98
+        assert gpu.calls.count("cudaStreamBeginCapture") == 2
+        assert gpu.calls.count("set_input_shape") <= 8
+        for n in (2, 3, 4, 5, 6, 7) * 10:
+            classifier.session.run({"image": images(n)})
+        assert gpu.objects.count("context") <= 4
+
+
+def test_memory_for_one_worker_alone_is_enough_for_all_shapes(
+    gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_plan(plan)
+    monkeypatch.setattr(gpu, "device_bytes_left", 0)
+    for n in (1, 2, 1, 2, 8):
+        np.testing.assert_array_equal(
+            session.run({"image": images(n)})["logits"], network(images(n), None)["logits"]
+        )
+    assert gpu.objects.count("context") == 1
+    session.close()
+
+
+def test_where_recording_fails_the_work_is_enqueued(gpu: FakeGpu, plan: Path) -> None:
+    gpu.captures = False
+    session = open_plan(plan)
+    for index in range(5):
+        found = session.run({"image": images(2, index)})
+        np.testing.assert_array_equal(found["logits"], network(images(2, index), None)["logits"])
+    assert gpu.calls.count("cudaStreamBeginCapture") == 1
     session.close()
 
 
@@ -298,11 +352,7 @@ def test_a_plan_without_sidecar_names_the_command(gpu: FakeGpu, tmp_path: Path) 
     [
         ({"engine": "ort"}, OptionError, "^engine 'ort': .*engine.plan is a TensorRT plan; leave the engine out$"),
         ({"device": "cpu"}, OptionError, "^device 'cpu': a plan runs on a GPU, expected cuda or cuda:1$"),
-        (
-            {"device": "cuda:1"},
-            EngineError,
-            r"^CUDA: cudaSetDevice failed \(cudaErrorInvalidDevice: .*check --device",
-        ),
+        ({"device": "cuda:1"}, EngineError, r"^device cuda:1: not there; expected one of: cuda:0$"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -352,8 +402,8 @@ def every_kind_of_run(session: TensorRTSession, gpu: FakeGpu) -> None:
 def life(path: Path, gpu: FakeGpu) -> None:
     """Open, run in every way and close a session, as an app with a `with` statement does."""
     cuda = Cuda(gpu)
-    from runtime.engines.tensorrt.plan import read_sidecar
-
+    cuda.check_device()
+    cuda = Cuda(gpu, context=PrimaryContext(gpu, 0))
     session = TensorRTSession(
         path.read_bytes(), read_sidecar(path), "engine.plan", trt=fake_tensorrt(gpu), cuda=cuda
     )
@@ -371,20 +421,25 @@ def life(path: Path, gpu: FakeGpu) -> None:
         session.close()
 
 
-ONE_LINE = re.compile(r"(CUDA: cuda\w+ failed \(cudaError\w+: .+\)|engine.plan: TensorRT .+ \(.+\)); .+")
+ONE_LINE = re.compile(
+    r"(CUDA: (cuda\w+ failed \(cudaError\w+: .+|cu\w+ failed \(CUDA_ERROR\w+)\)|"
+    r"engine.plan: TensorRT .+ \(.+\)); .+"
+)
 CALLS = {
-    "cudaGetDeviceCount", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaStreamCreateWithFlags",
+    "cudaGetDeviceCount", "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent",
+    "cuCtxPopCurrent", "cudaDeviceGetAttribute", "cudaStreamCreateWithFlags",
     "cudaStreamDestroy", "cudaEventCreateWithFlags", "cudaEventDestroy", "cudaEventRecord",
     "cudaEventSynchronize", "cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaFreeHost", "cudaMemcpyAsync",
-    "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy",
     "cudaGraphLaunch", "cudaGraphExecDestroy", "deserialize_cuda_engine", "create_execution_context",
     "set_input_shape", "set_tensor_address", "execute_async_v3",
 }  # fmt: skip
+# Where these fail, the work is enqueued call by call.
+RECORDING = {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy"}
 
 
 @pytest.mark.parametrize("stays_broken", [False, True])
 def test_every_call_may_fail_and_ends_in_one_line_without_a_leak(plan: Path, stays_broken: bool) -> None:
-    failed, enqueued_instead = set(), 0
+    failed, silent = set(), set()
     for name, gpu in all_failures(lambda gpu: life(plan, gpu), stays_broken=stays_broken):
         message = None
         try:
@@ -392,24 +447,26 @@ def test_every_call_may_fail_and_ends_in_one_line_without_a_leak(plan: Path, sta
         except EngineError as error:
             message = str(error)
         if message is None:
-            # What cannot be recorded is enqueued instead, and the results were compared; closing goes on.
-            assert name in ("execute_async_v3", "cudaSetDevice")
-            enqueued_instead += name == "execute_async_v3"
+            # The results were compared: what cannot be recorded was enqueued instead, and where there is no
+            # second worker, the first one did its runs. Closing goes on.
+            silent.add(name)
         else:
             assert ONE_LINE.fullmatch(message), message
             failed.add(name)
-        if gpu.objects:
+        if gpu.objects or gpu.retained:
             gc.collect()
         gpu.assert_clean()
-    assert failed == CALLS
-    # Two recordings of whole runs, one of the network alone.
-    assert enqueued_instead == (0 if stays_broken else 3)
+    assert failed >= CALLS
+    assert failed <= CALLS | (RECORDING if stays_broken else set())
+    assert silent >= (set() if stays_broken else RECORDING | {"execute_async_v3", "cudaMalloc"})
 
 
 def test_a_failed_run_does_not_spoil_the_next(gpu: FakeGpu, plan: Path) -> None:
     session = open_plan(plan)
-    session.run({"image": images(2)})
-    gpu.fail_at = len(gpu.calls) + 3
+    for _ in range(3):
+        since = len(gpu.calls)
+        session.run({"image": images(2)})
+    gpu.fail_at = len(gpu.calls) + gpu.calls[since:].index("cudaGraphLaunch")
     with pytest.raises(EngineError, match=r"^CUDA: "):
         session.run({"image": images(2)})
     gpu.fail_at = None

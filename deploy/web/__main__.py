@@ -46,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (options.model, *examples):
         if options.output.resolve() in path.resolve().parents:
             raise OptionError(f"--output {options.output}: holds {path}, which is read; name another folder")
+    manifest = read_manifest(read_bytes(options.model), str(options.model))
+    if manifest.float_layout:
+        raise OptionError(f"{options.model}: takes normalized floats; export it without --keep-input")
     written = write_page(
         options.model, options.output, runtime=options.runtime, examples=examples, webgpu=not options.no_webgpu
     )
-    target = read_manifest(read_bytes(options.model), str(options.model)).target
-    if target != "ort":
-        print(f"note: exported for {target}; browsers run files of `export.onnx --target ort` faster")
+    if manifest.target != "ort":
+        print(f"note: exported for {manifest.target}; browsers run files of `export.onnx --target ort` faster")
     every, first = written.all_bytes / 1e6, written.first_bytes / 1e6
     print(f"{written.folder}: {every:.1f} MB, of which a browser loads {first:.1f}")
     print(f"serve it with any web server: python -m http.server --directory {written.folder}")

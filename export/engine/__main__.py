@@ -29,7 +29,7 @@ from export.engine.layers import PLAN_PRECISIONS
 from export.engine.lowering import ISLANDS, LoweredGraph, lower
 from runtime import command
 from runtime.engines.tensorrt.plan import BUILDERS, HARDWARE, PlanSidecar, sidecar_path, this_platform
-from runtime.errors import EngineError, OptionError
+from runtime.errors import EngineError, ModelError, OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.manifest import read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpu = find_gpu() if builder == "tensorrt" or options.autotune else _NO_GPU
     source = _source(options, contents, output)
     manifest = read_manifest(source.onnx, source.name)
+    if manifest.float_layout:
+        raise ModelError(f"{source.name}: takes normalized floats; export it without --keep-input")
     precisions = PLAN_PRECISIONS if options.autotune else (options.precision,)
     graphs = {
         name: lower(source.onnx, source.name, precision=name, islands=options.islands) for name in precisions

@@ -97,6 +97,20 @@ def parse(trt: Any, model: bytes, source: str) -> tuple[str, ...]:
     return log.warnings()
 
 
+def hardware_level(trt: Any, hardware: str) -> Any:
+    """Return TensorRT's level for an option of HARDWARE.
+
+    Raises:
+        OptionError: this release has no such plans, as 10.3 of JetPack 6 for one compute capability.
+    """
+    level = getattr(trt.HardwareCompatibilityLevel, _HARDWARE[hardware], None)
+    if level is None:
+        raise OptionError(
+            f"--hardware {hardware}: TensorRT {trt.__version__} has no such plans (10.16 has); leave it out"
+        )
+    return level
+
+
 def build(
     trt: Any, builder_name: str, model: bytes, source: str, options: BuildOptions, timing_cache: bytes = b""
 ) -> BuildResult:
@@ -125,7 +139,7 @@ def build(
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware in _HARDWARE:
-        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _HARDWARE[options.hardware])
+        config.hardware_compatibility_level = hardware_level(trt, options.hardware)
     if options.dla_core is not None:
         # Asked here, since the builder itself falls back to the GPU in silence.
         if options.dla_core >= builder.num_DLA_cores:

@@ -32,5 +32,4 @@ def find_gpu() -> GPU:
     api = import_first(("cuda.bindings.runtime",), "the GPU cannot be asked", "clearpact[tensorrt]")
     cuda = Cuda(api)
     cuda.check_device()
-    with cuda.current():
-        return GPU(name=cuda.name(), compute_capability=cuda.compute_capability(), driver=cuda.driver())
+    return GPU(name=cuda.name(), compute_capability=cuda.compute_capability(), driver=cuda.driver())

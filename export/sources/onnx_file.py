@@ -115,7 +115,12 @@ def _understood(original: onnx.ModelProto, given: tuple[int, int] | None) -> Onn
 
 
 def with_pixels(
-    found: OnnxClassifier, size: tuple[int, int], mean: np.ndarray, std: np.ndarray
+    found: OnnxClassifier,
+    size: tuple[int, int],
+    mean: np.ndarray,
+    std: np.ndarray,
+    *,
+    keep_input: bool = False,
 ) -> onnx.ModelProto:
     """Return the graph behind the normalization of its image: uint8 [N, H, W, C] in, `logits` [N, K] out.
 
@@ -124,6 +129,7 @@ def with_pixels(
         size: height and width of the image.
         mean: by channel, on the scale where 255 is 1.
         std: likewise; the network gets (p / 255 - mean) / std.
+        keep_input: the image is float32 in the file's own layout, normalized already.
     """
     model = onnx.ModelProto()
     model.CopyFrom(found.model)
@@ -136,17 +142,7 @@ def with_pixels(
     if source == INPUT_NAME:
         source = f"{source}/own"
         _rename(graph, found.input, source)
-    constants = {
-        "pixel_mean": (255 * mean).astype(np.float32).reshape(1, -1, 1, 1),
-        "pixel_std": (255 * std).astype(np.float32).reshape(1, -1, 1, 1),
-    }
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    front = [
-        helper.make_node("Transpose", [INPUT_NAME], ["pixels"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["pixels"], ["pixels_float"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["pixels_float", "pixel_mean"], ["pixels_centred"]),
-        helper.make_node("Div", ["pixels_centred", "pixel_std"], [NORMALIZED]),
-    ]
+    front = _kept(found) if keep_input else _normalizing(graph, mean, std)
     if source == NORMALIZED:
         source = f"{source}/own"
         _rename(graph, found.input, source)
@@ -162,10 +158,34 @@ def with_pixels(
         output = "logits/own"
         _rename(graph, "logits", output)
     graph.node.append(helper.make_node("Cast", [output], ["logits"], to=TensorProto.FLOAT))
-    image = [None, *size, found.channels]
-    graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["N", *image[1:]]))
+    by_rows = [*size, found.channels]
+    shape = [found.channels, *size] if keep_input and found.layout == "NCHW" else by_rows
+    kind = TensorProto.FLOAT if keep_input else TensorProto.UINT8
+    graph.input.append(helper.make_tensor_value_info(INPUT_NAME, kind, ["N", *shape]))
     graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", found.classes]))
     return model
+
+
+def _normalizing(graph: onnx.GraphProto, mean: np.ndarray, std: np.ndarray) -> list[onnx.NodeProto]:
+    """Return what makes the normalized image [N, C, H, W] of pixels, whose constants are added to the graph."""
+    constants = {
+        "pixel_mean": (255 * mean).astype(np.float32).reshape(1, -1, 1, 1),
+        "pixel_std": (255 * std).astype(np.float32).reshape(1, -1, 1, 1),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    return [
+        helper.make_node("Transpose", [INPUT_NAME], ["pixels"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["pixels"], ["pixels_float"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["pixels_float", "pixel_mean"], ["pixels_centred"]),
+        helper.make_node("Div", ["pixels_centred", "pixel_std"], [NORMALIZED]),
+    ]
+
+
+def _kept(found: OnnxClassifier) -> list[onnx.NodeProto]:
+    """Return what makes the normalized image [N, C, H, W] of the file's own image."""
+    if found.layout == "NHWC":
+        return [helper.make_node("Transpose", [INPUT_NAME], [NORMALIZED], perm=[0, 3, 1, 2])]
+    return [helper.make_node("Identity", [INPUT_NAME], [NORMALIZED])]
 
 
 def _open_batch(model: onnx.ModelProto) -> None:

@@ -263,6 +263,20 @@ def _mean(r: Reader, node: onnx.NodeProto) -> fx.Node:
     return r.call(torch.mean, r.value(node.input[0]), tuple(chosen), keepdim=bool(found.get("keepdims", 1)))
 
 
+def _reduction(function: Callable[..., Any]) -> Callable[[Reader, onnx.NodeProto], fx.Node]:
+    """Return the form of a reduction over axes other than the images'."""
+
+    def form(r: Reader, node: onnx.NodeProto) -> fx.Node:
+        found, axes = attributes(node), r.constant(node, 1)
+        chosen = found.get("axes") if axes is None else axes.tolist()
+        if chosen is None:  # all of one image's, where there is one at a time
+            chosen = list(range(1, r.facts.rank(node.input[0])))
+        _refuse_images_as(r, node, chosen, "reduces")
+        return r.call(function, r.value(node.input[0]), tuple(chosen), keepdim=bool(found.get("keepdims", 1)))
+
+    return form
+
+
 def _pooled(layer: Callable[[], nn.Module]) -> Callable[[Reader, onnx.NodeProto], fx.Node]:
     return lambda r, node: r.layer(node, layer(), r.value(node.input[0]))
 
@@ -290,7 +304,9 @@ FORMS: dict[str, Callable[[Reader, onnx.NodeProto], fx.Node]] = {
     "MaxPool": _max_pool, "AveragePool": _average_pool,
     "GlobalAveragePool": _pooled(lambda: nn.AdaptiveAvgPool2d(1)),
     "GlobalMaxPool": _pooled(lambda: nn.AdaptiveMaxPool2d(1)),
-    "ReduceMean": _mean,
+    "ReduceMean": _mean, "ReduceMax": _reduction(torch.amax), "ReduceMin": _reduction(torch.amin),
+    "ReduceSum": _reduction(torch.sum), "Max": _binary(torch.maximum), "Min": _binary(torch.minimum),
+    "Abs": _unary(torch.abs),
     "Relu": _activation(lambda a: nn.ReLU()), "Clip": _clip, "PRelu": _prelu,
     "LeakyRelu": _activation(lambda a: nn.LeakyReLU(a.get("alpha", 0.01))),
     "Elu": _activation(lambda a: nn.ELU(a.get("alpha", 1.0))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 
+import numpy as np
 import onnx
 
 from export.gradient.rules.pointwise import Pairs, Rule
@@ -29,7 +30,12 @@ def _einsum(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     for i, (x, labels) in enumerate(zip(node.input, operands, strict=True)):
         if x not in t.active:
             continue
-        others = [name for j, name in enumerate(node.input) if j != i]
+        # Constants as copies: OpenVINO 2026.4 goes wrong where both directions read one square matrix.
+        others = [
+            name if t.value(name) is None else t.rearranged(name, np.copy)
+            for j, name in enumerate(node.input)
+            if j != i
+        ]
         given = [result, *(text for j, text in enumerate(operands) if j != i)]
         kept = "".join(label for label in labels if any(label in text for text in given))
         dx = t.op("Einsum", dy, *others, equation=f"{','.join(given)}->{kept}")

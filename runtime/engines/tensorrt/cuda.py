@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,9 @@ from runtime.errors import EngineError
 
 # The names an app may give the stream it wants its work on (cuda.core; PyTorch; CuPy; PyCUDA).
 _STREAM_ATTRIBUTES = ("cuda_stream", "ptr", "handle")
-# Handles with a fixed meaning, see `cudaStreamLegacy` and `cudaStreamPerThread`.
-LEGACY_STREAMS = (0, 1)
+# The default stream that blocking streams wait for, `cudaStreamLegacy`; 0 is another name of it.
+LEGACY_STREAM = 1
+LEGACY_STREAMS = (0, LEGACY_STREAM)
 
 _REMEDIES = {
     "cudaErrorMemoryAllocation": "free GPU memory, or build the plan for smaller batches",
@@ -28,14 +30,50 @@ _REMEDIES = {
 }
 
 
+class PrimaryContext:
+    """The context of a GPU that PyTorch, CuPy and everything else on the CUDA runtime share.
+
+    `cudaSetDevice` would leave this GPU current in the caller's thread, and setting back the one before would
+    start a context there where there was none. A context that is pushed and popped leaves the thread as it was.
+
+    Args:
+        driver: the module `cuda.bindings.driver`.
+        device: number of the GPU, which must be there.
+
+    Raises:
+        EngineError: the driver reports an error.
+    """
+
+    def __init__(self, driver: Any, device: int) -> None:
+        self._driver = driver
+        self._call("cuInit", 0)
+        number = self._call("cuDeviceGet", device)
+        self._context = self._call("cuDevicePrimaryCtxRetain", number)
+        weakref.finalize(self, driver.cuDevicePrimaryCtxRelease, number).atexit = False
+
+    def push(self) -> None:
+        """Make it current in the calling thread, over what was current there."""
+        self._call("cuCtxPushCurrent", self._context)
+
+    def pop(self) -> None:
+        """Make current again what was before."""
+        self._call("cuCtxPopCurrent")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        error, *values = getattr(self._driver, name)(*arguments)
+        if int(error):
+            raise EngineError(f"CUDA: {name} failed ({error.name}); check the GPU with nvidia-smi and its driver")
+        return values[0] if values else None
+
+
 class Cuda:
     """One GPU.
 
     Args:
         api: the module `cuda.bindings.runtime`.
         device: number of the GPU.
-        context: a PyCUDA context, or any object with `push()` and `pop()`, that work is done in; None works in the
-            GPU's primary context, which PyTorch, CuPy and everything else on the CUDA runtime share.
+        context: a `PrimaryContext`, a PyCUDA context, or any object with `push()` and `pop()`, that work is done
+            in; None does only what needs no context, or what the caller has made one current for.
     """
 
     def __init__(self, api: Any, device: int = 0, context: Any = None) -> None:
@@ -56,20 +94,20 @@ class Cuda:
 
     @contextlib.contextmanager
     def current(self, *, closing: bool = False) -> Iterator[None]:
-        """Make this GPU, or the app's context on it, the calling thread's for a while.
+        """Make the context the calling thread's for a while.
 
         Args:
-            closing: go on where that fails, since everything has to be given back whatever happens.
+            closing: try again where that fails, since everything has to be given back whatever happens.
         """
         if self._context is None:
-            try:
-                self.call("cudaSetDevice", self.device)
-            except EngineError:
-                if not closing:
-                    raise
             yield
             return
-        self._context.push()
+        try:
+            self._context.push()
+        except EngineError:
+            if not closing:
+                raise
+            self._context.push()  # once more: without it nothing can be given back
         try:
             yield
         finally:
@@ -123,6 +161,22 @@ class Cuda:
         """Copy from the GPU to pinned host memory, in a stream."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
+
+    def copy(self, target: int, source: int, n_bytes: int, stream: int) -> None:
+        """Copy within GPU memory, in a stream."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
+
+    def order(self, event: int, before: int, after: int) -> None:
+        """Let what `after` is given from now on wait for what the stream `before` has been given so far."""
+        self.call("cudaEventRecord", event, before)
+        self.call("cudaStreamWaitEvent", after, event, 0)
+
+    def is_recording(self, stream: int) -> bool:
+        """Return whether a stream is recorded into a graph, or kept from being used by such a recording."""
+        error, status = self.api.cudaStreamIsCapturing(stream)
+        none = self.api.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
+        return bool(error != self.api.cudaError_t.cudaSuccess or status != none)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, np.ndarray]:
         """Return page-locked host memory and a view of it; the view must not outlive `cudaFreeHost`."""
@@ -212,7 +266,10 @@ class Resources:
             except EngineError as error:
                 failed = failed or error
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # it would hold this frame, and with it what is to go
 
 
 def stream_handle(stream: Any) -> int:

@@ -6,29 +6,50 @@ PyTorch and Numba all speak it.
 
 from __future__ import annotations
 
+import sys
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from runtime.engines.tensorrt.cuda import LEGACY_STREAM, stream_handle
+from runtime.engines.tensorrt.device_memory import DevicePool, Piece
 from runtime.errors import ImageError
 
 
 class DeviceArray:
     """An output in GPU memory; `torch.as_tensor` and `cupy.asarray` make it theirs without a copy.
 
-    The memory is the session's. It is kept for this array while anything refers to the array, as those two
-    functions do, and is written again after that.
+    The memory is its own while anything refers to the array, as those two functions do. After that it is used
+    again, behind what the legacy default stream, blocking streams, and the current streams of PyTorch and CuPy
+    were given before; of another stream that uses it, tell `record_stream`.
+
+    Args:
+        pool: where the memory is from.
+        piece: the memory.
+        shape: of the array.
+        dtype: of its elements.
+        stream: handle of the stream whose work must be done before it may be read; None where it may be read now.
     """
 
     def __init__(
-        self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int | None, owner: object
+        self, pool: DevicePool, piece: Piece, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int | None
     ) -> None:
-        self.address = address
+        self.address = piece.address
         self.shape = shape
         self.dtype = dtype
         self._stream = stream
-        self._owner = owner
+        self._used_by: list[int] = []
+        weakref.finalize(self, pool.give_back, piece, self._used_by).atexit = False
+
+    def record_stream(self, stream: Any) -> None:
+        """Say that work in a non-blocking stream uses the array, before it is dropped; see `stream_handle`.
+
+        The name and the meaning are those of PyTorch's `Tensor.record_stream`.
+        """
+        self._used_by.append(stream_handle(stream))
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -36,7 +57,8 @@ class DeviceArray:
             "version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False),
             "strides": None,
         }  # fmt: skip
-        return interface if self._stream is None else {**interface, "stream": self._stream}
+        # 0 is not allowed there, since it could mean two things.
+        return interface if self._stream is None else {**interface, "stream": self._stream or LEGACY_STREAM}
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,22 @@ def device_view(value: object, name: str) -> DeviceView | None:
         raise ImageError(
             f"{name}: a device array with strides {strides}, expected a C-contiguous one; copy it first"
         )
-    return DeviceView(int(interface["data"][0]), shape, dtype, interface.get("stream"), value)
+    return DeviceView(int(interface["data"][0]), shape, dtype, _written_by(value, interface), value)
+
+
+def _written_by(value: object, interface: Mapping[str, Any]) -> int | None:
+    """Return the stream that a device array is written in; None where it is written.
+
+    Before version 3 the interface says nothing of it, and PyTorch still gives version 2: its arrays are written in
+    its current stream, others in the default one.
+    """
+    if interface.get("version", 0) >= 3:
+        stream = interface.get("stream")
+        return LEGACY_STREAM if stream == 0 else stream
+    torch = sys.modules.get("torch")
+    if torch is not None and type(value).__module__.partition(".")[0] == "torch":
+        return int(torch.cuda.current_stream(getattr(value, "device", None)).cuda_stream) or LEGACY_STREAM
+    return LEGACY_STREAM
 
 
 def _strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:

@@ -51,6 +51,8 @@ class Tensor:
             raise ImageError(f"{self.name} of dtype {value.dtype}: expected {self.dtype}; convert it")
         ranges = list(zip(self.smallest, self.largest, strict=True))
         shape = tuple(value.shape)
+        if ranges:
+            ranges[0] = (1, ranges[0][1])  # fewer images than the plan takes are filled up
         if len(shape) != len(ranges) or not all(
             low <= size <= high for size, (low, high) in zip(shape, ranges, strict=True)
         ):

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engines.tensorrt.cuda import Cuda, stream_handle
+from runtime.engines.tensorrt.cuda import Cuda, PrimaryContext, stream_handle
 from runtime.engines.tensorrt.device_array import DeviceArray, DeviceView, device_view
 from runtime.engines.tensorrt.engine import Engine, import_first
 from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar, sidecar_from
 from runtime.engines.tensorrt.worker import Worker
-from runtime.errors import EngineError, ModelError, OptionError
+from runtime.engines.tensorrt.workers import Workers
+from runtime.errors import EngineError, ImageError, ModelError, OptionError
 from runtime.files import read_bytes
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 
@@ -32,9 +33,10 @@ _PACKAGES = {"tensorrt": "clearpact[tensorrt]", "tensorrt_rtx": "tensorrt-rtx"}
 class TensorRTSession:
     """A plan on one GPU; see runtime.session.Session.
 
-    Every thread that runs it at the same time gets an execution context, memory and a stream of its own. Arrays in
-    GPU memory are taken as inputs too (anything with `__cuda_array_interface__`); where `image` is one, the
-    outputs are `DeviceArray`s.
+    Every thread that runs it at the same time gets an execution context, memory and a stream of its own, and so
+    does every batch size, up to a few. Arrays in GPU memory are taken as inputs too (anything with
+    `__cuda_array_interface__`); where `image` is one, the outputs are `DeviceArray`s. Fewer images than the plan
+    takes are filled up.
 
     Args:
         plan: contents of the plan.
@@ -73,18 +75,11 @@ class TensorRTSession:
         self.cuda = cuda
         self._source = source
         self._stream = stream
-        self._graphs, self._spin = graphs, spin
-        self._closed = False
-        self._idle: list[Worker] = []
-        self._workers = 0
-        # Reentrant: Python may collect an old output in the middle of a run, which gives its worker back.
-        self._lock = threading.RLock()
         # Streams of our own serve one thread each; work for the app's goes in one run after the other.
         self._turn: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if stream is None else threading.RLock()
         )
         with cuda.current():
-            cuda.check_device()
             sidecar.verify(
                 plan,
                 source,
@@ -93,13 +88,13 @@ class TensorRTSession:
                 compute_capability=cuda.compute_capability(),
             )
             self.plan = Engine(trt, plan, sidecar, source)
-            try:
-                # What does not fit is found now, not with the first frame.
-                self._idle.append(self._new_worker())
-            except EngineError:
-                self.plan.unload()
-                raise
+            self._workers = Workers(cuda, self.plan, stream=stream, graphs=graphs, spin=spin)
+            weakref.finalize(self, self._workers.close_quietly).atexit = False  # then the driver may be gone
         self.outputs = self.plan.outputs
+
+    @property
+    def _smallest(self) -> int:
+        return next(tensor.smallest[0] for tensor in self.plan.tensors if tensor.name == INPUT_NAME)
 
     @property
     def max_batch(self) -> int:
@@ -129,50 +124,45 @@ class TensorRTSession:
         taken = self._inputs(inputs)
         on_device = isinstance(taken[INPUT_NAME], DeviceView)
         with self._turn, self.cuda.current():
-            worker = self._take(taken[INPUT_NAME].shape[0])
+            worker = self._workers.take(max(taken[INPUT_NAME].shape[0], self._smallest))
             try:
                 worker.prepare(taken)
                 worker.launch(() if on_device else outputs)
+                found: dict[str, Any] = {name: self._copied(worker, name) for name in outputs if on_device}
                 if not on_device or self._stream is None:
                     worker.wait()
-                found: dict[str, Any] = {} if on_device else worker.results(outputs)
+                if not on_device:
+                    found = worker.results(outputs)
             except BaseException:
                 # What failed half-way, or was interrupted, is not used again.
                 with contextlib.suppress(EngineError):
-                    self._retire(worker)
+                    self._workers.retire(worker)
                 raise
-            if on_device:
-                lease = _Lease(self, worker)
-                return {name: DeviceArray(*worker.on_device(name), self._stream, lease) for name in outputs}
-            self._give_back(worker)
+            self._workers.give_back(worker)
             return found
 
+    def _copied(self, worker: Worker, name: str) -> DeviceArray:
+        """Return an output of a worker's run in memory of its own."""
+        shape, dtype = worker.output_of(name)
+        piece = self._workers.pool.take(int(np.prod(shape)) * dtype.itemsize, worker.stream)
+        found = DeviceArray(self._workers.pool, piece, shape, dtype, self._stream)
+        worker.copy_out(name, piece.address)
+        worker.mark()
+        return found
+
     def close(self) -> None:
-        """Free the plan, once runs of other threads are done and all device outputs are gone."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        failed = None
-        with self.cuda.current(closing=True):
-            while idle:
-                try:
-                    self._retire(idle.pop())
-                except EngineError as error:
-                    failed = failed or error
-            with self._lock:
-                self._unload_when_unused()
-        if failed is not None:
-            raise failed
+        """Free the plan, once runs of other threads are done; device outputs that somebody has stay."""
+        self._workers.close()
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[Worker]:
         """Give a worker of one's own, for measuring; the GPU is current in this thread meanwhile."""
         with self.cuda.current():
-            worker = self._new_worker()
+            worker = self._workers.new()
             try:
                 yield worker
             finally:
-                self._retire(worker)
+                self._workers.retire(worker)
 
     def complete(self, images: np.ndarray) -> dict[str, np.ndarray | DeviceView]:
         """Return the inputs of a run on images uint8 [N, H, W, C] that explains the predicted classes."""
@@ -189,60 +179,11 @@ class TensorRTSession:
         for tensor in self.plan.tensors:
             if tensor.is_input:
                 tensor.check(taken[tensor.name], self._source)
+        n = taken[INPUT_NAME].shape[0]
+        for name, value in taken.items():
+            if value.shape[0] != n:
+                raise ImageError(f"{name} of shape {list(value.shape)}: {n} images; give one for each")
         return taken
-
-    def _new_worker(self) -> Worker:
-        with self._lock:
-            if self._closed:
-                raise EngineError(f"{self._source}: the model is closed; open it again")
-            self._workers += 1
-        try:
-            return Worker(self.cuda, self.plan, stream=self._stream, graphs=self._graphs, spin=self._spin)
-        except BaseException:
-            self._without_worker()
-            raise
-
-    def _retire(self, worker: Worker) -> None:
-        try:
-            worker.close()
-        finally:
-            self._without_worker()
-
-    def _without_worker(self) -> None:
-        with self._lock:
-            self._workers -= 1
-            self._unload_when_unused()
-
-    def _unload_when_unused(self) -> None:
-        if self._closed and not self._workers:
-            self.plan.unload()
-
-    def _take(self, batch: int) -> Worker:
-        """Return an idle worker, one that did such a batch before where there is one, or a new one."""
-        with self._lock:
-            if self._idle:
-                same = (index for index, worker in enumerate(self._idle) if worker.batch == batch)
-                return self._idle.pop(next(same, -1))
-        return self._new_worker()
-
-    def _give_back(self, worker: Worker) -> None:
-        with self._lock:
-            if not self._closed:
-                self._idle.append(worker)
-                return
-        self._retire(worker)
-
-
-class _Lease:
-    """Keeps a worker for the device outputs of one run, until the last of them is gone."""
-
-    def __init__(self, session: TensorRTSession, worker: Worker) -> None:
-        weakref.finalize(self, _end_lease, session, worker)
-
-
-def _end_lease(session: TensorRTSession, worker: Worker) -> None:
-    with session.cuda.current(closing=True):
-        session._give_back(worker)
 
 
 def open(
@@ -280,13 +221,18 @@ def open(
         raise OptionError(f"device {device!r}: a plan runs on a GPU, expected cuda or cuda:1")
     builder = described.builder
     trt = import_first(_MODULES[builder], f"{BUILDERS[builder]} plan", _PACKAGES[builder])
+    device_number = int(number[1] or 0)
     api = import_first(("cuda.bindings.runtime",), "a plan", "cuda-bindings")
+    Cuda(api, device_number).check_device()
+    if context is None:
+        driver = import_first(("cuda.bindings.driver",), "a plan", "cuda-bindings")
+        context = PrimaryContext(driver, device_number)
     return TensorRTSession(
         contents,
         described,
         source,
         trt=trt,
-        cuda=Cuda(api, int(number[1] or 0), context),
+        cuda=Cuda(api, device_number, context),
         stream=None if stream is None else stream_handle(stream),
         graphs=graphs,
         spin=spin,

@@ -2,7 +2,8 @@
 
 A run is: upload (host to device), compute, download (device to host), all in one stream. The first run of a shape
 is enqueued call by call, since TensorRT sets itself up during it; the next one is recorded into a CUDA graph, and
-those that follow are one launch each.
+those that follow are one launch each. Arrays in GPU memory are copied into the worker's own, which takes less than
+the launches that a graph saves: a graph holds for fixed addresses, and TensorRT wants them aligned.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Worker:
         self._seen: set[tuple[Any, ...]] = set()
         self._pending = False
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
+        self._images = 0  # of a run; the shapes may have room for more
+        self._given: dict[str, DeviceView] = {}  # inputs in the app's GPU memory
+        self._owns_stream = stream is None
         self._host: dict[str, tuple[int, np.ndarray]] = {}
         self._views: dict[str, np.ndarray] = {}
         # The legacy default stream cannot be recorded.
@@ -70,6 +73,9 @@ class Worker:
             for tensor in self._tensors:
                 address, memory = cuda.pinned((tensor.n_bytes // tensor.dtype.itemsize,), tensor.dtype)
                 self._host[tensor.name] = hold("cudaFreeHost", address), memory
+            for name, address in self._device.items():
+                if not self._context.set_tensor_address(name, address):
+                    raise self._failed(f"takes no memory for {name}", "build the plan again")
         except EngineError:
             with contextlib.suppress(EngineError):
                 self.close()
@@ -77,34 +83,38 @@ class Worker:
 
     @property
     def batch(self) -> int:
-        """Images of the run before, 0 before the first."""
-        return next(iter(self.shapes.values()), (0,))[0]
+        """Images that the shapes have room for, 0 before the first run."""
+        return next(iter(self.shapes.values()))[0] if self._images else 0
 
     def prepare(self, inputs: Mapping[str, np.ndarray | DeviceView]) -> None:
-        """Take the next run's checked inputs: host arrays into page-locked memory, device arrays as they are."""
+        """Take the next run's checked inputs: host arrays into page-locked memory, device arrays with `upload`.
+
+        Where the plan takes no batch as small, it is filled up with black images, whose outputs nobody gets.
+        """
         self.wait()
-        self._set_shapes({name: tuple(value.shape) for name, value in inputs.items()})
-        addresses = dict(self._device)
+        self._images = next(iter(inputs.values())).shape[0]
+        smallest = {tensor.name: tensor.smallest[0] for tensor in self._tensors if tensor.is_input}
+        self._set_shapes({
+            name: (max(value.shape[0], smallest[name]), *value.shape[1:]) for name, value in inputs.items()
+        })  # fmt: skip
+        self._given = {}
         for name, value in inputs.items():
             if isinstance(value, DeviceView):
-                addresses[name] = value.address
-                self._wait_for(value.stream)
+                self._given[name] = value
             else:
-                np.copyto(self._view(name), value, casting="no")
-        self._bind(addresses)
+                view = self._view(name)
+                np.copyto(view[: self._images], value, casting="no")
+                view[self._images :] = 0
 
     def upload(self) -> None:
-        """Enqueue the copies of host inputs to the GPU."""
-        self._pending = True
-        for tensor in self._tensors:
-            if tensor.is_input and self._addresses[tensor.name] == self._device[tensor.name]:
-                host, _ = self._host[tensor.name]
-                self.cuda.upload(self._device[tensor.name], host, self._view(tensor.name).nbytes, self.stream)
+        """Enqueue the copies of the inputs into this worker's GPU memory."""
+        self._copy_in()
+        self._upload()
 
     def compute(self, *, graph: bool = False) -> None:
         """Enqueue the network alone, with `graph` by its CUDA graph where there is one."""
         self._pending = True
-        self._enqueue(self._compute, (), graph=graph)
+        self._enqueue(self._compute, ("compute",), graph=graph)
 
     def download(self, outputs: tuple[str, ...]) -> None:
         """Enqueue the copies of outputs to page-locked memory."""
@@ -117,14 +127,14 @@ class Worker:
         """Enqueue a whole run that ends with these outputs on the host."""
 
         def whole() -> bool:
-            self.upload()
+            self._upload()
             done = self._compute()
             if done:
                 self.download(outputs)
             return done
 
-        self._pending = True
-        self._enqueue(whole, outputs, graph=True)
+        self._copy_in()
+        self._enqueue(whole, (tuple(sorted(self._given)), tuple(sorted(outputs))), graph=True)
         self.mark()
 
     def mark(self) -> None:
@@ -140,11 +150,17 @@ class Worker:
 
     def results(self, outputs: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return copies of downloaded outputs."""
-        return {name: self._view(name).copy() for name in outputs}
+        return {name: self._view(name)[: self._images].copy() for name in outputs}
 
-    def on_device(self, output: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-        """Return address, shape and dtype of an output in GPU memory, which the next run writes again."""
-        return self._device[output], self._view(output).shape, self._view(output).dtype
+    def output_of(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Return shape and dtype of an output of the present run."""
+        view = self._view(name)
+        return (self._images, *view.shape[1:]), view.dtype
+
+    def copy_out(self, name: str, address: int) -> None:
+        """Enqueue the copy of an output to other GPU memory; the next run writes this worker's own again."""
+        self._pending = True
+        self.cuda.copy(address, self._device[name], self._view(name)[: self._images].nbytes, self.stream)
 
     def report_to(self, profiler: Any) -> None:
         """Report every layer's time to a `tensorrt.IProfiler` from now on; each run then waits for its end."""
@@ -174,7 +190,10 @@ class Worker:
         except EngineError as error:
             failed = failed or error
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # it would hold this frame, and with it what is to go
 
     def _with_largest_outputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._set_shapes({tensor.name: tensor.largest for tensor in tensors if tensor.is_input})
@@ -198,30 +217,39 @@ class Worker:
                 raise self._failed(f"takes no {name} of shape {list(shape)}", "build it for such batches")
         self.shapes = shapes
 
-    def _bind(self, addresses: dict[str, int]) -> None:
-        for name, address in addresses.items():
-            if self._addresses.get(name) != address:
-                if not self._context.set_tensor_address(name, address):
-                    raise self._failed(f"takes no memory for {name}", "pass memory aligned to 256 bytes")
-                self._addresses[name] = address
+    def _copy_in(self) -> None:
+        """Enqueue the copies of inputs in the app's GPU memory, behind the work that writes them."""
+        self._pending = True
+        for name, value in self._given.items():
+            producer = value.stream if value.stream != self.stream else None
+            if producer is not None:
+                self.cuda.order(self._ready, producer, self.stream)
+            n_bytes = int(np.prod(value.shape)) * value.dtype.itemsize
+            self.cuda.copy(self._device[name], value.address, n_bytes, self.stream)
+            if producer is not None and not self._owns_stream:  # else the run is waited for before it returns
+                self.cuda.order(self._ready, self.stream, producer)
 
-    def _wait_for(self, stream: int | None) -> None:
-        """Let the work that follows wait for what another stream has been given so far."""
-        if stream is not None and stream != self.stream:
-            self.cuda.call("cudaEventRecord", self._ready, stream)
-            self.cuda.call("cudaStreamWaitEvent", self.stream, self._ready, 0)
+    def _upload(self) -> None:
+        """Enqueue the copies of host inputs, which a graph can hold."""
+        for tensor in self._tensors:
+            if tensor.is_input and tensor.name not in self._given:
+                host, _ = self._host[tensor.name]
+                self.cuda.upload(self._device[tensor.name], host, self._view(tensor.name).nbytes, self.stream)
 
-    def _enqueue(self, work: Callable[[], bool], what: tuple[str, ...], *, graph: bool) -> None:
-        key = (what, *self._addresses.values())
+    def _enqueue(self, work: Callable[[], bool], key: tuple[Any, ...], *, graph: bool) -> None:
         if graph and self._records and key in self._seen and key not in self._graphs:
-            recorded = self.cuda.capture(self.stream, work)
+            try:
+                recorded = self.cuda.capture(self.stream, work)
+            except EngineError:  # what is wrong beyond recording shows when the work is enqueued
+                recorded = None
             if recorded is None:
-                self._records = False  # a layer that needs the host half-way
+                self._records = False  # a layer that needs the host half-way, or a driver that cannot
             else:
                 if len(self._graphs) == _MAX_GRAPHS:
                     self._drop_graph(next(iter(self._graphs)))
                 self._graphs[key] = recorded
         if graph and key in self._graphs:
+            self._graphs[key] = self._graphs.pop(key)  # used last
             self.cuda.call("cudaGraphLaunch", self._graphs[key], self.stream)
         elif work():
             self._seen.add(key)
