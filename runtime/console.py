@@ -32,6 +32,7 @@ COMMANDS = {
     "report": ("bench.report.__main__", "one page of figures of runs and files"),
     "edge-app": ("deploy.edge_app", "the smallest app that embeds a classifier"),
     "web": ("deploy.web.__main__", "a page that runs a model in a browser"),
+    "sign": ("deploy.sign", "sign model files, so that a device runs no others"),
     "triton": ("deploy.triton", "a model repository for Triton"),
 }
 
