@@ -1,8 +1,8 @@
 """Signatures of model files: who made a file, which its own checksum cannot tell.
 
 A signature lies beside its model, `model.onnx.sig`: Ed25519 (RFC 8032), in base64, over the SHA-256 of the file
-and that of its sidecar, where it has one. `python -m deploy.sign` writes it. The private key stays where models are
-made; a device has the public one.
+and that of its sidecar, where it has one. `python -m deploy.sign` writes it. The private key stays where models
+are made; a device has the public one.
 """
 
 from __future__ import annotations
