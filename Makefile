@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-browser web-runtime wheel tensorrt-bindings check clean
+.PHONY: help demo test test-slow test-browser test-ray web-runtime wheel tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
@@ -12,6 +12,7 @@ help:
 	@echo "make wheel      build the wheel that a device installs, into dist/"
 	@echo "make test-slow  run the tests marked slow"
 	@echo "make web-runtime  fetch ONNX Runtime Web, which python -m deploy.web copies (needs npm)"
+	@echo "make test-ray   run the tests on a local Ray cluster"
 	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
 	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 (4 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
@@ -34,6 +35,10 @@ web-runtime:
 test-browser: $(VENV)/.installed web-runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+test-ray: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

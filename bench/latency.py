@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--explain", action="store_true", help="time the class with each of its maps too")
     parser.add_argument("--frame", metavar="HxW", help="also from an RGB frame of this size to the answer")
     parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
+    parser.add_argument("--version-compatible", action="store_true", help="run the code that such a plan carries")
     parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
     parser.add_argument("--profile", action="store_true", help="plans: time, precision, ONNX nodes of every layer")
     parser.add_argument(
@@ -267,6 +268,7 @@ def _open(options: argparse.Namespace) -> Session:
     return open_session(
         options.model, engine=options.engine, device=options.device, threads=options.threads,
         options={"spin": options.spin} if is_plan(options.model) else None,
+        version_compatible=options.version_compatible,
     )  # fmt: skip
 
 

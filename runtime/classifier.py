@@ -70,6 +70,8 @@ class Classifier:
         providers: of ONNX Runtime, in place of `device`; see `runtime.session.open_session`.
         options: of the engine, by its own names; see `runtime.session.open_session`.
         sidecar: of a plan that is given as its contents; see `runtime.session.open_session`.
+        version_compatible: run the code for the CPU that a plan carries; see `runtime.session.open_session`.
+        key: public key that the file must be signed with; see `runtime.session.open_session`.
         batching: how `submit` puts images together.
 
     Raises:
@@ -90,11 +92,14 @@ class Classifier:
         providers: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
         sidecar: str | os.PathLike[str] | bytes | None = None,
+        version_compatible: bool = False,
+        key: str | os.PathLike[str] | bytes | None = None,
         batching: Batching | None = None,
     ) -> None:
         session = open_session(
             model, engine=engine, device=device, threads=threads, parallel_runs=parallel_runs, cache=cache,
             stream=stream, context=context, providers=providers, options=options, sidecar=sidecar,
+            version_compatible=version_compatible, key=key,
         )  # fmt: skip
         self._use(session, batching)
 

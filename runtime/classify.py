@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
+    parser.add_argument("--key", metavar="PEM", help="public key that the model must be signed with")
+    parser.add_argument("--version-compatible", action="store_true", help="run the code that such a plan carries")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
                         help=f"refuse an image of more (default: {MAX_PIXELS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
@@ -73,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = _pictures(options, paths)
     failed = 0
     with Classifier(
-        options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache
-    ) as classifier:
+        options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache,
+        key=options.key, version_compatible=options.version_compatible,
+    ) as classifier:  # fmt: skip
         names = {path: command.printable(str(path)) for path in paths}
         width = max(map(len, names.values()))
         for path in paths:

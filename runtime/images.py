@@ -18,7 +18,7 @@ SUFFIXES = (
     ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 # Images whose reading depends on how Pillow was built, or needs a plugin: never passed over without a word.
-_RARE_SUFFIXES = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo")
+RARE_SUFFIXES = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo")
 # How files of these kinds begin, whatever they are called.
 _BEGINNINGS = (
     b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ",
@@ -91,7 +91,7 @@ def is_image_file(path: Path) -> bool:
     if path.exists() and not path.is_file():  # a pipe would wait for its writer
         return False
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES or suffix in _RARE_SUFFIXES:
+    if suffix in SUFFIXES or suffix in RARE_SUFFIXES:
         return True
     try:
         with path.open("rb") as file:

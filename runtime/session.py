@@ -16,6 +16,7 @@ from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes
 from runtime.float_input import PixelSession
 from runtime.manifest import Manifest, read_manifest
+from runtime.signature import check_signature
 
 # Engine name -> (module of its session, package it needs, extra that installs it).
 ENGINES = {
@@ -75,6 +76,8 @@ def open_session(
     providers: Sequence[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     sidecar: str | os.PathLike[str] | bytes | None = None,
+    version_compatible: bool = False,
+    key: str | os.PathLike[str] | bytes | None = None,
 ) -> Session:
     """Load an exported model.
 
@@ -98,10 +101,15 @@ def open_session(
         options: of the engine, by its own names: properties of OpenVINO's device, options of ONNX Runtime's
             provider, `graphs` and `spin` of a plan (see `runtime.engines.tensorrt.session.open`).
         sidecar: contents or path of a plan's sidecar, where it does not lie beside the plan.
+        version_compatible: run the code for the CPU that a plan built with --version-compatible carries. Nothing
+            but a signature protects from a plan whose code is another's.
+        key: Ed25519 public key, path or contents in PEM, that the file, and the sidecar of a plan, must be signed
+            with (`python -m deploy.sign`).
 
     Raises:
         FileError: the file cannot be read, or `cache` is no folder.
-        ModelError: it is no ONNX file, is truncated, or has no manifest; a plan is not for this machine.
+        ModelError: it is no ONNX file, is truncated, or has no manifest; a plan is not for this machine; it is not
+            signed with `key`.
         EngineError: the engine is not installed, the device is not there, or does not compile the model.
         OptionError: no such engine, fewer than one thread, or a `cache` that others may write to.
     """
@@ -111,8 +119,9 @@ def open_session(
             given = "providers" if providers is not None else f"engine {engine!r}"
             raise OptionError(f"{given}: {name} is a TensorRT plan; leave the {given.split()[0]} out")
         planned: Session = importlib.import_module("runtime.engines.tensorrt.session").open(
-            model, device=device or "cuda", stream=stream, context=context, sidecar=sidecar, **_known(options)
-        )
+            model, device=device or "cuda", stream=stream, context=context, sidecar=sidecar,
+            version_compatible=version_compatible, key=key, **_known(options),
+        )  # fmt: skip
         return planned
     if engine == PLAN_ENGINE:
         raise OptionError(
@@ -122,6 +131,12 @@ def open_session(
         raise OptionError("stream and context are for plans on a GPU; leave them out for an ONNX file")
     source = "model bytes" if isinstance(model, bytes) else str(Path(model))
     data = model if isinstance(model, bytes) else read_bytes(model)
+    if key is not None:
+        if isinstance(model, bytes):
+            raise OptionError("key: the signature of model bytes is nowhere; give the path of the file")
+        check_signature(model, data, None, key)
+    if version_compatible:
+        raise OptionError("version_compatible is for plans on a GPU; leave it out for an ONNX file")
     manifest = read_manifest(data, source)
     for name, number in (("threads", threads), ("parallel_runs", parallel_runs)):
         if number is not None and (not isinstance(number, int) or number < 1):

@@ -303,7 +303,7 @@ def test_every_opset_in_every_kind_of_file(opset: int, ir: int) -> None:
 
 # Broadcasting.
 
-BINARY = {"Add", "Sub", "Mul", "Div", "Pow", "PRelu", "Sum", "Where"}
+BINARY = {"Add", "Sub", "Mul", "Div", "Max", "Mean", "Min", "Pow", "PRelu", "Sum", "Where"}
 
 
 @st.composite

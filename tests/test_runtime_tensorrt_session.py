@@ -46,12 +46,20 @@ def copies_and_launches(gpu: FakeGpu, since: int) -> list[str]:
 def test_a_version_compatible_plan_may_run_the_code_it_carries_and_no_other_may(
     gpu: FakeGpu, tmp_path: Path
 ) -> None:
-    open_plan(write_plan(tmp_path / "portable.plan", version_compatible=True)).close()
+    portable = write_plan(tmp_path / "portable.plan", version_compatible=True)
+    refused = r"portable.plan: carries code for the CPU, .*; open it with version_compatible=True"
+    for opener in (open_plan, Classifier):
+        with pytest.raises(OptionError, match=refused):
+            opener(portable)
+    assert "deserialize_cuda_engine" not in gpu.calls
+    open_plan(portable, version_compatible=True).close()
+    Classifier(portable, version_compatible=True).close()
     plain = write_plan(tmp_path / "plain.plan", version_compatible=True)
     sidecar = sidecar_path(plain)
     sidecar.write_text(dataclasses.replace(read_sidecar(plain), version_compatible=False).to_json())
-    with pytest.raises(EngineError, match="host code is not allowed"):
-        open_plan(plain)
+    for asked in (False, True):
+        with pytest.raises(EngineError, match="host code is not allowed"):
+            open_plan(plain, version_compatible=asked)
 
 
 def test_outputs_are_the_networks_on_batches_in_any_order(gpu: FakeGpu, plan: Path) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from deploy.web.page import pinned_version, write_page
 from runtime import command
 from runtime.errors import OptionError
-from runtime.files import read_bytes
 from runtime.images import list_images
-from runtime.manifest import read_manifest
 
 EXAMPLES = """
   python -m export.onnx deploy/models/mnist-cnn2-8bit-sgt.pt --target ort -o digits.onnx
@@ -46,14 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (options.model, *examples):
         if options.output.resolve() in path.resolve().parents:
             raise OptionError(f"--output {options.output}: holds {path}, which is read; name another folder")
-    manifest = read_manifest(read_bytes(options.model), str(options.model))
-    if manifest.float_layout:
-        raise OptionError(f"{options.model}: takes normalized floats; export it without --keep-input")
     written = write_page(
         options.model, options.output, runtime=options.runtime, examples=examples, webgpu=not options.no_webgpu
     )
-    if manifest.target != "ort":
-        print(f"note: exported for {manifest.target}; browsers run files of `export.onnx --target ort` faster")
+    if written.target != "ort":
+        print(f"note: exported for {written.target}; browsers run files of `export.onnx --target ort` faster")
     every, first = written.all_bytes / 1e6, written.first_bytes / 1e6
     print(f"{written.folder}: {every:.1f} MB, of which a browser loads {first:.1f}")
     print(f"serve it with any web server: python -m http.server --directory {written.folder}")

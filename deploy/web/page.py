@@ -17,6 +17,7 @@ from runtime import Classifier
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes, write_atomically
 from runtime.images import load_image, to_batch
+from runtime.manifest import read_manifest
 from runtime.onnx_bytes import without_gradient
 from runtime.session import is_plan
 
@@ -41,9 +42,10 @@ _CACHE = "clearpact-page-"  # what the names of the browser's copies begin with
 
 @dataclass(frozen=True)
 class Written:
-    """A page that was written: its folder, and the sizes of all files and of those a browser loads at once."""
+    """A page that was written: its folder, the model's target, bytes of all files, and of those loaded at once."""
 
     folder: Path
+    target: str
     all_bytes: int
     first_bytes: int
 
@@ -99,6 +101,8 @@ def write_page(
         raise FileError(f"{folder}: is there already and no page of this command; name another folder")
     dist = runtime_folder(runtime)
     data = read_bytes(model)
+    if read_manifest(data, str(model)).float_layout:
+        raise OptionError(f"{model}: takes normalized floats; export it without --keep-input")
     files: dict[str, bytes] = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.is_file()}
     for provider in PROVIDERS if webgpu else ("wasm",):
         files |= {f"runtime/{name}": read_bytes(dist / name) for name in PROVIDERS[provider]}
@@ -145,7 +149,7 @@ def write_page(
         len(content) for name, content in files.items() if name.startswith("runtime/") and "asyncify" in name
     )
     every = sum(map(len, files.values()))
-    return Written(folder, every, every - later)
+    return Written(folder, manifest.target, every, every - later)
 
 
 def _service_worker(files: dict[str, bytes]) -> bytes:

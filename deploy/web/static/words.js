@@ -29,7 +29,7 @@ export function factRows({ manifest, sha256, file, bytes, runtime }) {
     ["Numbers", bits.length ? `integers of ${bits.join(", ")} bits` : "floats"],
   ];
   if ("test_accuracy" in manifest.metrics) rows.push(["Test accuracy", `${manifest.metrics.test_accuracy.toFixed(2)} %`]);
-  if (manifest.temperature) rows.push(["Temperature", manifest.temperature.toFixed(3)]);
+  if ((manifest.temperature ?? 1) !== 1) rows.push(["Temperature", manifest.temperature.toFixed(3)]);
   rows.push(["File", `${file}, ${bytes.toLocaleString("en")} bytes, sha256 ${sha256}`]);
   rows.push(["Runtime", `ONNX Runtime Web ${runtime.version}`]);
   return rows;

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from export.gradient.rules.pointwise import Pairs, Rule, step, unbroadcast
+from export.gradient.rules.gates import step
+from export.gradient.rules.pointwise import Pairs, Rule, unbroadcast
 from export.gradient.tape import Tape
 from export.graph import attributes, describe
 from runtime.errors import ModelError

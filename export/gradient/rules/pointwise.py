@@ -1,8 +1,4 @@
-"""Gradients of elementwise operators: activations, arithmetic with broadcasting.
-
-Every gate (the 0 or 1 that an activation multiplies the gradient by) is arithmetic, never a comparison:
-engines fuse Mul and Clip into one pass over memory and treat Greater, And and Where as separate ones.
-"""
+"""Gradients of elementwise operators: activations, arithmetic with broadcasting."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
+from export.gradient.rules.gates import inside, is_dequantized, steep, step
 from export.gradient.tape import Tape
 from export.graph import attributes, describe
 from runtime.errors import ModelError
@@ -21,58 +17,7 @@ Pairs = Iterator[tuple[str, str]]
 Rule = Callable[[Tape, onnx.NodeProto, str, str], Pairs]
 """rule(tape, node, y, dy) yields (input tensor, gradient) pairs; y is a node's output, dy its gradient."""
 
-# What hands on some of its elements, and a scale with them.
-_HANDING_ON = {
-    "Concat",
-    "Flatten",
-    "Identity",
-    "MaxPool",
-    "Reshape",
-    "Slice",
-    "Split",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-}
-
 Derivative = Callable[[Tape, onnx.NodeProto, str, str], str]
-
-
-def step(t: Tape, x: str, *sources: str) -> str:
-    """Return 1 where x > 0, else 0, of x's shape; `sources` are forward tensors that x is the difference of.
-
-    Exact down to 2^-100, which no activation resolves (2^-15 in half precision, whose range ends there).
-    """
-    return t.op("Clip", steep(t, x, *sources), 0.0, 1.0)
-
-
-def steep(t: Tape, x: str, *sources: str) -> str:
-    """Return x times 2^100, for a Clip to make 0 or 1 of.
-
-    OpenVINO 2026.4 moves the scale of codes past such a Mul and a Clip, and then clips the codes at 2^-100: all
-    are 0. It does not past a maximum with the lowest float, which changes nothing.
-    """
-    if any(is_dequantized(t, source) for source in sources or (x,)):
-        x = t.op("Max", x, float(np.finfo(t.numpy_type(x)).min))
-    return t.op("Mul", x, _steepness(t, x))
-
-
-def is_dequantized(t: Tape, x: str) -> bool:
-    """Return whether a tensor holds dequantized codes, perhaps moved."""
-    node = t.producer.get(x)
-    while node is not None and node.op_type in _HANDING_ON:
-        node = t.producer.get(node.input[0])
-    return node is not None and node.op_type == "DequantizeLinear"
-
-
-def _inside(t: Tape, y: str, low: float, high: float) -> str:
-    """Return 1 where low < y < high, else 0, for y already clipped to [low, high].
-
-    The parabola (high - y)(y - low) is exactly 0 at both ends and positive between; steep enough, it is 1.
-    """
-    above = t.op("Sub", y, low) if low else y
-    parabola = t.op("Mul", t.op("Sub", t.array(high, y), y), above)
-    return t.op("Clip", t.op("Mul", parabola, _steepness(t, y)), 0.0, 1.0)
 
 
 def unbroadcast(t: Tape, gradient: str, x: str, y: str) -> str:
@@ -88,10 +33,6 @@ def unbroadcast(t: Tape, gradient: str, x: str, y: str) -> str:
     if lead:
         gradient = t.op("ReduceSum", gradient, list(range(lead)), keepdims=0)
     return gradient
-
-
-def _steepness(t: Tape, x: str) -> float:
-    return 2.0**15 if t.type(x) == TensorProto.FLOAT16 else 2.0**100
 
 
 def _unary(derivative: Derivative) -> Rule:
@@ -150,7 +91,7 @@ def _clip(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     elif np.isinf(low):
         yield x, t.op("Mul", dy, step(t, t.op("Sub", t.array(high, y), y)))
     else:
-        yield x, t.op("Mul", dy, _inside(t, y, low, high))
+        yield x, t.op("Mul", dy, inside(t, y, low, high))
 
 
 def _sigmoid(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
@@ -166,13 +107,13 @@ def _softplus(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 
 
 def _hard_sigmoid(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
-    return t.op("Mul", _inside(t, y, 0.0, 1.0), float(attributes(node).get("alpha", 0.2)))
+    return t.op("Mul", inside(t, y, 0.0, 1.0), float(attributes(node).get("alpha", 0.2)))
 
 
 def _hard_swish(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
     sixth = t.op("Mul", x, 1 / 6)
     factor = t.op("Clip", t.op("Add", sixth, 0.5), 0.0, 1.0)
-    return t.op("Add", factor, t.op("Mul", sixth, _inside(t, factor, 0.0, 1.0)))
+    return t.op("Add", factor, t.op("Mul", sixth, inside(t, factor, 0.0, 1.0)))
 
 
 def _gelu(t: Tape, node: onnx.NodeProto, x: str, y: str) -> str:

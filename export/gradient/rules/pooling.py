@@ -15,8 +15,9 @@ from functools import reduce
 import numpy as np
 import onnx
 
+from export.gradient.rules.gates import step
 from export.gradient.rules.linear import Axis, sliding
-from export.gradient.rules.pointwise import Pairs, Rule, step
+from export.gradient.rules.pointwise import Pairs, Rule
 from export.gradient.rules.reductions import axes_of, kept, spread
 from export.gradient.tape import Tape
 from export.graph import attributes

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import onnx
 
-from export.gradient.rules.pointwise import Pairs, Rule, step
+from export.gradient.rules.gates import step
+from export.gradient.rules.pointwise import Pairs, Rule
 from export.gradient.tape import Tape
 from export.graph import attributes
 

@@ -177,25 +177,19 @@ def read_sidecar(plan: str | os.PathLike[str]) -> PlanSidecar:
         ModelError: there is none, or it is unreadable; the text ends with the command that builds the plan again.
         FileError: it cannot be read.
     """
+    contents = read_sidecar_bytes(plan)
+    return PlanSidecar.from_json(contents.decode("utf-8", "replace"), str(sidecar_path(plan)))
+
+
+def read_sidecar_bytes(plan: str | os.PathLike[str]) -> bytes:
+    """Return the contents of a plan's sidecar; raises as `read_sidecar` where there is none."""
     path = sidecar_path(plan)
     if not path.exists():
         rebuild = _REBUILD.format(plan=plan)
         raise ModelError(
             f"{plan}: its sidecar {path.name} is missing; copy both files, or build it again: {rebuild}"
         )
-    return sidecar_from(path)
-
-
-def sidecar_from(contents: str | os.PathLike[str] | bytes) -> PlanSidecar:
-    """Return the sidecar whose path or contents are given.
-
-    Raises:
-        FileError: it cannot be read.
-        ModelError: it is no sidecar.
-    """
-    source = "sidecar bytes" if isinstance(contents, bytes) else str(contents)
-    found = contents if isinstance(contents, bytes) else read_bytes(contents)
-    return PlanSidecar.from_json(found.decode("utf-8", "replace"), source)
+    return read_bytes(path)
 
 
 def this_platform() -> str:

@@ -18,12 +18,13 @@ import numpy as np
 from runtime.engines.tensorrt.cuda import Cuda, PrimaryContext, stream_handle
 from runtime.engines.tensorrt.device_array import DeviceArray, DeviceView, device_view
 from runtime.engines.tensorrt.engine import Engine, import_first
-from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar, sidecar_from
+from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar_bytes, sidecar_path
 from runtime.engines.tensorrt.worker import Worker
 from runtime.engines.tensorrt.workers import Workers
 from runtime.errors import EngineError, ImageError, ModelError, OptionError
 from runtime.files import read_bytes
 from runtime.manifest import INPUT_NAME, TARGET_NAME
+from runtime.signature import check_signature
 
 # Builder in the sidecar -> the modules that run its plans, the first one installed is taken.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -193,6 +194,8 @@ def open(
     stream: Any = None,
     context: Any = None,
     sidecar: str | os.PathLike[str] | bytes | None = None,
+    version_compatible: bool = False,
+    key: str | os.PathLike[str] | bytes | None = None,
     graphs: bool = True,
     spin: bool = False,
 ) -> TensorRTSession:
@@ -204,18 +207,32 @@ def open(
         stream: the app's stream, see `stream_handle` of cuda.py; None makes one for each thread.
         context: the app's PyCUDA context.
         sidecar: its path or contents; None takes the one beside the plan.
+        version_compatible: run the code for the CPU that a version-compatible plan carries.
+        key: public key that plan and sidecar must be signed with; see runtime/signature.py.
         graphs: record repeated shapes into CUDA graphs.
         spin: wait for the GPU on a busy core instead of asleep.
 
     Raises:
         FileError: the plan cannot be read.
-        ModelError: its sidecar is missing or says that it cannot run here.
+        ModelError: its sidecar is missing or says that it cannot run here, or it is not signed with `key`.
         EngineError: TensorRT, cuda-bindings or the GPU is not there, or one of them fails.
-        OptionError: no such device.
+        OptionError: no such device, or a version-compatible plan without `version_compatible`.
     """
     source = "plan bytes" if isinstance(plan, bytes) else str(plan)
-    described = _sidecar(plan, sidecar)
+    described_by = _sidecar(plan, sidecar)
     contents = plan if isinstance(plan, bytes) else read_bytes(plan)
+    if key is not None:
+        if isinstance(plan, bytes):
+            raise OptionError("key: the signature of plan bytes is nowhere; give the path of the file")
+        check_signature(plan, contents, described_by, key)
+    beside = sidecar_path(plan) if sidecar is None and not isinstance(plan, bytes) else sidecar
+    where = "sidecar bytes" if isinstance(beside, bytes) else str(beside)
+    described = PlanSidecar.from_json(described_by.decode("utf-8", "replace"), where)
+    if described.version_compatible and not version_compatible:
+        raise OptionError(
+            f"{source}: carries code for the CPU, which runs only where that is wanted; open it with "
+            "version_compatible=True (--version-compatible), or build it without"
+        )
     number = re.fullmatch(r"cuda(?::(\d+))?", device.lower())
     if number is None:
         raise OptionError(f"device {device!r}: a plan runs on a GPU, expected cuda or cuda:1")
@@ -239,12 +256,14 @@ def open(
     )
 
 
-def _sidecar(plan: str | os.PathLike[str] | bytes, sidecar: str | os.PathLike[str] | bytes | None) -> PlanSidecar:
-    """Return what is known of a plan."""
+def _sidecar(plan: str | os.PathLike[str] | bytes, sidecar: str | os.PathLike[str] | bytes | None) -> bytes:
+    """Return the contents of a plan's sidecar."""
+    if isinstance(sidecar, bytes):
+        return sidecar
     if sidecar is not None:
-        return sidecar_from(sidecar)
+        return read_bytes(sidecar)
     if isinstance(plan, bytes):
         raise OptionError(
             "plan bytes: nothing says what they are; give sidecar, which lies beside the plan as .json"
         )
-    return read_sidecar(plan)
+    return read_sidecar_bytes(plan)

@@ -1,0 +1,130 @@
+"""`python -m bench.throughput MODEL IMAGES`: images a second of `deploy.batch`, beside `Classifier` alone.
+
+Each reads the same image files from disk and answers all of them: a loop of this process on one thread, and the
+command with so many processes, in turns. The system's cache is warm for all of them. A core's rate is by processor
+time, from which other work on the machine takes nothing.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m bench.throughput")
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.measure.environment import describe, environment
+from bench.measure.record import append
+from runtime import Classifier, command
+from runtime.errors import FileError, OptionError
+from runtime.images import is_image_file, load_image
+from runtime.outputs import check_outputs
+
+EXAMPLES = """
+  python -m bench.throughput model.onnx photos/
+  python -m bench.throughput model.onnx photos/ --explain --processes 1,2 --record bench/results/cpu.jsonl
+"""
+
+ALONE = "Classifier alone"
+_BATCH = 32  # images in one call, as the command takes them
+
+
+def alone(model: Path, files: Sequence[Path], *, explain: bool) -> tuple[float, float]:
+    """Return seconds, and those of the processor, in which a classifier on one thread answers all files."""
+    with Classifier(model, threads=1) as classifier:
+        classifier.predict([load_image(files[0])])
+        if explain:
+            classifier.explain(load_image(files[0]))
+        began, cpu_began = time.perf_counter(), time.process_time()
+        for start in range(0, len(files), _BATCH):
+            images = [load_image(path) for path in files[start : start + _BATCH]]
+            if explain:
+                classifier.explain(np.stack(images))
+            else:
+                classifier.predict(images, top_k=1)
+        return time.perf_counter() - began, time.process_time() - cpu_began
+
+
+def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray: bool) -> tuple[float, float]:
+    """Return the same of `deploy.batch`: seconds with its workers' start, and those of their processors."""
+    with tempfile.TemporaryDirectory() as results:
+        arguments = [str(model), str(folder), "-o", results, "--json", "--processes", str(processes)]
+        arguments += ["--explain"] if explain else []
+        arguments += ["--ray", "local"] if ray else []
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.batch", *arguments], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise FileError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    return said["seconds"], said["cpu_seconds"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print images a second and a core of each contender, medians of several rounds."""
+    parser = command.parser("bench.throughput", "Measure deploy.batch beside Classifier alone.", EXAMPLES)
+    parser.add_argument("model", type=Path, help="ONNX file of python -m export.onnx")
+    parser.add_argument("images", type=Path, help="folder of image files of one size")
+    parser.add_argument("--explain", action="store_true", help="class and map")
+    parser.add_argument("--processes", default="1", help="of the command, comma-separated (default: 1)")
+    parser.add_argument("--ray", action="store_true", help="a local Ray cluster as well, of as many workers")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
+    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 1")
+    if not all(part.isdecimal() and int(part) > 0 for part in options.processes.split(",")):
+        raise OptionError(f"--processes {options.processes}: expected whole numbers from 1, comma-separated")
+    check_outputs([options.record], inputs=[options.model, options.images])
+    files = sorted(path for path in options.images.rglob("*") if is_image_file(path))
+    if not files:
+        raise FileError(f"{options.images}: no image in it")
+    counts = {f"deploy.batch, {n} processes": (n, False) for n in map(int, options.processes.split(","))}
+    if options.ray:
+        counts |= {f"{name} of Ray": (n, True) for name, (n, _) in counts.items()}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (ALONE, *counts)}
+    for _ in command.progress(range(options.rounds), label="rounds"):
+        taken[ALONE].append(alone(options.model, files, explain=options.explain))
+        for name, (processes, ray) in counts.items():
+            given = {"explain": options.explain, "processes": processes, "ray": ray}
+            taken[name].append(by_command(options.model, options.images, **given))
+    with Classifier(options.model, threads=1) as classifier:
+        manifest, engine = classifier.manifest, f"{classifier.session.engine} {classifier.session.version}"
+    where = environment()
+    rates = {name: [len(files) / seconds for seconds, _ in each] for name, each in taken.items()}
+    core_rates = {name: [len(files) / cpu_seconds for _, cpu_seconds in each] for name, each in taken.items()}
+    result = {
+        "bench": "throughput",
+        "model": options.model.name,
+        "arch": manifest.arch,
+        "precision": manifest.precision,
+        "engine": engine,
+        "explain": options.explain,
+        "images": len(files),
+        "images_per_second": rates,
+        "images_per_cpu_second": core_rates,
+        "environment": where,
+    }
+    if options.record:
+        append(options.record, result)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{len(files):,} images, {options.model} on {engine}; medians of {options.rounds} rounds")
+    for name, each in core_rates.items():
+        share = float(np.median(np.divide(each, core_rates[ALONE])))
+        clock, core = np.median(rates[name]), np.median(each)
+        print(f"{name:32}{clock:7.0f} a second by the clock{core:8.0f} a second of a core{share:8.1%}")
+    print(describe(where))
+
+
+if __name__ == "__main__":
+    command.run(main)

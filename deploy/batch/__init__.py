@@ -1,0 +1,1 @@
+"""Folders, tar shards and Parquet files of images, classified and explained on one machine or on many."""
