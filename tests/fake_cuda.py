@@ -24,8 +24,8 @@ POISON = 0xDD
 _PREFIXES = ("cuda", "cuInit", "cuDevice", "cuCtx")
 _WITHOUT_CONTEXT = {
     "cudaGetDeviceCount", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaGetDeviceProperties",
-    "cudaDriverGetVersion", "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease",
-    "cuCtxPushCurrent", "cuCtxPopCurrent",
+    "cudaDriverGetVersion", "cudaDeviceGetPCIBusId", "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease", "cuCtxPushCurrent", "cuCtxPopCurrent",
 }  # fmt: skip
 
 
@@ -124,6 +124,7 @@ class FakeGpu:
         self.legacy: dict[object, Stream] = {}  # by context
         self.retained: list[int] = []  # numbers of devices whose primary context is held
         self.device_bytes_left: int | None = None  # None: there is always enough
+        self.addresses = [b"0000:01:00.0"]  # on the PCI bus
         self.captures = True  # whether streams can be recorded
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[Operation]] = {}
@@ -281,6 +282,9 @@ class FakeGpu:
 
     def cudaGetDeviceProperties(self, device: int) -> Any:
         return cudaError_t.cudaSuccess, SimpleNamespace(name=b"Orin\0\0")
+
+    def cudaDeviceGetPCIBusId(self, length: int, device: int) -> Any:
+        return cudaError_t.cudaSuccess, self.addresses[device].ljust(length, b"\0")
 
     def cudaDriverGetVersion(self) -> Any:
         return cudaError_t.cudaSuccess, 12060

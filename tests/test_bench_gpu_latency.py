@@ -94,7 +94,7 @@ def test_a_person_reads_the_phases_side_by_side(
     assert any("INT8  conv1 + relu1  <- node_conv2d, node_relu" in line for line in out)
 
 
-@pytest.mark.parametrize("option", ["--profile", "--streams=2", "--energy"])
+@pytest.mark.parametrize("option", ["--profile", "--streams=2"])
 def test_what_only_a_gpu_has_is_refused_on_a_cpu(digits_models: dict[str, Path], option: str) -> None:
     with pytest.raises(OptionError, match=r"^--(profile|streams|energy): .*plan"):
         main([str(digits_models["ort"]), "--runs", "2", "--no-cold-start", option])
@@ -110,10 +110,15 @@ def test_phases_of_an_engine_without_them_are_null(
 def test_without_a_sensor_energy_says_what_was_looked_for(
     gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("ina_meter", "nvml_meter", "tegrastats_meter"):
+    for name in ("ina_meter", "nvml_meter", "rapl_meter", "tegrastats_meter"):
         monkeypatch.setattr(power, name, lambda *_: None)
-    with pytest.raises(EngineError, match=r"^energy: no sensor found, expected NVML, or a Jetson"):
+    with pytest.raises(EngineError, match=r"^energy: no sensor found, expected NVML \(pip .*, or a Jetson"):
         main([str(plan), "--runs", "2", "--seconds", "0.05", "--energy", "--no-cold-start"])
+    with (
+        pytest.raises(EngineError, match=r"^energy: no sensor found, expected RAPL, or .*energy_uj may be read"),
+        power.open_meter(None),
+    ):
+        pass
 
 
 def test_explain_needs_a_plan_with_maps(gpu: FakeGpu, tmp_path: Path) -> None:

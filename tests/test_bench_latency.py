@@ -15,7 +15,7 @@ import pytest
 
 from bench.evidence import speed_tables
 from bench.latency import main
-from bench.measure.environment import PACKAGES, describe, environment
+from bench.measure.environment import PACKAGES, _state, describe, environment
 from runtime.errors import FileError, OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -129,11 +129,28 @@ def test_the_environment_names_what_a_number_depends_on() -> None:
     assert found["numpy"] == np.__version__
     installed = {name for name in PACKAGES if next(importlib.metadata.Distribution.discover(name=name), None)}
     assert {"numpy", "onnxruntime", "openvino", "torch", "onnx"} <= installed  # those of [dev]
-    assert {"processor", "cores", "system", "python", "commit", "command"} | installed == set(found)
+    always = {"processor", "cores", "system", "python", "commit", "command", "load_1min"}
+    assert set(found) - {"governor", "clock_mhz", "power_mode"} == always | installed
+    assert 0 <= found["load_1min"] < 10_000
     assert (
         describe({"processor": "CPU", "cores": 2, "system": "Linux", "commit": "ab", "command": "python -m any"})
         == "CPU, cores 2, Linux, commit ab"
     )
+
+
+def test_the_environment_names_the_power_mode_the_governor_and_the_clock(tmp_path: Path) -> None:
+    clocks = tmp_path / "cpu0" / "cpufreq"
+    clocks.mkdir(parents=True)
+    (clocks / "scaling_governor").write_text("schedutil\n")
+    (clocks / "scaling_cur_freq").write_text("1510400\n")
+    nvpmodel = tmp_path / "nvpmodel"
+    nvpmodel.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 2\n")
+    nvpmodel.chmod(0o755)
+    found = _state(tmp_path, str(nvpmodel))
+    del found["load_1min"]
+    assert found == {"governor": "schedutil", "clock_mhz": 1510, "power_mode": "MAXN_SUPER"}
+    nvpmodel.write_text("#!/bin/sh\nexit 1\n")
+    assert set(_state(tmp_path / "none", str(nvpmodel))) == {"load_1min"}
 
 
 def test_a_record_names_the_command_that_made_it() -> None:

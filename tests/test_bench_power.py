@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
+import pynvml
 import pytest
 
 from bench.measure.power import (
@@ -16,9 +16,12 @@ from bench.measure.power import (
     measure_energy,
     nvml_meter,
     parse_tegrastats,
+    rapl_meter,
     tegrastats_meter,
     total_watts,
 )
+from runtime.errors import EngineError
+from tests.fake_cuda import FakeGpu
 
 ORIN_NX = (
     "11-21-2026 09:00:00 RAM 3021/15523MB (lfb 4x4MB) SWAP 0/7762MB (cached 0MB) CPU [2%@1190,0%@1190,off,off] "
@@ -92,35 +95,44 @@ def test_a_machine_without_ina_sensors_has_no_such_meter(tmp_path: Path) -> None
 
 
 class Nvml:
-    """libnvidia-ml.so.1 in the calls used; every function returns 0 for success."""
+    """The module `pynvml` in the calls used, for two GPUs, with the errors that it raises."""
 
-    def __init__(self, *, counter: bool, init: int = 0) -> None:
-        self._counter, self._init = counter, init
-        self._joules = itertools.count(1000, 25)
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self, *, counter: bool = True, driver: bool = True, gpus: int = 2) -> None:
+        self._counter, self._driver, self._gpus = counter, driver, gpus
+        self._millijoules = itertools.count(1000, 25)
         self.shut_down = 0
 
-    def nvmlInit_v2(self) -> int:  # noqa: N802
-        return self._init
+    def nvmlInit(self) -> None:  # noqa: N802
+        if not self._driver:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
-    def nvmlShutdown(self) -> int:  # noqa: N802
+    def nvmlShutdown(self) -> None:  # noqa: N802
         self.shut_down += 1
-        return 0
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:  # noqa: N802
-        handle._obj.value = 77
-        return 0 if index == 0 else 6
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return self._gpus
 
-    def nvmlDeviceGetPowerUsage(self, handle: Any, milliwatts: Any) -> int:  # noqa: N802
-        assert handle.value == 77
-        milliwatts._obj.value = 65_250
-        return 0
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
+        return f"0000:0{index + 1}:00.0"
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, millijoules: Any) -> int:  # noqa: N802
-        millijoules._obj.value = next(self._joules)
-        return 0 if self._counter else 3
+    def nvmlDeviceGetHandleByPciBusId(self, address: bytes) -> str:  # noqa: N802
+        if address not in (b"0000:01:00.0", b"0000:02:00.0"):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return address.decode()
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802
+        return {"0000:01:00.0": 10_000, "0000:02:00.0": 65_250}[handle]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        if not self._counter:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return next(self._millijoules)
 
 
-def test_nvml_gives_the_counter_where_there_is_one_and_power_otherwise() -> None:
+def test_nvml_gives_the_counter_where_there_is_one_and_power_otherwise(gpu: FakeGpu) -> None:
+    gpu.addresses = [b"0000:02:00.0"]
     for counter, name in ((True, "NVML energy counter"), (False, "NVML power")):
         library = Nvml(counter=counter)
         with contextlib.ExitStack() as stack:
@@ -133,10 +145,44 @@ def test_nvml_gives_the_counter_where_there_is_one_and_power_otherwise() -> None
         assert library.shut_down == 1
 
 
-def test_nvml_without_a_gpu_is_no_meter() -> None:
+def test_cudas_gpu_is_found_by_its_address_on_the_bus_not_by_its_number(gpu: FakeGpu) -> None:
+    # CUDA counts the fastest first, NVML along the bus.
+    gpu.addresses, gpu.devices = [b"0000:02:00.0", b"0000:01:00.0", b"0000:09:00.0"], 3
     with contextlib.ExitStack() as stack:
-        assert nvml_meter(0, stack, Nvml(counter=True, init=9)) is None
-        assert nvml_meter(1, stack, Nvml(counter=True)) is None
+        found = [nvml_meter(number, stack, Nvml()) for number in range(3)]
+    assert [meter and meter.watts() for meter in found] == [{"board": 65.25}, {"board": 10.0}, None]
+
+
+def test_without_cuda_only_a_single_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with contextlib.ExitStack() as stack:
+        meter = nvml_meter(0, stack, Nvml(gpus=1))
+        assert meter is not None
+        assert meter.watts() == {"board": 10.0}
+        with pytest.raises(EngineError, match=r"^energy: which of 2 GPUs cuda:1 is, only CUDA says; pip install"):
+            nvml_meter(1, stack, Nvml())
+
+
+def test_nvml_without_a_driver_is_no_meter() -> None:
+    with contextlib.ExitStack() as stack:
+        assert nvml_meter(0, stack, Nvml(driver=False)) is None
+
+
+def test_rapl_adds_the_packages_up_also_where_a_counter_starts_again(tmp_path: Path) -> None:
+    for number, (name, microjoules) in enumerate((("package-0", 900), ("package-1", 5), ("psys", 7))):
+        write(tmp_path / f"intel-rapl:{number}", name=name, energy_uj=str(microjoules), max_energy_range_uj="999")
+    write(tmp_path / "intel-rapl:0:0", name="core", energy_uj="1", max_energy_range_uj="999")
+    meter = rapl_meter(tmp_path)
+    assert meter is not None
+    assert meter.joules is not None
+    assert meter.joules() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100")  # 200 more, over the end of the range
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("25")
+    assert meter.joules() == pytest.approx(220e-6)
+    assert meter.joules() == pytest.approx(220e-6)
+    assert rapl_meter(tmp_path / "absent") is None
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("")  # as one that may not be read
+    assert rapl_meter(tmp_path) is None
 
 
 def test_energy_of_an_image_from_samples_and_from_a_counter() -> None:

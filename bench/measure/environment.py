@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,14 +15,22 @@ from pathlib import Path
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "onnx")
 
 
-def environment() -> dict[str, str | int]:
-    """Return processor, cores, system, Python, library versions, the commit of this code and the command."""
-    found: dict[str, str | int] = {
+Environment = dict[str, str | int | float]
+
+
+def environment() -> Environment:
+    """Return what a number depends on: machine and its state, Python, libraries, commit of this code, command.
+
+    The state is the load of the last minute, and where the system says them the CPU's governor and clock, and a
+    Jetson's power mode.
+    """
+    found: Environment = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "commit": _commit(),
+        **_state(),
     }
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -31,7 +40,7 @@ def environment() -> dict[str, str | int]:
     return found
 
 
-def describe(found: dict[str, str | int]) -> str:
+def describe(found: Environment) -> str:
     """Return the environment as one line for people, who know what they typed."""
     return ", ".join(
         f"{value}" if key in ("processor", "system") else f"{key} {value}"
@@ -49,6 +58,24 @@ def peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _state(cpu: Path = Path("/sys/devices/system/cpu"), nvpmodel: str = "nvpmodel") -> Environment:
+    """Return what the machine is set to and how busy it is, as far as the system says."""
+    found: Environment = {}
+    if hasattr(os, "getloadavg"):
+        found["load_1min"] = round(os.getloadavg()[0], 2)
+    clocks = cpu / "cpu0" / "cpufreq"
+    with contextlib.suppress(OSError):
+        found["governor"] = (clocks / "scaling_governor").read_text().strip()
+    with contextlib.suppress(OSError, ValueError):
+        found["clock_mhz"] = int((clocks / "scaling_cur_freq").read_text()) // 1000
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([nvpmodel, "-q"], capture_output=True, text=True, timeout=5, check=True)
+        mode = re.search(r"NV Power Mode: *(\S+)", done.stdout)
+        if mode:
+            found["power_mode"] = mode[1]
+    return found
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Power and energy of a GPU, from the sensor that the machine has.
+"""Power and energy, from the sensor that the machine has.
 
 - NVML on desktops and servers: `nvmlDeviceGetTotalEnergyConsumption`, in mJ since the driver was loaded (Volta and
   later), otherwise `nvmlDeviceGetPowerUsage`, in mW, averaged over a second by the driver
@@ -9,13 +9,16 @@
 - `tegrastats` where those cannot be read: "RAIL NOW mW/AVERAGE mW" (Jetson Linux Developer Guide, "Tegrastats
   Utility").
 
-NVML counts the board of the GPU, a Jetson's input rail the whole module.
+- RAPL on CPUs, through powercap: `energy_uj` of every package, where it may be read
+  (https://docs.kernel.org/power/powercap/powercap.html).
+
+NVML counts the board of the GPU, RAPL the processor's packages, a Jetson's input rail the whole module.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import re
 import subprocess
 import threading
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.engines.tensorrt.cuda import Cuda
 from runtime.errors import EngineError
 
 _SAMPLE_S = 0.02
@@ -99,18 +103,26 @@ def measure_energy(
 
 
 @contextlib.contextmanager
-def open_meter(device: int = 0) -> Iterator[Meter]:
-    """Give the machine's sensor: a Jetson's, otherwise NVML's for the GPU of that number.
+def open_meter(device: int | None = 0) -> Iterator[Meter]:
+    """Give the machine's sensor: a Jetson's, otherwise NVML's for CUDA's GPU of that number; None is for the CPU.
 
     Raises:
-        EngineError: there is none.
+        EngineError: there is none, or it cannot be told which GPU is meant.
     """
     with contextlib.ExitStack() as stack:
-        meter = ina_meter() or nvml_meter(device, stack) or tegrastats_meter(stack)
+        if device is None:
+            meter = ina_meter() or rapl_meter() or tegrastats_meter(stack)
+        else:
+            meter = ina_meter() or nvml_meter(device, stack) or tegrastats_meter(stack)
         if meter is None:
+            wanted, check = (
+                ("RAPL", "that /sys/class/powercap/intel-rapl:0/energy_uj may be read (root, or chmod a+r)")
+                if device is None
+                else ("NVML (pip install nvidia-ml-py)", "that nvidia-smi shows the GPU")
+            )
             raise EngineError(
-                "energy: no sensor found, expected NVML, or a Jetson's INA sensors or tegrastats; "
-                "check that nvidia-smi shows the GPU, or measure without --energy"
+                f"energy: no sensor found, expected {wanted}, or a Jetson's INA sensors or tegrastats; "
+                f"check {check}, or measure without --energy"
             )
         yield meter
 
@@ -181,30 +193,94 @@ def tegrastats_meter(stack: contextlib.ExitStack, command: tuple[str, ...] = ("t
 
 
 def nvml_meter(device: int, stack: contextlib.ExitStack, library: Any = None) -> Meter | None:
-    """Return NVML's meter of the GPU of that number in the order of the PCI bus; None where there is none."""
+    """Return NVML's meter of a GPU; None where NVML or its driver is not there, or does not know the GPU.
+
+    Args:
+        device: CUDA's number of the GPU. NVML counts along the PCI bus, CUDA by speed and by CUDA_VISIBLE_DEVICES,
+            so that only the address on the bus tells which one is meant.
+        stack: where NVML is shut down.
+        library: the module `pynvml`.
+
+    Raises:
+        EngineError: there are several GPUs, and CUDA cannot be asked which of them is meant.
+    """
     try:
-        nvml = library or ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        nvml = library or importlib.import_module("pynvml")
+    except ImportError:
         return None
-    if nvml.nvmlInit_v2():
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:  # no library or no driver
         return None
     stack.callback(nvml.nvmlShutdown)
-    handle, milliwatts, millijoules = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_ulonglong()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(device, ctypes.byref(handle)):
-        return None
-    if nvml.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)):
+    try:
+        handle = _nvml_handle(nvml, device)
+        nvml.nvmlDeviceGetPowerUsage(handle)
+    except nvml.NVMLError:
         return None
 
     def watts() -> dict[str, float]:
-        nvml.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts))
-        return {"board": milliwatts.value / 1000}
+        return {"board": nvml.nvmlDeviceGetPowerUsage(handle) / 1000}
 
     def joules() -> float:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        return millijoules.value / 1000
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000)
 
-    counts = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)) == 0
-    return Meter("NVML energy counter" if counts else "NVML power", watts, joules if counts else None)
+    try:
+        joules()
+    except nvml.NVMLError:  # before Volta
+        return Meter("NVML power", watts)
+    return Meter("NVML energy counter", watts, joules)
+
+
+def _nvml_handle(nvml: Any, device: int) -> Any:
+    address = pci_address(device)
+    if address is not None:
+        return nvml.nvmlDeviceGetHandleByPciBusId(address)
+    count = nvml.nvmlDeviceGetCount()
+    if count > 1:
+        raise EngineError(
+            f"energy: which of {count} GPUs cuda:{device} is, only CUDA says; pip install cuda-bindings"
+        )
+    return nvml.nvmlDeviceGetHandleByIndex(0)
+
+
+def pci_address(device: int) -> bytes | None:
+    """Return the address on the PCI bus of CUDA's GPU of that number, such as b"0000:65:00.0"; None if unknown."""
+    try:
+        api = importlib.import_module("cuda.bindings.runtime")
+        address = Cuda(api).call("cudaDeviceGetPCIBusId", 32, device)
+    except (ImportError, EngineError):
+        return None
+    return bytes(address).split(b"\0")[0]
+
+
+def rapl_meter(root: Path = Path("/sys/class/powercap")) -> Meter | None:
+    """Return the meter of the processor's packages (RAPL); None where their counters cannot be read."""
+    packages = []
+    for name in sorted(root.glob("intel-rapl:*/name")):
+        try:
+            if name.read_text().startswith("package"):
+                packages.append(_Counter(name.with_name("energy_uj"), name.with_name("max_energy_range_uj")))
+        except (OSError, ValueError):  # readable for root alone on most systems
+            return None
+    if not packages:
+        return None
+    return Meter("RAPL packages", dict, lambda: sum(package.joules() for package in packages))
+
+
+class _Counter:
+    """A counter of microjoules that starts again from 0 now and then."""
+
+    def __init__(self, file: Path, largest: Path) -> None:
+        self._file, self._range_uj = file, int(largest.read_text())
+        self._last_uj, self._total_uj = int(file.read_text()), 0
+
+    def joules(self) -> float:
+        """Return the energy since it was opened."""
+        now_uj = int(self._file.read_text())
+        self._total_uj += (now_uj - self._last_uj) % (self._range_uj + 1)
+        self._last_uj = now_uj
+        return self._total_uj / 1e6
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def _page(
     sources: Sources,
     subjects: Sequence[Subject],
     samples: Sequence[LabelledImages | None],
-    here: dict[str, str | int],
+    here: dict[str, str | int | float],
     options: argparse.Namespace,
 ) -> str:
     pairs = list(zip(subjects, samples, strict=True))
