@@ -1,6 +1,6 @@
 """`python -m deploy.edge_app`: the smallest honest app that embeds `runtime.Classifier`.
 
-Reads frames from a folder of images or from a camera and prints class and latency of each.
+Reads frames from a folder of images, a camera, a video file or a stream and prints class and latency of each.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m deploy.edge_app")
 
 import itertools
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from runtime import Classifier, ClearpactError, command
 from runtime.errors import EngineError, FileError, ImageError, OptionError
 from runtime.images import folders_in, list_images, load_image
+from runtime.session import ENGINES
 
 _REMEMBERED = 1000  # frames whose times the median is of: a camera may run for years
+_TERMINATED = 128 + signal.SIGTERM  # what a process manager expects of one that it has ended
 _MOST_LOST = 100  # frames without pixels, one after the other
 
 EXAMPLES = """
   python -m deploy.edge_app model.onnx photos/
   python -m deploy.edge_app model.onnx --camera 0 --frames 100
+  python -m deploy.edge_app model.onnx --video film.mp4
+  python -m deploy.edge_app engine.plan --video rtsp://10.0.0.7/stream
 """
 
 
@@ -59,30 +65,45 @@ def folder_frames(path: str) -> Iterator[tuple[str, np.ndarray | ClearpactError]
             yield file.name, error
 
 
-def camera_frames(number: int) -> Iterator[tuple[str, np.ndarray | ClearpactError]]:
-    """Yield frames of a camera, RGB or grey, for ever; an error in place of one that was lost.
+def video_frames(source: int | str) -> Iterator[tuple[str, np.ndarray | ClearpactError]]:
+    """Yield frames, RGB or grey; an error in place of one that was lost.
+
+    Args:
+        source: number of a camera, which gives frames for ever; path of a video file, which ends; or what OpenCV
+            opens as a stream, such as an RTSP address.
 
     Raises:
         OptionError: OpenCV is not installed.
-        EngineError: there is no such camera, or it gives no more frames.
+        FileError: there is no such file.
+        EngineError: there is no such camera or stream, the file is no video, or a camera gives no more frames.
     """
+    live = isinstance(source, int) or "://" in source
+    name = f"camera {source}" if isinstance(source, int) else str(source)
+    remedies = ("check its number and your permission to use it", "check its cable")
+    if not isinstance(source, int):
+        remedies = ("check the address, or that it is a video", "check the network" if live else "convert it")
+        if not live and not Path(source).exists():
+            raise FileError(f"{source}: no such file; check the path")
     try:
         import cv2
     except ImportError:
-        raise OptionError("--camera needs OpenCV; pip install 'clearpact[camera]'") from None
-    camera = cv2.VideoCapture(number)
+        option = "--camera" if isinstance(source, int) else "--video"
+        raise OptionError(f"{option} needs OpenCV; pip install 'clearpact[camera]'") from None
+    camera = cv2.VideoCapture(source)
     if not camera.isOpened():
-        raise EngineError(f"camera {number}: not found; check its number and your permission to use it")
+        raise EngineError(f"{name}: not found; {remedies[0]}")
     lost = 0
     try:
         for index in itertools.count():
             try:
                 there, frame = camera.read()
             except cv2.error as error:
-                raise EngineError(f"camera {number}: {' '.join(str(error).split())}; check its driver") from None
+                raise EngineError(f"{name}: {' '.join(str(error).split())}; check its driver") from None
             lost = lost + 1 if frame is None else 0
+            if not there and index and not live:
+                return
             if not there or lost > _MOST_LOST:
-                raise EngineError(f"camera {number}: ended after {index} frames; check its cable")
+                raise EngineError(f"{name}: ended after {index} frames; {remedies[1]}")
             yield f"frame {index}", ImageError("the camera gave no pixels") if frame is None else _rgb(frame)
     finally:
         camera.release()
@@ -101,16 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="ONNX file written by python -m export.onnx")
     parser.add_argument("folder", nargs="?", help="folder of images")
     parser.add_argument("--camera", type=int, help="number of a camera")
+    parser.add_argument("--video", metavar="SOURCE", help="video file, or a stream such as rtsp://...")
     parser.add_argument("--frames", type=int, help="stop after so many frames")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
+    parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: the engine's choice)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep compiled models there, to start faster next time")
     options = parser.parse_args(argv)
-    if (options.folder is None) == (options.camera is None):
-        raise OptionError("expected either a folder of images or --camera NUMBER; see --help")
+    given = [source for source in (options.folder, options.camera, options.video) if source is not None]
+    if len(given) != 1:
+        raise OptionError("expected either a folder of images, --camera NUMBER or --video SOURCE; see --help")
     if options.frames is not None and options.frames < 1:
         raise OptionError(f"--frames {options.frames}: expected a whole number from 1")
-    with Classifier(options.model, threads=options.threads, cache=options.cache) as classifier:
-        frames = folder_frames(options.folder) if options.camera is None else camera_frames(options.camera)
+    # As an end like any other: the camera is released, and the times are printed.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    with Classifier(
+        options.model, engine=options.engine, device=options.device, threads=options.threads, cache=options.cache
+    ) as classifier:
+        frames = folder_frames(options.folder) if options.folder is not None else video_frames(given[0])
         times = FrameTimes()
         failed = 0
         try:
@@ -130,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:  # also when the camera is gone
             if times.count:
                 print(times)
+            signal.signal(signal.SIGTERM, before)
     return command.USER_ERROR if failed else 0
 
 

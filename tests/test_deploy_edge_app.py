@@ -79,9 +79,13 @@ def test_a_folder_without_images_is_an_error(digits_models: dict[str, Path], tmp
         main([str(digits_models["ort"]), str(tmp_path)])
 
 
-@pytest.mark.parametrize("source", [[], ["frames", "--camera", "0"]], ids=["neither", "both"])
+@pytest.mark.parametrize(
+    "source",
+    [[], ["frames", "--camera", "0"], ["--video", "a.mp4", "--camera", "0"]],
+    ids=["none", "two", "others"],
+)
 def test_exactly_one_source_is_expected(digits_models: dict[str, Path], source: list[str]) -> None:
-    with pytest.raises(OptionError, match=r"^expected either a folder of images or --camera NUMBER; see --help$"):
+    with pytest.raises(OptionError, match=r"^expected either a folder of images, --camera NUMBER or --video"):
         main([str(digits_models["ort"]), *source])
 
 
@@ -89,6 +93,47 @@ def test_exactly_one_source_is_expected(digits_models: dict[str, Path], source: 
 def test_without_opencv_a_camera_is_one_line_that_names_the_extra(digits_models: dict[str, Path]) -> None:
     with pytest.raises(OptionError, match=r"^--camera needs OpenCV; pip install 'clearpact\[camera\]'$"):
         main([str(digits_models["ort"]), "--camera", "0"])
+
+
+def test_a_video_file_is_read_to_its_end(
+    digits_models: dict[str, Path], digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2 = pytest.importorskip("cv2", reason="no OpenCV here: pip install 'clearpact[camera]'")
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    for index in range(5):
+        image = np.kron(digits.test_images[index, 0].numpy(), np.ones((8, 8), np.uint8))
+        writer.write(np.dstack([image] * 3))
+    writer.release()
+    assert main([str(digits_models["ort"]), "--video", str(film), "--engine", "ort", "--device", "cpu"]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("5 frames, median ")
+    expected = Classifier(digits_models["ort"]).predict(list(digits.test_images[:5, 0].numpy()))
+    same = [row.split()[2] == prediction.label for row, prediction in zip(rows, expected, strict=True)]
+    assert sum(same) >= 4  # JPEG and resizing may cost one
+    film.write_bytes(b"no video")
+    with pytest.raises(EngineError, match=rf"^{film}: (not found|ended after 0 frames); "):
+        main([str(digits_models["ort"]), "--video", str(film)])
+    with pytest.raises(FileError, match=r"absent.mp4: no such file; check the path$"):
+        main([str(digits_models["ort"]), "--video", str(tmp_path / "absent.mp4")])
+
+
+def test_a_process_that_is_told_to_end_prints_its_times(digits_models: dict[str, Path], tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(3000):
+        (frames / f"{index}.png").symlink_to(tmp_path / "frame.png")
+    Image.fromarray(np.zeros((200, 200), np.uint8)).save(tmp_path / "frame.png")
+    app = subprocess.Popen(
+        [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), str(frames), "--threads", "1"],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert app.stdout is not None
+    app.stdout.readline()
+    app.terminate()
+    out, err = app.communicate(timeout=60)
+    assert (app.returncode, err) == (143, "")
+    assert re.match(r"\d+ frames, median ", out.splitlines()[-1])
 
 
 class Camera:
