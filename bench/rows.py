@@ -21,6 +21,7 @@ from runtime.files import read_bytes, write_atomically
 from runtime.outputs import check_outputs
 from train import __main__ as train
 from train.choices import CHECKPOINT_NAME
+from train.models import factory
 
 if TYPE_CHECKING:
     from train.checkpoint import Checkpoint
@@ -65,6 +66,12 @@ class Row:
         for option, row in (("--init", self.init), ("--teacher", self.teacher)):
             given += [option, _file(runs, row)] if row else []
         return given
+
+    def own_network(self) -> list[str]:
+        """Return the option that allows to run the row's own factory, where it has one."""
+        words = shlex.split(self.options)
+        named = [word for word in words if factory.is_factory(word) and words[words.index(word) - 1] == "--arch"]
+        return [word for name in named for word in ("--arch", name)]
 
 
 _DIGITS = "--data digits --arch cnn2"
@@ -223,7 +230,8 @@ def train_row(row: Row, runs: Path, options: Sequence[str] = ()) -> Checkpoint:
 
     folder = runs / row.name
     path = folder / CHECKPOINT_NAME
-    train.main([*(["--resume", str(folder)] if path.exists() else row.arguments(runs)), *options])
+    resumed = ["--resume", str(folder), *row.own_network()]
+    train.main([*(resumed if path.exists() else row.arguments(runs)), *options])
     return checkpoints.load(path)
 
 
