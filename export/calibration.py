@@ -187,12 +187,19 @@ def calibrate(
     return CalibratedCheckpoint(**vars(found), checkpoint=calibrated)
 
 
-def spec_of(bits: int) -> QuantSpec:
-    """Return the grids of a network that is not trained on them: of few bits, those with the least squared error.
+def spec_of(bits: int, target: str = "openvino") -> QuantSpec:
+    """Return the grids of a network that is not trained on them: the fastest that its target computes exactly.
 
-    There the largest weight alone must not set the step of all, and scales are searched.
+    With few bits, the largest weight alone must not set the step of all: scales are those of the least squared
+    error, and searched.
+
+    Args:
+        bits: 2 to 8.
+        target: one of export.choices.TARGETS. Unsigned codes reach 255 except on TensorRT, whose codes are
+            int8; on ONNX Runtime what is added has codes of its own.
     """
-    return QuantSpec(bits, "absmax" if bits == 8 else "lsq")
+    quantizer = "absmax" if bits == 8 else "lsq"
+    return QuantSpec(bits, quantizer, full_range=target != "tensorrt", quantize_adds=target == "ort")
 
 
 def training_sample(images: ImageData, count: int, seed: int = 0) -> Tensor:
@@ -245,7 +252,7 @@ def run(options: argparse.Namespace, checkpoint: Checkpoint, status: Callable[[s
     found = calibrate(
         checkpoint,
         training_sample(images, options.samples),
-        spec_of(options.bits),
+        spec_of(options.bits, options.target),
         search=options.search,
         equalizes=not options.no_equalize,
         corrects_biases=not options.no_bias_correction,

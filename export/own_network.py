@@ -45,6 +45,7 @@ def quantized_model(
     classes: Sequence[str],
     *,
     bits: int = 8,
+    target: str = "openvino",
     search: str = "best",
     equalizes: bool = True,
     corrects_biases: bool = True,
@@ -60,6 +61,7 @@ def quantized_model(
         images: to calibrate on and to verify with.
         classes: K names, in the order of the logits.
         bits: 2 to 8, or 32: not quantized, and nothing is done.
+        target: engine whose fastest grids are chosen, one of export.choices.TARGETS.
         search: of alpha, one of train.choices.SEARCHES.
         equalizes: cross-layer equalization.
         corrects_biases: bias correction.
@@ -78,7 +80,7 @@ def quantized_model(
         cut_softmax(result)  # the runtime computes probabilities from logits
     else:
         found = calibrate_network(
-            network, input_spec, images.calibration, spec_of(bits),
+            network, input_spec, images.calibration, spec_of(bits, target),
             search=search, equalizes=equalizes, corrects_biases=corrects_biases,
             learns_rounding=learns_rounding, status=status,
         )  # fmt: skip
@@ -139,7 +141,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     bits = FLOAT_BITS if options.fp32 else options.bits
     model, found = quantized_model(
         network, input_spec, images, classes,
-        bits=bits, search=options.search, equalizes=not options.no_equalize,
+        bits=bits, target=options.target, search=options.search, equalizes=not options.no_equalize,
         corrects_biases=not options.no_bias_correction, learns_rounding=not options.no_learned_rounding,
         status=status,
         arch=Path(options.checkpoint).stem if is_onnx else options.checkpoint,

@@ -214,7 +214,8 @@ def _refuse_for_tensorrt(quant: QuantSpec) -> None:
     """Raise OptionError for a network on grids that TensorRT has no exact or no fast form of."""
     if quant.full_range:
         raise OptionError(
-            "target tensorrt: has signed activations only; a network trained with --full-range has codes 0..255"
+            "target tensorrt: has signed activations only, and this network has codes 0..255; train it without "
+            "--full-range, or calibrate it for this target"
         )
     if quant.quantize_adds:
         raise OptionError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.engines import int16_sums
 from runtime.engines.compiled_cache import CompiledCache, cache_key, processor_features
 from runtime.errors import EngineError, ModelError
 from runtime.manifest import Manifest
@@ -100,6 +101,7 @@ class OpenVINOSession:
                 self._core.get_property("CPU", "FULL_DEVICE_NAME"),
                 self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
                 processor_features(),
+                int16_sums.adds_in_int16(),
                 sorted(self._config.items()),
             )
         # (batch size, outputs) -> what is compiled for them.
@@ -140,6 +142,9 @@ class OpenVINOSession:
                 raise ModelError(
                     f"{self._source}: OpenVINO cannot read it ({_first_line(error)}); export it again"
                 ) from None
+            if self.device.upper() == "CPU" and int16_sums.adds_in_int16():
+                full = any("255" in str(layer.get("input")) for layer in self.manifest.layers)
+                int16_sums.keep_sums_exact(self._model, openvino.op.Constant, largest_code=255 if full else 127)
         return self._model
 
     def _variant_for(self, batch: int, outputs: tuple[str, ...]) -> _Variant:
