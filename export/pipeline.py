@@ -28,6 +28,7 @@ from export.passes.hold_signed_codes import hold_signed_codes
 from export.passes.keep_float import keep_float
 from export.passes.keep_rounding import keep_rounding
 from export.passes.move_codes import move_codes
+from export.passes.own_constants import own_constants
 from export.passes.store_float_weights import store_float_weights
 from export.passes.take_pixels_as_codes import take_pixels_as_codes
 from export.verification.agreement import ExportAgreement, GradientGraph, differentiate, export_agreement
@@ -198,7 +199,7 @@ def export(
 def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], None]]:
     """Return what is done to a graph, in place and in this order, for one engine."""
     if target == "openvino" and int8:
-        return [average_exactly, keep_rounding]
+        return [average_exactly, keep_rounding, own_constants]
     if target == "ort" and int8:
         return [
             functools.partial(take_pixels_as_codes, normalized=NORMALIZED),
@@ -206,6 +207,7 @@ def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], No
             keep_float,
             move_codes,
             hold_signed_codes,
+            own_constants,
         ]
     return [move_codes] if target == "ort" else []
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 
 from runtime.engines.compiled_cache import CompiledCache
+from runtime.engines.int16_sums import adds_in_int16
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names, with_outputs
@@ -68,6 +69,8 @@ class ORTSession:
                 onnxruntime.preload_dlls()
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3  # errors; its warnings are for graph authors
+        if adds_in_int16():  # weights become u8 then, whose products are added in 32 bits
+            self._options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             self._options.intra_op_num_threads = threads
             self._options.inter_op_num_threads = 1
