@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-browser test-ray web-runtime wheel tensorrt-bindings check clean
+.PHONY: help demo test test-slow test-browser test-ray test-arm64 web-runtime wheel tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the tests marked slow"
 	@echo "make web-runtime  fetch ONNX Runtime Web, which python -m deploy.web copies (needs npm)"
 	@echo "make test-ray   run the tests on a local Ray cluster"
+	@echo "make test-arm64 run the shipped networks on an emulated ARM64 (Debian, qemu-user-static)"
 	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
 	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 (4 MB) for a test marked slow"
 	@echo "make check      ruff and mypy"
@@ -35,6 +36,10 @@ web-runtime:
 test-browser: $(VENV)/.installed web-runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+test-arm64: $(VENV)/.installed
+	tests/make_arm64.sh build/arm64 $(BIN)/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m arm64 tests/test_arm64.py
 
 test-ray: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data]'

@@ -1,0 +1,104 @@
+"""The shipped networks on ARM64, emulated: the same file gives the same codes and classes as on x86.
+
+It needs qemu and what `tests/make_arm64.sh` puts into build/arm64: `make test-arm64`. CLEARPACT_RECORD names a .jsonl
+file to which the results are appended.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bench.measure.environment import environment
+from bench.measure.record import append
+from export.pipeline import export
+from train import checkpoint as checkpoints
+from train.data import datasets
+
+pytestmark = pytest.mark.arm64
+ROOT = Path(__file__).parents[1]
+MODELS = sorted((ROOT / "deploy" / "models").glob("*.pt"))
+ARM64 = ROOT / "build" / "arm64"
+IMAGES = 32
+
+
+def with_codes(data: bytes) -> bytes:
+    """Return a file whose quantizers' codes are outputs as well."""
+    model = onnx.load_from_string(data)
+    codes = [n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and ".codes" in n.output[0]]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in codes)
+    return model.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """What each machine says of every model: "x86" and "arm64", then the model, then the output."""
+    folder = tmp_path_factory.mktemp("models")
+    for path in MODELS:
+        shipped = checkpoints.load(path)
+        (folder / f"{path.stem}.onnx").write_bytes(with_codes(export(shipped, target="ort").data))
+        images = datasets.load(shipped.data, str(ROOT / "data")).test_images[:IMAGES]
+        np.save(folder / f"{path.stem}.npy", images.permute(0, 2, 3, 1).contiguous().numpy())
+    emulator = ["qemu-aarch64-static", "-cpu", "cortex-a72", "-L", str(ARM64 / "root")]
+    variables = {"PYTHONPATH": f"{ARM64 / 'site'}:{ROOT}", "PYTHONHOME": str(ARM64 / "root" / "usr")}
+    settings = [part for name, value in variables.items() for part in ("-E", f"{name}={value}")]
+    pythons = {
+        "x86": [sys.executable],
+        "arm64": [*emulator, *settings, str(ARM64 / "root" / "usr" / "bin" / "python3.11")],
+    }
+    results: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for machine, python in pythons.items():
+        into = tmp_path_factory.mktemp(machine)
+        command = [*python, str(Path(__file__).with_name("arm64_run.py")), str(folder), str(into)]
+        inherited = {**os.environ, "OMP_NUM_THREADS": "1"} | (
+            {"PYTHONPATH": str(ROOT)} if machine == "x86" else {}
+        )
+        done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        results[machine] = {path.stem: dict(np.load(path)) for path in into.glob("*.npz")}
+    return results
+
+
+@pytest.mark.parametrize("name", [path.stem for path in MODELS])
+def test_codes_and_classes_are_those_of_x86(name: str, found: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
+    assert platform.machine() == "x86_64"
+    ours, theirs = found["x86"][name], found["arm64"][name]
+    assert ours.keys() == theirs.keys()
+    codes = [output for output in ours if ".codes" in output]
+    assert len(codes) >= 3
+    steps = [np.abs(ours[c].astype(int) - theirs[c]).reshape(IMAGES, -1) for c in codes]
+    moved = np.concatenate(steps, 1)
+    equal = moved.max(1) == 0
+    logits = np.abs(ours["logits"] - theirs["logits"]).max(1) / np.abs(ours["logits"]).max(1)
+    maps = np.abs(ours["map"] - theirs["map"]).max((1, 2)) / ours["map"].max((1, 2))
+    result = {
+        "bench": "arm64",
+        "machine": "ARM64, emulated",
+        "model": name,
+        "images": IMAGES,
+        "codes": moved.size,
+        "codes_moved": int(np.count_nonzero(moved)),
+        "largest_step": int(moved.max()),
+        "images_with_moved_codes": int((~equal).sum()),
+        "classes_differing": int((ours["classes"] != theirs["classes"]).sum()),
+        "logits": float(logits.max()),
+        "logits_of_equal_codes": float(logits[equal].max()),
+        "map": float(maps.max()),
+        "map_of_equal_codes": float(maps[equal].max()),
+        "environment": environment(),
+    }
+    if os.environ.get("CLEARPACT_RECORD"):
+        append(os.environ["CLEARPACT_RECORD"], result)
+    assert result["classes_differing"] == 0
+    # Where every code is the same, only floats that are added in another order differ.
+    assert logits[equal].max() < 1e-5
+    assert maps[equal].max() < 1e-3
+    # A network without residual sums in float has no ties that another order decides.
+    assert equal.mean() >= (1.0 if "cnn2" in name else 0.6)
