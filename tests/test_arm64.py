@@ -1,7 +1,7 @@
 """The shipped networks on ARM64, emulated: the same file gives the same codes and classes as on x86.
 
-It needs qemu and what `tests/make_arm64.sh` puts into build/arm64: `make test-arm64`. CLEARPACT_RECORD names a .jsonl
-file to which the results are appended.
+It needs qemu and what `tests/make_arm64.sh` puts into build/arm64: `make test-arm64`. The results are appended as
+JSON lines to the file that CLEARPACT_RECORD names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 from bench.measure.environment import environment
 from bench.measure.record import append
 from export.pipeline import export
+from runtime.manifest import read_manifest
 from train import checkpoint as checkpoints
 from train.data import datasets
 
@@ -42,9 +43,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[
     """What each machine says of every model: "x86" and "arm64", then the model, then the output."""
     folder = tmp_path_factory.mktemp("models")
     for path in MODELS:
-        shipped = checkpoints.load(path)
-        (folder / f"{path.stem}.onnx").write_bytes(with_codes(export(shipped, target="ort").data))
-        images = datasets.load(shipped.data, str(ROOT / "data")).test_images[:IMAGES]
+        data = export(checkpoints.load(path), target="ort").data
+        (folder / f"{path.stem}.onnx").write_bytes(with_codes(data))
+        trained_on = read_manifest(data, path.name).data
+        images = datasets.load(trained_on, str(ROOT / "data")).test_images[:IMAGES]
         np.save(folder / f"{path.stem}.npy", images.permute(0, 2, 3, 1).contiguous().numpy())
     emulator = ["qemu-aarch64-static", "-cpu", "cortex-a72", "-L", str(ARM64 / "root")]
     variables = {"PYTHONPATH": f"{ARM64 / 'site'}:{ROOT}", "PYTHONHOME": str(ARM64 / "root" / "usr")}

@@ -1,0 +1,158 @@
+"""`python -m bench.browser PAGE`: latency of a page of `deploy.web` in Chromium, beside ONNX Runtime here.
+
+Class, and class with map, of the same file, each on one thread and in turns: some runs in the browser, as many
+here. A browser tells the time to a tenth of a millisecond only, so a sample is the mean of several runs.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module: python -m bench.browser")
+
+import contextlib
+import functools
+import http.server
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure.environment import describe, environment
+from bench.measure.record import append
+from bench.measure.statistics import ratio, summarize
+from runtime import command
+from runtime.errors import EngineError, FileError, OptionError
+from runtime.outputs import check_outputs
+from runtime.session import open_session
+
+EXAMPLES = """
+  python -m deploy.web model.onnx -o page && python -m bench.browser page
+  python -m bench.browser page --record bench/results/cpu.jsonl
+"""
+
+_RUNS = 8  # of one sample
+_OPEN = """async () => {
+  const { openModel } = await import("./model.js");
+  const described = await (await fetch("model.json")).json();
+  globalThis.opened = await openModel(described, "wasm");
+  await globalThis.opened.warmUp();
+}"""
+_SAMPLE = """async ([image, explain, runs]) => {
+  const pixels = Uint8Array.from(image);
+  const run = () => (explain ? globalThis.opened.explain(pixels, -1) : globalThis.opened.classify(pixels));
+  await run();
+  const began = performance.now();
+  for (let index = 0; index < runs; index += 1) await run();
+  return (performance.now() - began) / runs;
+}"""
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Any]:
+    """Give the page in a Chromium, its model open on one thread of WebAssembly.
+
+    Raises:
+        OptionError: Playwright is not installed.
+        EngineError: there is no Chromium.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise OptionError("driving a browser needs Playwright; pip install 'clearpact[browser]'") from None
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise EngineError("no Chromium in PATH; apt-get install chromium")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_context(bypass_csp=True).new_page()
+            page.goto(f"http://127.0.0.1:{server.server_port}/icon.svg")
+            page.evaluate(_OPEN)
+            yield page
+            browser.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print median times in the browser and here, and their ratio."""
+    parser = command.parser("bench.browser", "Measure a page of deploy.web in Chromium.", EXAMPLES)
+    parser.add_argument("page", type=Path, help="folder that python -m deploy.web wrote")
+    parser.add_argument("--rounds", type=int, default=40, help="samples of each (default: 40)")
+    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
+    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    options = parser.parse_args(argv)
+    if options.rounds < 2:
+        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 2")
+    if not (options.page / "model.json").is_file():
+        raise FileError(f"{options.page}: no page; write one with python -m deploy.web")
+    check_outputs([options.record], inputs=[options.page])
+    session = open_session(options.page / "model.onnx", engine="ort", threads=1)
+    shape = (1, *session.manifest.input.size, session.manifest.input.channels)
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    target = np.full(1, -1, np.int64)
+    kinds = {"class": ("logits",)} | (
+        {"class and map": ("logits", "gradient")} if len(session.outputs) > 1 else {}
+    )
+    samples: dict[str, list[float]] = {f"{kind}, {where}": [] for kind in kinds for where in ("browser", "native")}
+    with opened(options.page) as page:
+        version = page.context.browser.version
+        for _ in command.progress(range(options.rounds), label="measuring"):
+            for kind, outputs in kinds.items():
+                taken = page.evaluate(_SAMPLE, [image.ravel().tolist(), len(outputs) > 1, _RUNS])
+                samples[f"{kind}, browser"].append(taken)
+                given: dict[str, np.ndarray] = {"image": image}
+                if len(outputs) > 1:
+                    given["target"] = target
+                session.run(given, outputs)
+                began = time.perf_counter()
+                for _ in range(_RUNS):
+                    session.run(given, outputs)
+                samples[f"{kind}, native"].append(1000 * (time.perf_counter() - began) / _RUNS)
+    times = {name: np.array(each) for name, each in samples.items()}
+    where = environment()
+    ratios = {kind: ratio(times[f"{kind}, browser"], times[f"{kind}, native"]) for kind in kinds}
+    result = {
+        "bench": "browser",
+        "arch": session.manifest.arch,
+        "data": session.manifest.data,
+        "precision": session.manifest.precision,
+        "engine": f"{session.engine} {session.version}",
+        "browser": f"Chromium {version}",
+        "runtime": json.loads((options.page / "model.json").read_text())["runtime"]["version"],
+        "threads": 1,
+        "latency": {name: asdict(summarize(each, 1)) for name, each in times.items()},
+        "ratio": {kind: asdict(each) for kind, each in ratios.items()},
+        "environment": where,
+    }
+    if options.record:
+        append(options.record, result)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{session.manifest.arch}, {result['browser']}, ONNX Runtime Web {result['runtime']}; {result['engine']}"
+    )
+    for kind, each in ratios.items():
+        medians = [float(np.median(times[f"{kind}, {name}"])) for name in ("browser", "native")]
+        print(f"{kind:15}{medians[0]:8.2f} ms in the browser{medians[1]:8.2f} ms here"
+              f"{each.median:8.1f} times ({each.low:.1f} .. {each.high:.1f})")  # fmt: skip
+    print(describe(where))
+
+
+if __name__ == "__main__":
+    command.run(main)
