@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "against-ptq": speed_summary.against_ptq,
     "frames": speed_summary.frames,
     "startup": speed_summary.startup,
+    "arm64": speed_summary.arm64,
     "training-step": speed_summary.training_step,
 }
 

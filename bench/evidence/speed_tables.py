@@ -22,6 +22,7 @@ _OURS = {
     "TensorRT INT8 + map": "ours, TensorRT INT8",
 }
 ENGINES = {"openvino": "OpenVINO", "ort": "ONNX Runtime", "tensorrt": "TensorRT"}
+_ARM64_DIFFERENCES = ("logits_of_equal_codes", "map_of_equal_codes", "logits", "map")
 _CLASS_ONLY, _PLAIN_MAP = "OpenVINO INT8", "OpenVINO INT8 + f32 map"
 
 
@@ -116,6 +117,26 @@ def frames(records: Sequence[Record]) -> str:
         ])  # fmt: skip
     header = ["network", "frame", "threads", *names]
     return markdown(header, rows, "llr" + "r" * len(names))
+
+
+def arm64(records: Sequence[Record]) -> str:
+    """Return how far each network on an emulated ARM64 is from x86: codes, classes, logits and maps."""
+    latest = {found["model"]: found for found in records if found["bench"] == "arm64"}
+    rows = [
+        [
+            model, str(found["images"]), str(found["images"] - found["classes_differing"]),
+            f"{found['codes_moved']:,} of {found['codes']:,}", str(found["largest_step"]),
+            str(found["images_with_moved_codes"]), *(_exponent(found[name]) for name in _ARM64_DIFFERENCES),
+        ]
+        for model, found in sorted(latest.items())
+    ]  # fmt: skip
+    header = ["network", "images", "classes equal", "codes moved", "largest step", "images with moved codes",
+              "logits, others", "maps, others", "logits, all", "maps, all"]  # fmt: skip
+    return markdown(header, rows, "lrrrrrrrrr")
+
+
+def _exponent(value: float) -> str:
+    return "equal" if value == 0 else f"{value:.0e}"
 
 
 def training_step(records: Sequence[Record]) -> str:
