@@ -28,10 +28,10 @@ from train.quantization.quantize import QuantSpec
 from train.recipe import default_recipe
 
 PASSES = {
-    "openvino": ["to_onnx", "differentiate", "average_exactly", "keep_rounding"],
+    "openvino": ["to_onnx", "differentiate", "average_exactly", "keep_rounding", "own_constants"],
     "ort": [
         "to_onnx", "store_float_weights", "differentiate", "take_pixels_as_codes", "clip_after_pooling",
-        "keep_float", "move_codes", "hold_signed_codes",
+        "keep_float", "move_codes", "hold_signed_codes", "own_constants",
     ],
     "tensorrt": ["to_onnx", "differentiate"],
 }  # fmt: skip
@@ -121,7 +121,7 @@ def test_the_passes_are_all_there_are(digits_checkpoint: Checkpoint, target: str
     assert exported.model == onnx.load_model_from_string(exported.data)
     of_target = [getattr(p, "func", p).__name__ for p in exporter.lowerings(target, int8=True)]
     assert of_target == PASSES[target][-len(of_target) :] or not of_target
-    assert len(of_target) == {"openvino": 2, "ort": 5, "tensorrt": 0}[target]
+    assert len(of_target) == {"openvino": 3, "ort": 6, "tensorrt": 0}[target]
 
 
 @pytest.mark.usefixtures("made")
