@@ -237,7 +237,7 @@ def _opened(path: Path) -> Any:
         return Image.open(path, formats=_FIRST_KINDS)
     except Image.UnidentifiedImageError:
         Image.init()
-        return Image.open(path, formats=[kind for kind in (*_FIRST_KINDS, *_MORE_KINDS) if kind in Image.OPEN])
+        return Image.open(path, formats=[kind for kind in _MORE_KINDS if kind in Image.OPEN])
 
 
 def _pixels(image: Any, max_pixels: int) -> np.ndarray:
