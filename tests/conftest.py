@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from onnxscript.values import TracedOnnxFunction
 
 from export.pipeline import export
 from runtime.files import write_atomically
@@ -29,6 +31,8 @@ from train.recipe import default_recipe
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The networks are tiny: a second thread would cost more than it gives.
 torch.set_num_threads(1)
+# torch's exporter parses the source of its 497 translations in every export, a quarter of a small one's time.
+TracedOnnxFunction.function_ir = property(functools.cache(TracedOnnxFunction.function_ir.fget))
 # No deadline: other work on the machine is no defect. No database: tests write nothing into the working directory.
 settings.register_profile("clearpact", deadline=None, database=None)
 settings.load_profile("clearpact")

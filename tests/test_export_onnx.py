@@ -364,6 +364,15 @@ def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
     assert differentiated is not None
     assert not differentiated.int8
     assert str(differentiated).startswith("gradients in float32; int8's maps against float32's: Spearman 0.99")
+    assert differentiated.int8_agreement is not None
+    assert differentiated.int8_agreement.samples == 256
+    with monkeypatch.context() as large:  # of large images a few decide
+        large.setattr(agreement, "_PIXELS_AT_ONCE", 256 * 8 * 8 - 1)
+        large.setattr(agreement, "_FIRST_SPEARMAN", 1.01)
+        few = export(digits_checkpoint).differentiated
+    assert few is not None
+    assert few.int8_agreement is not None
+    assert few.int8_agreement.samples == 8
     asked = export(digits_checkpoint, saliency_precision="int8").differentiated
     assert asked is not None
     assert asked.int8

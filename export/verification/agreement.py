@@ -22,8 +22,10 @@ from train.model import QuantizedModel
 LEAST_SPEARMAN = 0.99
 # So many images are named whose maps agree least.
 _WORST = 3
-# Where they agree much less on a few images already, `auto` looks at no more.
+# Where they agree much less on a few images already, `auto` looks at no more. Of so few pixels altogether,
+# building the graph takes longer than running it, and one trial of all images is cheaper than two.
 _FIRST_IMAGES, _FIRST_SPEARMAN = 8, 0.95
+_PIXELS_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ def differentiate(
         maps = (reference_run(m)[0](others)["saliency"] for m in (rounded, exact))
         return rounded, _agreement(*maps)
 
-    if precision == "auto" and len(unseen[INPUT_NAME]) > _FIRST_IMAGES:
+    images = unseen[INPUT_NAME]
+    many_pixels = images[..., 0].size > _PIXELS_AT_ONCE
+    if precision == "auto" and len(images) > _FIRST_IMAGES and many_pixels:
         _, maps = tried(_FIRST_IMAGES)
         if not maps.spearman >= _FIRST_SPEARMAN:
             return GradientGraph(exact, int8=False, int8_agreement=maps)
