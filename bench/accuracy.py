@@ -5,22 +5,19 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.accuracy")
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bench.measure import data
+from bench.measure import data, record
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.record import append
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
 from export.probabilities import Calibration, of_sums, sums
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -197,14 +194,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
-    check_outputs([options.record], inputs=[options.model, *sources_of(options.data, options.data_root)])
+    record.check(options, inputs=[options.model, *sources_of(options.data, options.data_root)])
     workers = options.threads or cores()
     with Classifier(
         options.model, engine=options.engine, device=options.device, threads=1, parallel_runs=workers
@@ -237,10 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": classes, "confusion": scores.confusion.tolist(),
         "peak_memory_bytes": peak_memory_bytes(), "environment": where,
     }  # fmt: skip
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{options.model}  {classifier.manifest.precision} on {engine}, {n:,} images of {test.name}")
     print(f"accuracy     {scores.accuracy:6.2f} %" + (f"   (checkpoint {before:.2f} %)" if before else ""))

@@ -11,14 +11,13 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.agreement")
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from bench.measure import record
 from bench.measure.data import HELP
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from bench.measure.streams import cores
 from bench.networks.agreement import TARGETS, Agreement, compare
 from bench.networks.network import Network, find
@@ -26,7 +25,6 @@ from bench.networks.opened import open_networks, stream_for
 from runtime import command
 from runtime.agreement import MEASURES
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(options.engine) > 2:
         raise OptionError(f"--engine: given {len(options.engine)} times, expected once for both, or of A and of B")
     inputs = [*map(find, (options.a, options.b)), *sources_of(options.data, options.data_root)]
-    check_outputs([options.record], inputs=inputs)
+    record.check(options, inputs=inputs)
     workers = options.threads or cores()
     engines = (options.engine * 2)[:2] if options.engine else [None, None]
     with contextlib.ExitStack() as stack:
@@ -75,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **asdict(found),
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(_report(found, sides, test.name, options.target))
     print(describe(where))
@@ -97,8 +92,7 @@ def _parser() -> Any:
     parser.add_argument("--engine", choices=tuple(ENGINES), action="append", default=[],
                         help="of .onnx files (default: as exported); twice: of A, then of B")  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     return parser
 

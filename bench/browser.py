@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from bench.measure.statistics import ratio, summarize
 from runtime import command
 from runtime.errors import EngineError, FileError, OptionError
-from runtime.outputs import check_outputs
 from runtime.session import open_session
 
 EXAMPLES = """
@@ -93,14 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.parser("bench.browser", "Measure a page of deploy.web in Chromium.", EXAMPLES)
     parser.add_argument("page", type=Path, help="folder that python -m deploy.web wrote")
     parser.add_argument("--rounds", type=int, default=40, help="samples of each (default: 40)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     if options.rounds < 2:
         raise OptionError(f"--rounds {options.rounds}: expected a whole number from 2")
     if not (options.page / "model.json").is_file():
         raise FileError(f"{options.page}: no page; write one with python -m deploy.web")
-    check_outputs([options.record], inputs=[options.page])
+    record.check(options, inputs=[options.page])
     session = open_session(options.page / "model.onnx", engine="ort", threads=1)
     shape = (1, *session.manifest.input.size, session.manifest.input.channels)
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -139,10 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ratio": {kind: asdict(each) for kind, each in ratios.items()},
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(
         f"{session.manifest.arch}, {result['browser']}, ONNX Runtime Web {result['runtime']}; {result['engine']}"

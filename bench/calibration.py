@@ -9,11 +9,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from runtime import command
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from train.choices import CALIBRATION_SAMPLES, MSE, QUANTIZED_BITS
 from train.data.splits import sources_of
 from train.models import factory
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--samples", type=int, default=CALIBRATION_SAMPLES, help="training images (default: %(default)d)"
     )
     parser.add_argument("--qat", nargs="+", default=[], metavar="CKPT", help="trained ones, to compare with")
-    parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
+    record.add_options(parser, json_line=False)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     # torch takes seconds to import: --help does without
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = _widths(options.bits)
     checkpoint = checkpoints.load(options.checkpoint)
     sources = sources_of(options.data or checkpoint.recipe.data, options.data_root)
-    check_outputs([options.record], inputs=[options.checkpoint, *options.qat, *sources])
+    record.check(options, inputs=[options.checkpoint, *options.qat, *sources])
     trained = [checkpoints.load(path) for path in options.qat]
     images = load_images(checkpoint, Path(options.checkpoint), options.data, options.data_root)
     sample = training_sample(images, options.samples)
@@ -91,12 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = f"trained, {trained_row['method']}, {trained_row['epochs']} epochs"
         print(f"{trained_row['bits']:4}  {text:49}{trained_row['accuracy']:8.2f} %")
     print(describe(where))
-    if options.record:
-        append(options.record, {
-            "bench": "calibration", "arch": checkpoint.arch["name"], "data": checkpoint.recipe.data_name,
-            "n": len(images.test_labels), "samples": len(sample), "epochs": len(checkpoint.history),
-            "float_accuracy": before, "calibrated": rows, "trained": qat, "environment": where,
-        })  # fmt: skip
+    record.deliver(options, {
+        "bench": "calibration", "arch": checkpoint.arch["name"], "data": checkpoint.recipe.data_name,
+        "n": len(images.test_labels), "samples": len(sample), "epochs": len(checkpoint.history),
+        "float_accuracy": before, "calibrated": rows, "trained": qat, "environment": where,
+    })  # fmt: skip
 
 
 def _widths(text: str) -> list[int]:

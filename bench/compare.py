@@ -10,21 +10,19 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.compare")
 
-import json
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measure import data
+from bench.measure import data, record
 from bench.measure.environment import describe
-from bench.measure.record import append, missing_by_reason
+from bench.measure.record import missing_by_reason
 from bench.measure.statistics import batch_sizes, check_seconds
 from bench.peers.names import OURS, OURS_WITH_MAP, PTQ
 from runtime import command
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from train.data.splits import sources_of
 from train.models import factory
 
@@ -56,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="class and saliency map, against Captum and autograd"
     )
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     import torch  # torch takes seconds to import: --help does without
@@ -72,17 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.explain and options.data:
         raise OptionError("--explain with --data: accuracy is compared without --explain; drop one of them")
     check_seconds(options.seconds)
-    check_outputs([options.record], inputs=[options.checkpoint, *sources_of(options.data, options.data_root)])
+    record.check(options, inputs=[options.checkpoint, *sources_of(options.data, options.data_root)])
     checkpoint = checkpoints.load(options.checkpoint)
     test = test_images(options, checkpoint) if options.data else None
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         results = list(compared(options, checkpoint, batches, test, Path(folder)))
     for result in results:
-        if options.record:
-            append(options.record, result)
-        if options.json:
-            print(json.dumps(result))
+        record.deliver(options, result)
     if not options.json:
         print(_report(options.checkpoint, results))
 

@@ -7,7 +7,6 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.layers import profile as layer_profile
-from bench.measure import gpu_latency, power
+from bench.measure import gpu_latency, power, record
 from bench.measure.cold_start import ColdStart, Loading, in_turns
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.record import append
 from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
 from runtime import Classifier, command
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES, Session, is_plan, open_session
 
 EXAMPLES = """
@@ -162,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--energy", action="store_true", help="power, and energy of an image, from the sensor of the GPU or CPU"
     )
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh processes")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     batches = batch_sizes(options.batch)
     if options.runs is not None and options.runs < 1:
@@ -172,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.streams is not None and options.streams < 1:
         raise OptionError(f"--streams {options.streams}: expected a whole number from 1")
     frame = frame_size(options.frame) if options.frame else None
-    check_outputs([options.record], inputs=[options.model])
+    record.check(options, inputs=[options.model])
     model = str(Path(options.model).resolve())
     session = _open(options)
     try:
@@ -220,10 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {session.device}, "
           f"threads {options.threads}")  # fmt: skip

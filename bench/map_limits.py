@@ -13,11 +13,10 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from export.choices import TARGETS
 from runtime import command
-from runtime.outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64, help="images that calibrate (default: 64)")
     parser.add_argument("--images", type=int, default=12, help="images whose maps are compared (default: 12)")
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="whose grids (default: openvino)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
+    record.add_options(parser, json_line=False)
     options = parser.parse_args(argv)
-    check_outputs([options.record])
+    record.check(options)
     # torch takes seconds to import: --help does without
     import torch
 
@@ -72,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:55}{rows[name]:6.3f}", flush=True)
     found_on = environment()
     print(describe(found_on))
-    if options.record:
-        append(options.record, {
-            "bench": "map limits", "network": options.network, "data": images.name, "images": len(x),
-            "target": options.target, "spearman": rows, "environment": found_on,
-        })  # fmt: skip
+    record.deliver(options, {
+        "bench": "map limits", "network": options.network, "data": images.name, "images": len(x),
+        "target": options.target, "spearman": rows, "environment": found_on,
+    })  # fmt: skip
 
 
 def maps(network: nn.Module, x: Tensor, classes: Tensor) -> Tensor:

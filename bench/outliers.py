@@ -5,21 +5,18 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.outliers")
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench.accuracy import roc_auc
-from bench.measure import data
+from bench.measure import data, record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from bench.networks.network import display_name
 from runtime import command
 from runtime.classifier import Classifier, softmax
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from runtime.reference import in_distribution_scores
 from train.data.splits import sources_of
 from train.models import factory
@@ -57,15 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", required=True, metavar="NAME", help="images of other things, likewise")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, default=2000, help="of each, at most, evenly spaced (default: 2000)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
     if options.images < 1:
         raise OptionError(f"--images {options.images}: expected a whole number from 1")
     sources = [path for name in (options.data, options.against) for path in sources_of(name, options.data_root)]
-    check_outputs([options.record], inputs=[options.model, *sources])
+    record.check(options, inputs=[options.model, *sources])
     with Classifier(options.model, threads=1) as classifier:
         manifest, logits = classifier.manifest, []
         for name in (options.data, options.against):
@@ -82,10 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     if manifest.reference is not None:
         result["flagged"] = [100 * float((scores < manifest.reference.threshold).mean()) for scores in energies]
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{result['model']}, {manifest.precision}: {options.data} ({len(logits[0]):,} images) from "
           f"{options.against} ({len(logits[1]):,})")  # fmt: skip

@@ -6,22 +6,19 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.robustness")
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure import data
+from bench.measure import data, record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from bench.networks.attacks import fgsm, pgd
 from bench.networks.network import display_name
 from runtime import command
 from runtime.classifier import Classifier
 from runtime.errors import ModelError, OptionError
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -73,15 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, default=500, help="how many, evenly spaced (default: 500)")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one a file was exported for")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
     if options.images < 1:
         raise OptionError(f"--images {options.images}: expected a whole number from 1")
     inputs = [*map(Path, options.models), *sources_of(options.data, options.data_root)]
-    check_outputs([options.record], inputs=inputs)
+    record.check(options, inputs=inputs)
     rows: list[dict[str, Any]] = []
     for path in options.models:
         with Classifier(path, engine=options.engine, threads=1) as classifier:
@@ -99,10 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bench": "robustness", "data": test.name, "n": len(some.labels), "levels": LEVELS, "networks": rows,
         "environment": where,
     }  # fmt: skip
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"accuracy in percent on {len(some.labels):,} images of {test.name}; attacks move a channel by 2 or 8")
     names = list(rows[0]["accuracy"])

@@ -18,7 +18,6 @@ from bench.measure.environment import describe, environment
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import read_bytes, write_atomically
-from runtime.outputs import check_outputs
 from train import __main__ as train
 from train.choices import CHECKPOINT_NAME
 from train.models import factory
@@ -249,13 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ship", metavar="FOLDER", help="write checkpoints, without optimizer, and their cards there"
     )
-    parser.add_argument("--record", metavar="FILE", help="append each row, with its environment, to a .jsonl")
+    record.add_options(parser, json_line=False)
     options = parser.parse_args(argv)
     rows = needed(TABLES[options.table], options.only) if options.only else list(TABLES[options.table])
     runs = Path(options.runs)
     shipped_files = [Path(options.ship, f"{row.name}{end}") for row in rows for end in _SHIPPED if options.ship]
     trained = [runs / row.name / CHECKPOINT_NAME for row in rows]
-    check_outputs([options.record, *shipped_files], inputs=trained)
+    record.check(options, inputs=trained, outputs=shipped_files)
     shared = ["--data-root", options.data_root, "--device", options.device]
     shared += ["--epochs", str(options.epochs)] if options.epochs else []
     where = environment()
@@ -267,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = train_row(row, runs, shared)
         reached[row.name] = checkpoint
         found = {"table": options.table, **result(row, checkpoint, runs, where)}
-        if options.record:
-            record.append(options.record, found)
+        record.deliver(options, found)
         if options.ship and row.name not in steps:
             ship(row, checkpoint, found, Path(options.ship))
     print(f"\n{'row':32}  epochs  asked  train %   test %")

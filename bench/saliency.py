@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.measure import record
 from bench.measure.data import HELP
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.record import append
 from bench.measure.streams import Batch, ImageStream, cores, in_parallel
 from bench.networks.agreement import of_maps
 from bench.networks.imputation import ROAD_PERCENTS
@@ -32,7 +31,6 @@ from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from runtime import command
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -158,10 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.allow(*options.arch)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
-    check_outputs(
-        [options.record, options.plot],
-        inputs=[*map(find, options.models), *sources_of(options.data, options.data_root)],
-    )
+    inputs = [*map(find, options.models), *sources_of(options.data, options.data_root)]
+    record.check(options, inputs=inputs, outputs=[options.plot])
     if options.method:
         _compare_methods(options)
         return
@@ -199,10 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from bench.pictures.removal import draw_removal_curves
 
         draw_removal_curves(result, Path(options.plot))
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(_report(result))
     print(describe(where))
@@ -228,10 +221,7 @@ def _compare_methods(options: argparse.Namespace) -> None:
         from bench.pictures.methods import draw_methods
 
         draw_methods(rows, test.name, Path(options.plot))
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{result['n']:,} images of {test.name}; the predicted class is explained; lower is better but for "
           "insertion, energy, pointing")  # fmt: skip
@@ -264,8 +254,7 @@ def _parser() -> Any:
     parser.add_argument("--engine", choices=tuple(ENGINES), help="of .onnx files (default: as exported)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--plot", metavar="PNG", help="draw the three curves of all networks")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     return parser
 

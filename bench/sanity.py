@@ -5,16 +5,15 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.sanity")
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.measure import record
 from bench.measure.data import HELP
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from bench.networks.methods import ALL, Method, methods_of
 from bench.networks.network import find
 from bench.networks.opened import open_networks, stream_for
@@ -24,7 +23,6 @@ from runtime.agreement import spearman, ssim
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
 from runtime.files import read_bytes
-from runtime.outputs import check_outputs
 from train.data.splits import sources_of
 from train.models import factory
 
@@ -89,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64, help="how many, evenly spaced (default: 64)")
     parser.add_argument("--method", default=ALL, help="all, or some of the file's methods (default: all)")
     parser.add_argument("--stages", type=int, default=6, help="steps from the head to the image (default: 6)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
@@ -98,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from 1")
     file = find(options.model)
-    check_outputs([options.record], inputs=[file, *sources_of(options.data, options.data_root)])
+    record.check(options, inputs=[file, *sources_of(options.data, options.data_root)])
     (network, *_) = open_networks(str(file), threads=1, classes_only=True)
     test = stream_for([network], options.data, options.data_root)
     test = test.evenly_spaced(min(options.images, len(test.positions)))
@@ -113,10 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "passed": {name: row["spearman"] <= FAILS_ABOVE for name, row in last.items()},
         "environment": where,
     }  # fmt: skip
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     of = f"{network.name}, {network.precision}, {len(images)} images of {test.name}"
     print(f"{of}: agreement with the maps of the trained weights")

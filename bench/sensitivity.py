@@ -16,14 +16,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bench.layers.bit_budget import LayerCost, assign, memory_bits
-from bench.measure import data
+from bench.measure import data, record
 from bench.measure.environment import describe as describe_environment
 from bench.measure.environment import environment
-from bench.measure.record import append
 from runtime import command
 from runtime.errors import OptionError
 from runtime.files import write_atomically
-from runtime.outputs import check_outputs
 from train.choices import QUANTIZED_BITS
 from train.data.splits import sources_of
 from train.models import factory
@@ -63,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="of accuracy that 0.01 of rank correlation is worth (default: 0.1)")  # fmt: skip
     parser.add_argument("-o", "--output", metavar="JSON", help="write the assignment, for train --bits-file")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
@@ -107,10 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if options.output:
         write_atomically(options.output, json.dumps(suggested, indent=1) + "\n")
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{options.checkpoint}  {checkpoint.arch['name']}, {len(test.labels):,} images of {test.name}; "
           f"its own accuracy {own.effect.accuracy:.2f} %")  # fmt: skip
@@ -134,9 +128,8 @@ def _check(options: Any) -> list[int]:
         raise OptionError("--mean-bits and --size-bytes: expected one budget; drop one of them")
     if options.output and options.mean_bits is None and options.size_bytes is None:
         raise OptionError("-o: expected a budget to assign bits in; add --mean-bits 4, or --size-bytes")
-    check_outputs(
-        [options.output, options.record], inputs=[options.checkpoint, *sources_of(options.data, options.data_root)]
-    )
+    inputs = [options.checkpoint, *sources_of(options.data, options.data_root)]
+    record.check(options, inputs=inputs, outputs=[options.output])
     return sorted({int(part) for part in parts}, reverse=True)
 
 

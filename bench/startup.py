@@ -9,18 +9,16 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.startup")
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bench.measure import record
 from bench.measure.cold_start import ColdStart, Loading, median, start
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from runtime import command
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from runtime.session import ENGINES, open_session
 
 EXAMPLES = """
@@ -58,12 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
     parser.add_argument("--starts", type=int, default=9, help="fresh processes of each kind (default: 9)")
     parser.add_argument("--explain", action="store_true", help="to the first saliency map")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     if options.starts < 1:
         raise OptionError(f"--starts {options.starts}: expected a whole number from 1")
-    check_outputs([options.record], inputs=[options.model])
+    record.check(options, inputs=[options.model])
     model = Path(options.model).resolve()
     session = open_session(model, engine=options.engine, device=options.device, threads=options.threads)
     session.close()
@@ -86,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cold_start": {name: asdict(row) for name, row in found.items()},
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {session.device}, threads "
           f"{options.threads}; medians of {options.starts} processes each, in turns")  # fmt: skip

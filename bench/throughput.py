@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from runtime import Classifier, command
 from runtime.errors import FileError, OptionError
 from runtime.images import is_image_file, load_image
-from runtime.outputs import check_outputs
 
 EXAMPLES = """
   python -m bench.throughput model.onnx photos/
@@ -76,14 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", default="1", help="of the command, comma-separated (default: 1)")
     parser.add_argument("--ray", action="store_true", help="a local Ray cluster as well, of as many workers")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     if options.rounds < 1:
         raise OptionError(f"--rounds {options.rounds}: expected a whole number from 1")
     if not all(part.isdecimal() and int(part) > 0 for part in options.processes.split(",")):
         raise OptionError(f"--processes {options.processes}: expected whole numbers from 1, comma-separated")
-    check_outputs([options.record], inputs=[options.model, options.images])
+    record.check(options, inputs=[options.model, options.images])
     files = sorted(path for path in options.images.rglob("*") if is_image_file(path))
     if not files:
         raise FileError(f"{options.images}: no image in it")
@@ -113,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images_per_cpu_second": core_rates,
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{len(files):,} images, {options.model} on {engine}; medians of {options.rounds} rounds")
     for name, each in core_rates.items():

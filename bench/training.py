@@ -13,7 +13,6 @@ from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.statistics import check_seconds, measure, summarize
 from runtime import command
 from runtime.errors import OptionError
-from runtime.outputs import check_outputs
 from train.choices import ARCHITECTURES, FLOAT_BITS, METHODS, QUANTIZED_BITS, STEP_PRECISIONS
 from train.data import names
 from train.data.splits import sources_of
@@ -38,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=STEP_PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="per method (default: 5)")
-    parser.add_argument("--record", metavar="FILE", help="append the result, with its environment, to a .jsonl")
+    record.add_options(parser, json_line=False)
     options = parser.parse_args(argv)
     check_seconds(options.seconds)
-    check_outputs([options.record], inputs=sources_of(options.data, options.data_root))
+    record.check(options, inputs=sources_of(options.data, options.data_root))
     if options.threads < 1:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     import torch  # torch takes seconds to import: --help does without
@@ -73,15 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
               f"{row.images_per_second:10,.0f}{row.n:7,}{row.p50_ms / rows['plain'].p50_ms:14.2f}")  # fmt: skip
     print(f"peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
     print(describe(where))
-    if options.record:
-        record.append(options.record, {
-            "bench": "training step", "data": options.data, "arch": options.arch, "bits": options.bits,
-            "batch": options.batch_size, "precision": options.precision, "threads": options.threads,
-            "device": "cpu",
-            "step": {method: asdict(row) for method, row in rows.items()},
-            "plain_steps": {method: row.p50_ms / rows["plain"].p50_ms for method, row in rows.items()},
-            "peak_memory_bytes": peak_memory_bytes(), "environment": where,
-        })  # fmt: skip
+    record.deliver(options, {
+        "bench": "training step", "data": options.data, "arch": options.arch, "bits": options.bits,
+        "batch": options.batch_size, "precision": options.precision, "threads": options.threads,
+        "device": "cpu",
+        "step": {method: asdict(row) for method, row in rows.items()},
+        "plain_steps": {method: row.p50_ms / rows["plain"].p50_ms for method, row in rows.items()},
+        "peak_memory_bytes": peak_memory_bytes(), "environment": where,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_quality_of_every_contender_on_the_same_images(
 ) -> None:
     arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--starts", "0"]
     with_data = [*arguments, "--data", "digits", "--map-images", "60"]
-    main([*with_data, "--record", str(tmp_path / "quality.jsonl")])
+    main([*with_data, "--allow-dirty", "--record", str(tmp_path / "quality.jsonl")])
     result = json.loads((tmp_path / "quality.jsonl").read_text())
     quality, maps = result["quality"], result["maps"]
     assert list(quality) == list(maps) == NAMES
@@ -146,7 +146,8 @@ def test_results_are_recorded_after_those_that_are_there(
     record = tmp_path / "results" / "latency.jsonl"
     record.parent.mkdir()
     record.write_text('{"old": 1}')  # and no newline at its end
-    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--record", str(record)]
+    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--allow-dirty"]
+    arguments += ["--record", str(record)]
     main([*arguments, "--batch", "2,3", "--starts", "0"])
     out = capsys.readouterr().out.splitlines()
     old, printed, other = (json.loads(line) for line in record.read_text().splitlines())
@@ -216,7 +217,7 @@ def test_wrong_options_are_refused(digits_checkpoint_path: Path, arguments: list
 
 def test_a_record_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=f"^{tmp_path}: is a folder, expected the name of a file to write"):
-        main(["absent.pt", "--record", str(tmp_path)])
+        main(["absent.pt", "--allow-dirty", "--record", str(tmp_path)])
 
 
 def test_a_missing_checkpoint_is_one_line_of_a_real_process() -> None:

@@ -75,7 +75,7 @@ def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> Non
 
 def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "training.jsonl"
-    arguments = ["digits", "--runs", str(tmp_path), "--device", "cpu", "--record", str(path)]
+    arguments = ["digits", "--runs", str(tmp_path), "--device", "cpu", "--allow-dirty", "--record", str(path)]
     main([*arguments, "--epochs", "1"])
     capsys.readouterr()
     four_bits = tmp_path / "digits-cnn2-4bit-sgt" / "ckpt.pt"

@@ -180,7 +180,7 @@ def test_a_table_a_record_and_a_picture_of_one_call(
 ) -> None:
     record, plot = tmp_path / "results.jsonl", tmp_path / "curves.png"
     arguments = [str(digits_checkpoint_path.parent), str(digits_models["ort"]), "--float", "--data", "digits"]
-    options = ["--images", "90", "--record", str(record), "--plot", str(plot), "--threads", "1"]
+    options = ["--images", "90", "--allow-dirty", "--record", str(record), "--plot", str(plot), "--threads", "1"]
     main([*arguments, *options])
     *lines, environment = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -197,7 +197,7 @@ def test_a_table_a_record_and_a_picture_of_one_call(
         assert " ".join(row.split()).endswith(f"{found} {tail}")
     with Image.open(plot) as picture:
         assert min(picture.size) > 400
-    main([*arguments, *options[:2], "--json", "--record", str(record)])
+    main([*arguments, *options[:2], "--json", "--allow-dirty", "--record", str(record)])
     again = json.loads(capsys.readouterr().out)
     assert [json.loads(line) for line in record.read_text().splitlines()] == [result, again]
     assert again["networks"][0]["masked_auc"] == pytest.approx(result["networks"][0]["masked_auc"], abs=0.5)
@@ -261,7 +261,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(
     with pytest.raises(FileError, match=f"^{tmp_path}: is a folder"):
         main([*base, "--plot", str(tmp_path)])
     with pytest.raises(FileError, match=f"^{tmp_path}: is a folder"):
-        main([*base, "--record", str(tmp_path)])
+        main([*base, "--allow-dirty", "--record", str(tmp_path)])
     with pytest.raises(OptionError, match=r"^--threads 0: expected a whole number from 1$"):
         main([*base, "--threads", "0"])
     with pytest.raises(FileError, match=r"ckpt.pt: no such file; check the path$"):

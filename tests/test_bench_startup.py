@@ -36,7 +36,7 @@ def test_a_person_and_a_program_read_three_kinds_of_start(
     digits_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = tmp_path / "startup.jsonl"
-    main([str(digits_models["openvino"]), "--starts", "1", "--explain", "--record", str(record)])
+    main([str(digits_models["openvino"]), "--starts", "1", "--explain", "--allow-dirty", "--record", str(record)])
     out = capsys.readouterr().out
     (line,) = record.read_text().splitlines()
     found = json.loads(line)["cold_start"]

@@ -16,7 +16,7 @@ from train.recipe import METHODS, default_recipe
 
 def test_command_prints_and_records_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "training.jsonl"
-    main(["--data", "digits", "--batch-size", "32", "--seconds", "0.1", "--record", str(path)])
+    main(["--data", "digits", "--batch-size", "32", "--seconds", "0.1", "--allow-dirty", "--record", str(path)])
     out = capsys.readouterr().out
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row["batch"] == 32

@@ -140,7 +140,7 @@ def test_bench_measures_every_part_and_records_it(
 ) -> None:
     record = tmp_path / "r.jsonl"
     bench_calibration([str(float_path), "--bits", "4", "--samples", "32", "--qat", str(digits_checkpoint_path),
-                       "--record", str(record)])  # fmt: skip
+                       "--allow-dirty", "--record", str(record)])  # fmt: skip
     found = json.loads(record.read_text())
     assert len(found["calibrated"]) == 8
     assert found["trained"][0]["accuracy"] > 90

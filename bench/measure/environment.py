@@ -13,7 +13,10 @@ import sys
 from pathlib import Path
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "onnx")
+DIRTY = "-dirty"  # ends the commit's name where the code differs from it
 
+# What no figure depends on: results that were just recorded, and text.
+_NOT_CODE = (":(top,exclude)bench/results", ":(top,exclude,glob)**/*.md")
 
 Environment = dict[str, str | int | float]
 
@@ -29,7 +32,7 @@ def environment() -> Environment:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         **_state(),
     }
     for package in PACKAGES:
@@ -47,6 +50,20 @@ def describe(found: Environment) -> str:
         for key, value in found.items()
         if key != "command"
     )
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Return the commit of the code in a folder, "unknown" outside of a repository.
+
+    Its name ends in DIRTY where tracked files differ from it, but for recorded results and Markdown: of two
+    records in a row, the first does not make the second one dirty.
+    """
+    try:
+        name = _git(folder, "describe", "--always", "--abbrev=12").stdout.strip()
+        same = _git(folder, "diff", "--quiet", "HEAD", "--", ":(top)", *_NOT_CODE, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return name if same else name + DIRTY
 
 
 def peak_memory_bytes() -> int:
@@ -89,12 +106,5 @@ def _processor() -> str:
     return f"{name} ({' '.join(sorted(flags))})" if flags else name
 
 
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+def _git(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=check)
