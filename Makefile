@@ -15,7 +15,7 @@ help:
 	@echo "make test-ray   run the tests on a local Ray cluster"
 	@echo "make test-arm64 run the shipped networks on an emulated ARM64 (Debian, qemu-user-static)"
 	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
-	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 (4 MB) for a test marked slow"
+	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 and CUDA's runtime 12.6 (5 MB) for tests"
 	@echo "make check      ruff and mypy"
 	@echo "make clean      remove .venv, demo and caches"
 
@@ -48,12 +48,14 @@ test-ray: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
-# Wheels without NVIDIA's libraries: enough to see which names each release has.
+# Wheels without TensorRT's libraries, enough to see which names each release has; and the CUDA runtime of JetPack 6.
 tensorrt-bindings: $(VENV)/.installed
 	for wheel in cu12-bindings==10.3.0 cu13-bindings==10.16.1.11 cu13-bindings==11.4.0.106; do \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 			--target build/tensorrt-bindings/$${wheel##*==} tensorrt-$$wheel || exit 1; \
 	done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/cuda-runtime/12.6.77 nvidia-cuda-runtime-cu12==12.6.77
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

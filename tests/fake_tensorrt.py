@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.engines.tensorrt.cuda_choice import VARIABLE
 from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path, this_platform
 from runtime.manifest import ImageInput, Manifest
 from tests.fake_cuda import FakeGpu, Operation
@@ -164,6 +165,7 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
     tensorrt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
     for name, module in (("cuda", ModuleType("cuda")), ("cuda.bindings", ModuleType("cuda.bindings"))):
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(VARIABLE, "cuda-bindings")  # whatever libcudart the machine has
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", gpu)  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def test_without_a_gpu_all_are_missing_for_one_reason_that_was_asked_for_once(
     found = gpu_contenders.gpu_contenders(digits_checkpoint, tmp_path, batches=[1], threads=1)
     assert set(found.missing.values()) == {
         "the GPU cannot be asked: cuda.bindings.runtime cannot be imported (import of cuda.bindings.runtime "
-        "halted; None in sys.modules); pip install 'clearpact[tensorrt]'"
+        "halted; None in sys.modules); pip install cuda-bindings, or unset CLEARPACT_CUDART"
     }
     assert list(tmp_path.iterdir()) == []
 

@@ -20,6 +20,7 @@ from bench.measure.power import (
     tegrastats_meter,
     total_watts,
 )
+from runtime.engines.tensorrt.cuda_choice import VARIABLE
 from runtime.errors import EngineError
 from tests.fake_cuda import FakeGpu
 
@@ -155,6 +156,7 @@ def test_cudas_gpu_is_found_by_its_address_on_the_bus_not_by_its_number(gpu: Fak
 
 def test_without_cuda_only_a_single_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setenv(VARIABLE, "cuda-bindings")
     with contextlib.ExitStack() as stack:
         meter = nvml_meter(0, stack, Nvml(gpus=1))
         assert meter is not None

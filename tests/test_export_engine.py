@@ -14,6 +14,7 @@ from export.engine import __main__ as engine
 from export.engine import autotune
 from export.engine.autotune import Budget, PlanScore
 from export.engine.gpu import GPU, find_gpu
+from runtime.engines.tensorrt import cuda_choice
 from runtime.engines.tensorrt.plan import PlanSidecar, read_sidecar, sidecar_path
 from runtime.errors import ClearpactError, EngineError, FileError, ModelError, OptionError
 from runtime.onnx_bytes import output_names, without_gradient
@@ -214,7 +215,10 @@ def test_a_wrong_file_is_one_line(digits_models: dict[str, Path], tmp_path: Path
 
 def test_tensorrt_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(EngineError, match=r"^the GPU cannot be asked: .*; pip install 'clearpact\[tensorrt\]'"):
+    monkeypatch.setattr(cuda_choice, "libraries", lambda: iter(()))
+    with pytest.raises(
+        EngineError, match=r"^the GPU cannot be asked: .*; pip install 'clearpact\[tensorrt\]', on"
+    ):
         find_gpu()
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engines.tensorrt.cuda import Cuda
+from runtime.engines.tensorrt.cuda_choice import find_cuda
 from runtime.errors import EngineError
 
 _SAMPLE_S = 0.02
@@ -247,9 +248,9 @@ def _nvml_handle(nvml: Any, device: int) -> Any:
 def pci_address(device: int) -> bytes | None:
     """Return the address on the PCI bus of CUDA's GPU of that number, such as b"0000:65:00.0"; None if unknown."""
     try:
-        api = importlib.import_module("cuda.bindings.runtime")
-        address = Cuda(api).call("cudaDeviceGetPCIBusId", 32, device)
-    except (ImportError, EngineError):
+        cuda = Cuda(find_cuda("the GPU's address").runtime)
+        address = cuda.call("cudaDeviceGetPCIBusId", 32, device)
+    except EngineError:
         return None
     return bytes(address).split(b"\0")[0]
 

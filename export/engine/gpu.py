@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.engines.tensorrt.cuda import Cuda
-from runtime.engines.tensorrt.engine import import_first
+from runtime.engines.tensorrt.cuda_choice import find_cuda
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ def find_gpu() -> GPU:
     """Return the GPU that this process builds for, the first one that it sees.
 
     Raises:
-        EngineError: cuda-bindings is not installed, or there is no GPU or no driver.
+        EngineError: there is no CUDA, no GPU or no driver.
     """
-    api = import_first(("cuda.bindings.runtime",), "the GPU cannot be asked", "clearpact[tensorrt]")
-    cuda = Cuda(api)
+    cuda = Cuda(find_cuda("the GPU cannot be asked").runtime)
     cuda.check_device()
     return GPU(name=cuda.name(), compute_capability=cuda.compute_capability(), driver=cuda.driver())

@@ -1,7 +1,7 @@
 """The CUDA runtime as this project uses it: whole numbers for handles, one-line errors for failures.
 
-`api` is the module `cuda.bindings.runtime`, which imports without a driver; every function of it returns
-(error, values...). It is handed in, so that importing this module needs no CUDA.
+`api` is the module `cuda.bindings.runtime`, or what stands in for it (see cuda_choice.py); every function of it
+returns (error, values...). It is handed in, so that importing this module needs no CUDA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.engines.tensorrt.cudart import version_text
 from runtime.errors import EngineError
 
 # The names an app may give the stream it wants its work on (cuda.core; PyTorch; CuPy; PyCUDA).
@@ -26,7 +27,8 @@ _REMEDIES = {
     "cudaErrorMemoryAllocation": "free GPU memory, or build the plan for smaller batches",
     "cudaErrorNoDevice": "check that nvidia-smi (on Jetson: tegrastats) shows the GPU",
     "cudaErrorInvalidDevice": "check --device against the GPUs that nvidia-smi lists",
-    "cudaErrorInsufficientDriver": "install an NVIDIA driver that is as new as this CUDA",
+    "cudaErrorInsufficientDriver": "install a driver as new as this CUDA, or name a libcudart that is "
+    "not newer than the driver (CLEARPACT_CUDART)",
 }
 
 
@@ -37,7 +39,7 @@ class PrimaryContext:
     start a context there where there was none. A context that is pushed and popped leaves the thread as it was.
 
     Args:
-        driver: the module `cuda.bindings.driver`.
+        driver: the module `cuda.bindings.driver`, or what stands in for it.
         device: number of the GPU, which must be there.
 
     Raises:
@@ -70,7 +72,7 @@ class Cuda:
     """One GPU.
 
     Args:
-        api: the module `cuda.bindings.runtime`.
+        api: the module `cuda.bindings.runtime`, or what stands in for it.
         device: number of the GPU.
         context: a `PrimaryContext`, a PyCUDA context, or any object with `push()` and `pop()`, that work is done
             in; None does only what needs no context, or what the caller has made one current for.
@@ -127,8 +129,7 @@ class Cuda:
 
     def driver(self) -> str:
         """Return the newest version of CUDA that the driver knows, such as "12.6"."""
-        version = self.call("cudaDriverGetVersion")
-        return f"{version // 1000}.{version % 1000 // 10}"
+        return version_text(self.call("cudaDriverGetVersion"))
 
     def check_device(self) -> None:
         """Raise EngineError unless the GPU is there."""

@@ -1,6 +1,6 @@
 """Sessions on TensorRT: plans that `python -m export.engine` built, on an NVIDIA GPU.
 
-Needs `tensorrt` (10 or 11) and `cuda-bindings`; of TensorRT only names that both releases have are used.
+Needs `tensorrt` (10 or 11) and CUDA (see cuda_choice.py); of TensorRT only names that both releases have are used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engines.tensorrt.cuda import Cuda, PrimaryContext, stream_handle
+from runtime.engines.tensorrt.cuda_choice import find_cuda
 from runtime.engines.tensorrt.device_array import DeviceArray, DeviceView, device_view
 from runtime.engines.tensorrt.engine import Engine, import_first
 from runtime.engines.tensorrt.plan import BUILDERS, PlanSidecar, read_sidecar_bytes, sidecar_path
@@ -215,7 +216,7 @@ def open(
     Raises:
         FileError: the plan cannot be read.
         ModelError: its sidecar is missing or says that it cannot run here, or it is not signed with `key`.
-        EngineError: TensorRT, cuda-bindings or the GPU is not there, or one of them fails.
+        EngineError: TensorRT, CUDA or the GPU is not there, or one of them fails.
         OptionError: no such device, or a version-compatible plan without `version_compatible`.
     """
     source = "plan bytes" if isinstance(plan, bytes) else str(plan)
@@ -239,17 +240,16 @@ def open(
     builder = described.builder
     trt = import_first(_MODULES[builder], f"{BUILDERS[builder]} plan", _PACKAGES[builder])
     device_number = int(number[1] or 0)
-    api = import_first(("cuda.bindings.runtime",), "a plan", "cuda-bindings")
-    Cuda(api, device_number).check_device()
+    functions = find_cuda("a plan")
+    Cuda(functions.runtime, device_number).check_device()
     if context is None:
-        driver = import_first(("cuda.bindings.driver",), "a plan", "cuda-bindings")
-        context = PrimaryContext(driver, device_number)
+        context = PrimaryContext(functions.driver(), device_number)
     return TensorRTSession(
         contents,
         described,
         source,
         trt=trt,
-        cuda=Cuda(api, device_number, context),
+        cuda=Cuda(functions.runtime, device_number, context),
         stream=None if stream is None else stream_handle(stream),
         graphs=graphs,
         spin=spin,
