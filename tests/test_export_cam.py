@@ -33,18 +33,7 @@ from tests.exports import exported
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.image import scale_cam_image
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
 ALL = tuple((method, "") for method in CAM_METHODS)
-PACKAGE = {
-    "gradcam": pytorch_grad_cam.GradCAM,
-    "hirescam": pytorch_grad_cam.HiResCAM,
-    "layercam": pytorch_grad_cam.LayerCAM,
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +53,17 @@ def assert_of_the_package(
     checkpoint: Checkpoint, result: ExportResult, images: np.ndarray, modules: dict[str, str]
 ) -> None:
     """Compare a float export's maps with those of the package; modules: by layer, what gives its activation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Here, since this import takes seconds, and only slow tests need it.
+        import pytorch_grad_cam
+        from pytorch_grad_cam.utils.image import scale_cam_image
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    packages = {
+        "gradcam": pytorch_grad_cam.GradCAM,
+        "hirescam": pytorch_grad_cam.HiResCAM,
+        "layercam": pytorch_grad_cam.LayerCAM,
+    }
     model = checkpoint.model()
     network = deploy_form(model.evaluated(), model.input, int8=False).network
     network.register_parameter("device", nn.Parameter(torch.zeros(1)))  # the package looks for one
@@ -75,7 +75,7 @@ def assert_of_the_package(
     }
     for cam in result.manifest.cams:
         module = network.get_submodule(modules[cam.layer])
-        with PACKAGE[cam.method](model=network, target_layers=[module]) as package:
+        with packages[cam.method](model=network, target_layers=[module]) as package:
             theirs = package(input_tensor=x, targets=[ClassifierOutputTarget(int(k)) for k in targets])
         # It scales twice: before and after it takes the mean of its layers, of which there is one.
         ours = scale_cam_image(scale_cam_image(found[cam.output], theirs.shape[:0:-1]))
@@ -83,6 +83,7 @@ def assert_of_the_package(
         assert theirs.std() > 0.05
 
 
+@pytest.mark.slow  # the import of the package alone takes seconds; a transcription is compared below
 def test_maps_are_those_of_the_package_grad_cam(digits_checkpoint: Checkpoint, images: np.ndarray) -> None:
     cams = tuple((method, layer) for method in CAM_METHODS for layer in ("conv2", "conv1"))
     result = exported(digits_checkpoint, int8=False, saliency=False, cams=cams)

@@ -158,6 +158,7 @@ def own_cases() -> Iterator[Any]:
             yield case
 
 
+@pytest.mark.slow  # 12 s; the rules have fast tests of their own in test_export_gradient_rules.py
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_own_cases() -> None:
     judged, wrong, not_run = collections.Counter[str](), {}, []
