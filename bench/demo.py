@@ -23,9 +23,10 @@ from bench.measure import data
 from bench.measure.statistics import measure, summarize
 from export.onnx import main as export_main
 from runtime import command
-from runtime.classifier import Classifier, softmax
+from runtime.classifier import Classifier
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME
+from runtime.prediction import softmax
 from train.__main__ import main as train_main
 
 _SHOWN = 12  # images in the picture

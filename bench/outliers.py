@@ -15,8 +15,9 @@ from bench.measure import data, record
 from bench.measure.environment import describe, environment
 from bench.networks.network import display_name
 from runtime import command
-from runtime.classifier import Classifier, softmax
+from runtime.classifier import Classifier
 from runtime.errors import OptionError
+from runtime.prediction import softmax
 from runtime.reference import in_distribution_scores
 from train.data.splits import sources_of
 from train.models import factory

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.classifier import softmax
+from runtime.prediction import softmax
 
 _BINS = 15
 _LOWEST, _HIGHEST = 0.05, 20.0

@@ -14,9 +14,10 @@ import onnx
 
 from export.probabilities import calibration, fit_temperature
 from export.sources.images import validation_images
-from runtime.classifier import MAX_BATCH, softmax
+from runtime.classifier import MAX_BATCH
 from runtime.errors import EngineError, OptionError
 from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, Manifest
+from runtime.prediction import softmax
 from runtime.reference import BINS, Reference, confidence_bins, in_distribution_scores, region_shares
 from runtime.session import Session, open_session
 from train.input_spec import InputSpec

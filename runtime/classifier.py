@@ -7,50 +7,26 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
 
 from runtime import command
-from runtime.attribution import METHODS, attribute
+from runtime.attribution import attribute
 from runtime.batching import Batching, MicroBatcher
-from runtime.errors import EngineError, ImageError, ModelError, OptionError
+from runtime.errors import EngineError, OptionError
 from runtime.explanation import Explanation, explanation
+from runtime.image_lists import is_single, singles, stacked
 from runtime.images import to_array, to_batch
-from runtime.manifest import CAM_METHODS, INPUT_NAME, TARGET_NAME, CamOutput, Manifest
+from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
+from runtime.prediction import Prediction, check_top_k, finite, prediction
 from runtime.session import Session, open_session
+from runtime.what_to_explain import choose_map, target_classes
 
 # Images in one run of the engine: large inputs are cut, so that memory stays bounded.
 MAX_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The class of one image.
-
-    Args:
-        label: name of the most probable class.
-        index: its position in the manifest's classes.
-        probability: its softmax probability, 0 to 1, at the manifest's temperature.
-        top: the k most probable classes as (label, probability), best first.
-        logits: float32 [K].
-        margin: best minus second logit, in steps of the last grid: below 1, another rounding of a single code may
-            change the class. None where the file is in float or has one class.
-    """
-
-    label: str
-    index: int
-    probability: float
-    top: tuple[tuple[str, float], ...]
-    logits: np.ndarray
-    margin: float | None = None
-
-    @property
-    def raw_probability(self) -> float:
-        """The softmax probability of the label at temperature 1."""
-        return float(softmax(self.logits)[self.index])
 
 
 class Classifier:
@@ -159,11 +135,11 @@ class Classifier:
             FileError: a file is missing or no image.
             ModelError: the model gives logits that are not finite.
         """
-        _check_top_k(top_k)
+        check_top_k(top_k)
         if not isinstance(images, (list, tuple)):
             images = to_array(images)
-        predictions = [_prediction(row, self.manifest, top_k) for row in self.logits(images)]
-        return predictions[0] if _is_single(images) else predictions
+        predictions = [prediction(row, self.manifest, top_k) for row in self.logits(images)]
+        return predictions[0] if is_single(images) else predictions
 
     def explain(
         self,
@@ -199,14 +175,14 @@ class Classifier:
             ImageError: an image has a dtype, shape or size the model cannot take.
             OptionError: no such method or class, or a number out of range.
         """
-        cam = self._cam(method, layer)
+        cam = choose_map(self.manifest, self.session.outputs, method, layer)
         method = cam.method if cam else method or "gradient"
-        images = _stacked(images) if isinstance(images, (list, tuple)) else to_array(images)
+        images = stacked(images) if isinstance(images, (list, tuple)) else to_array(images)
         batch = to_batch(images, self.manifest.input)
         found = attribute(
             functools.partial(self._map, cam.output) if cam else self._gradient,
             batch,
-            self._targets(target, len(batch)),
+            target_classes(target, len(batch), len(self.manifest.classes)),
             self.manifest.input,
             method="gradient" if cam else method,
             samples=samples,
@@ -219,7 +195,7 @@ class Classifier:
         )
         explained = explanation(
             found, images, self.manifest.classes, method,
-            single=_is_single(images), cropped=self.manifest.input.resize == "crop", size=self.manifest.input.size,
+            single=is_single(images), cropped=self.manifest.input.resize == "crop", size=self.manifest.input.size,
         )  # fmt: skip
         return replace(explained, temperature=self.manifest.temperature)
 
@@ -239,8 +215,8 @@ class Classifier:
             ImageError: it is no image that the model can take, or several.
             EngineError: the classifier is closed.
         """
-        _check_top_k(top_k)
-        (pixels,) = _singles([image])
+        check_top_k(top_k)
+        (pixels,) = singles([image])
         batch = to_batch(pixels, self.manifest.input)
         with self._lock:
             if self._closed:
@@ -250,7 +226,7 @@ class Classifier:
                 self._batcher = MicroBatcher(functools.partial(_logits, self.session), self._batching)
             batcher = self._batcher
         manifest = self.manifest
-        return batcher.submit(batch, lambda row: _prediction(finite(row[None])[0], manifest, top_k))
+        return batcher.submit(batch, lambda row: prediction(finite(row[None])[0], manifest, top_k))
 
     def warm_up(self, batch: int | Sequence[int] | None = None, *, explain: bool = False) -> None:
         """Compile and run the model on black images, so that the first frame takes no longer than the others.
@@ -277,7 +253,7 @@ class Classifier:
     def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""
         if isinstance(images, (list, tuple)):
-            batch = np.concatenate([to_batch(image, self.manifest.input) for image in _singles(images)])
+            batch = np.concatenate([to_batch(image, self.manifest.input) for image in singles(images)])
         else:
             batch = to_batch(images, self.manifest.input)
         size = self._max_batch
@@ -291,54 +267,6 @@ class Classifier:
     def _map(self, output: str, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", output))
         return finite(found["logits"]), found[output][:, None]
-
-    def _cam(self, method: str | None, layer: str | None) -> CamOutput | None:
-        """Return the class activation map that is asked for, None for a method of the input gradient.
-
-        Raises:
-            ModelError: the file does not have what the method needs.
-            OptionError: no such method or layer.
-        """
-        cams = self.manifest.cams
-        has_gradient = "gradient" in self.session.outputs
-        if method is not None and method not in (*METHODS, *CAM_METHODS):
-            raise OptionError(f"method {method!r}: expected one of {', '.join((*METHODS, *CAM_METHODS))}")
-        if method not in CAM_METHODS and (method is not None or has_gradient or not cams):
-            if layer is not None:
-                raise OptionError(f"layer {layer!r}: is for {', '.join(CAM_METHODS)}; leave it out")
-            if not has_gradient:
-                methods = ", ".join(sorted({cam.method for cam in cams}))
-                has = f"maps by {methods} alone" if cams else "classes only"
-                remedy = "with --explain gradient" if cams else "without --no-saliency"
-                raise ModelError(f"this model gives {has}; export it again {remedy} to have them explained")
-            return None
-        found = [cam for cam in cams if method in (None, cam.method)]
-        if not found:
-            has = ", ".join(sorted({cam.method for cam in cams})) or "none"
-            raise ModelError(
-                f"method {method!r}: the file has no such map (it has {has}); "
-                f"export it again with --explain {method}"
-            )
-        if layer is None:
-            return found[0]
-        for cam in found:
-            if layer == cam.layer:
-                return cam
-        raise OptionError(f"layer {layer!r}: expected one of {', '.join(cam.layer for cam in found)}")
-
-    def _targets(self, target: int | Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:
-        """Return the classes to explain, int64 [n], -1 for the predicted ones."""
-        if target is None:
-            return np.full(n, -1, np.int64)
-        try:
-            classes = np.asarray(target)
-        except ValueError:  # a ragged list
-            raise OptionError(f"target {target!r}: expected one class index, or one for each image") from None
-        known = len(self.manifest.classes)
-        fits = classes.dtype.kind in "iu" and classes.shape in ((), (n,))
-        if not fits or classes.min() < 0 or classes.max() >= known:
-            raise OptionError(f"target {target!r}: expected one class index below {known}, or one for each image")
-        return np.broadcast_to(classes.astype(np.int64), (n,)).copy()
 
     def close(self) -> None:
         """Finish what was submitted, and free the model."""
@@ -357,76 +285,5 @@ class Classifier:
         self.close()
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the probabilities float64 [..., K] of logits [..., K]."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    probabilities: np.ndarray = shifted / shifted.sum(-1, keepdims=True)
-    return probabilities
-
-
-def finite(logits: np.ndarray) -> np.ndarray:
-    """Return logits [N, K] as they are; raise ModelError where one is not finite, which no class could tell."""
-    if not np.isfinite(logits).all():
-        rows = np.flatnonzero(~np.isfinite(logits).all(-1))
-        raise ModelError(
-            f"image {rows[0]} of {len(logits)}: the model gives logits that are not finite ({len(rows)} such "
-            "images); its weights are damaged or it overflows: train or export it again"
-        )
-    return logits
-
-
 def _logits(session: Session, images: np.ndarray) -> np.ndarray:
     return session.run({INPUT_NAME: images})["logits"]
-
-
-def _check_top_k(top_k: object) -> None:
-    if not isinstance(top_k, (int, np.integer)) or top_k < 1:
-        raise OptionError(f"top_k {top_k!r}: expected a whole number from 1")
-
-
-def _prediction(logits: np.ndarray, manifest: Manifest, top_k: int) -> Prediction:
-    probabilities = softmax(logits if manifest.temperature == 1 else logits / manifest.temperature)
-    order = np.argsort(-probabilities, kind="stable")
-    top = tuple((manifest.classes[i], float(probabilities[i])) for i in order[:top_k])
-    margin = None
-    if manifest.logit_step is not None and len(order) > 1:
-        margin = float(logits[order[0]] - logits[order[1]]) / manifest.logit_step
-    return Prediction(top[0][0], int(order[0]), top[0][1], top, logits, margin)
-
-
-def _singles(images: Sequence[Any]) -> list[np.ndarray]:
-    """Return the images of a list as arrays, having checked that each is one image."""
-    if not images:
-        raise ImageError("an empty list of images, expected at least one")
-    arrays = [to_array(image) for image in images]
-    for position, array in enumerate(arrays):
-        if array.ndim == 4 and len(array) != 1:
-            raise ImageError(
-                f"element {position} of the list: a batch of shape {list(array.shape)}, expected one image; "
-                "give the batch alone, or join batches with np.concatenate"
-            )
-        if array.ndim == 3 and not _is_single(array) and len(array) != 1:
-            raise ImageError(
-                f"element {position} of the list: shape {list(array.shape)}, expected one image [H, W], [H, W, 1] "
-                "or [H, W, 3]; put the channels last"
-            )
-    return arrays
-
-
-def _stacked(images: Sequence[Any]) -> np.ndarray:
-    """Return a list of images of one size as a batch [N, H, W, C]."""
-    arrays = [array if _is_single(array) else array[0] for array in _singles(images)]  # of batches of one
-    arrays = [array[..., None] if array.ndim == 2 else array for array in arrays]
-    shapes = {array.shape for array in arrays}
-    if len(shapes) > 1:
-        raise ImageError(
-            f"images of shapes {sorted(map(list, shapes))}, expected one shape; explain them one by one"
-        )
-    return np.stack(arrays)
-
-
-def _is_single(images: np.ndarray | Sequence[Any]) -> bool:
-    if isinstance(images, (list, tuple)):
-        return False
-    images = np.asarray(images)
-    return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3))

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.classifier import Prediction
 from runtime.errors import ModelError, OptionError
 from runtime.explanation import Explanation
 from runtime.manifest import Manifest
+from runtime.prediction import Prediction
 from runtime.reference import BINS, REGIONS, confidence_bins, in_distribution_scores, region_shares
 
 # The share of validation images that score below the reference's threshold.

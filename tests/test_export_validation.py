@@ -17,9 +17,9 @@ from export.onnx import main
 from export.probabilities import calibration, fit_temperature, of_sums, sums
 from export.validation import Validated, validated
 from runtime import Classifier
-from runtime.classifier import softmax
 from runtime.errors import OptionError
 from runtime.manifest import Manifest
+from runtime.prediction import softmax
 from runtime.reference import in_distribution_scores, region_shares
 from tests.exports import exported
 from train.checkpoint import Checkpoint

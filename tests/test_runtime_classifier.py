@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import Batching, Classifier, ClearpactError, Prediction
-from runtime.classifier import MAX_BATCH, finite, softmax
+from runtime.classifier import MAX_BATCH
 from runtime.errors import EngineError, FileError, ImageError, ModelError, OptionError
+from runtime.prediction import finite, softmax
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.networks.network import Network
-from runtime.classifier import softmax
+from runtime.prediction import softmax
 
 FILLS = ("black", "grey", "mean", "random", "blur")
 TARGETS = ("predicted", "true")

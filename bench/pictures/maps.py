@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from bench.measure.data import LabelledImages
 from bench.networks.network import Network
-from runtime.classifier import MAX_BATCH, softmax
+from runtime.classifier import MAX_BATCH
 from runtime.errors import OptionError
+from runtime.prediction import softmax
 from train.figures import COLORS, save_figure
 
 SCALES = ("shared", "network")

@@ -16,7 +16,8 @@ from bench.report.page import Content, Html, Section, join, missing, paragraph, 
 from bench.report.subjects import Subject, role
 from runtime import command
 from runtime.agreement import MEASURES, spearman
-from runtime.classifier import MAX_BATCH, softmax
+from runtime.classifier import MAX_BATCH
+from runtime.prediction import softmax
 
 # The saliency drawn as brightest: single pixels above it would otherwise darken all others.
 _BRIGHT_PERCENTILE = 99.5

@@ -14,10 +14,10 @@ from deploy.batch.arrow import write_rows
 from deploy.batch.parts import Part, Settings
 from deploy.batch.reading import images_of
 from runtime import Classifier
-from runtime.classifier import softmax
 from runtime.errors import ClearpactError
 from runtime.images import to_batch
 from runtime.manifest import Manifest
+from runtime.prediction import softmax
 from runtime.reference import in_distribution_scores
 from runtime.resizing import resize_maps
 
