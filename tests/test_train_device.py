@@ -88,7 +88,24 @@ def test_every_method_gives_the_same_in_the_memory_format_of_gpus(
     assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.9
 
 
+def _depthwise() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(6, 6, 3, groups=6))
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5)])
 def test_arranging_changes_no_value(shape: tuple[int, ...]) -> None:
     images = torch.randn(shape)
-    assert torch.equal(arrange(images), images)
+    assert torch.equal(arrange(images, torch.nn.Conv2d(3, 6, 3)), images)
+    assert torch.equal(arrange(images, _depthwise()), images)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_depthwise_networks_train_in_channels_last_in_float32_alone(memory_format: torch.memory_format) -> None:
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
+    others = (
+        torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(4, 4, 3, groups=2), torch.nn.Conv2d(1, 4, 3, groups=1),
+        in_precision(_depthwise(), "bfloat16"),
+    )  # fmt: skip
+    assert arrange(images, _depthwise()).is_contiguous(memory_format=torch.channels_last)
+    for model in others:
+        assert arrange(images, model).is_contiguous()

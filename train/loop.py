@@ -169,7 +169,7 @@ def evaluate(checkpoint: Checkpoint, model: nn.Module, images: Images, labels: T
     starts = range(size * processes.rank(), len(images), size * processes.size())
     parts = (torch.arange(start, min(start + size, len(images))) for start in starts)
     for index, pixels in stream(images, parts):
-        logits = model(arrange(checkpoint.input.normalize(pixels)))
+        logits = model(arrange(checkpoint.input.normalize(pixels), model))
         correct += (logits.argmax(1) == labels[index]).sum()
     return 100 * int(processes.total(correct)) / len(images)
 
@@ -203,7 +203,7 @@ def _train_epoch(
     for step, (index, pixels) in enumerate(steps):
         set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
         target = labels[index]
-        inputs = arrange(checkpoint.input.normalize(augmentation(pixels, on_cpu)))
+        inputs = arrange(checkpoint.input.normalize(augmentation(pixels, on_cpu)), model)
         fill, mine = filling(inputs, recipe.fill, on_device), processes.part(len(index))
         inputs, target = inputs[mine], target[mine]
         terms = compute_gradients(

@@ -26,7 +26,7 @@ def step_of(images: ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> C
     checkpoint = loop.start(arch, images, quant, recipe)
     model = in_precision(place(checkpoint.training_network(), "cpu"), recipe.precision).train()
     count = min(recipe.batch_size, len(images.train_images))
-    batch = arrange(checkpoint.input.normalize(images.train_images[:count]))
+    batch = arrange(checkpoint.input.normalize(images.train_images[:count]), model)
     labels, index = images.train_labels[:count], torch.arange(count)
     optimizer, generator = new_optimizer(model, recipe), torch.Generator().manual_seed(0)
     guidance = new_guidance(recipe, len(images.train_images))
