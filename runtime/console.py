@@ -30,7 +30,7 @@ COMMANDS = {
     "inspect": ("bench.inspect", "what is in a file, and what an engine makes of it"),
     "sensitivity": ("bench.sensitivity", "what each layer costs at fewer bits"),
     "report": ("bench.report.__main__", "one page of figures of runs and files"),
-    "edge-app": ("deploy.edge_app", "the smallest app that embeds a classifier"),
+    "edge-app": ("deploy.edge_app.__main__", "the smallest app that embeds a classifier"),
     "batch": ("deploy.batch.__main__", "classify and explain images of any number"),
     "web": ("deploy.web.__main__", "a page that runs a model in a browser"),
     "sign": ("deploy.sign", "sign model files, so that a device runs no others"),

@@ -44,7 +44,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "evidence": {"measure", "peers"},
         "report": {".", "layers", "measure", "networks", "pictures"},
     },
-    "deploy": {"batch": {"."}, "web": {"."}},
+    "deploy": {"batch": {"."}, "edge_app": {"."}, "web": {"."}},
 }
 
 
