@@ -11,7 +11,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.killed")
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,11 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
-from bench.measure.record import append
 from runtime import command
 from runtime.errors import OptionError, TrainingError
-from runtime.outputs import check_outputs
 from train.choices import ARCHITECTURES, METHODS, QUANTIZED_BITS
 from train.data import names
 from train.data.splits import sources_of
@@ -56,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=40, help="of a run (default: 40)")
     parser.add_argument("--kills", type=int, default=100, help="default: 100")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     for name, least in (("images", 100), ("epochs", 2), ("kills", 1)):
         if getattr(options, name) < least:
             raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from {least}")
-    check_outputs([options.record], inputs=sources_of(options.data, options.data_root))
+    record.check(options, inputs=sources_of(options.data, options.data_root))
     # torch takes seconds to import: --help does without
     from bench.measure.kills import Kill, differences, run_killed, run_straight, tensor_count
     from train.data import datasets
@@ -102,10 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "half_written": sum(kill.half_written for kill in kills),
         "moments": [asdict(kill) for kill in kills], "environment": where,
     }  # fmt: skip
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     print(f"{options.arch}, {options.bits} bits, {options.method}, {options.images:,} images of {options.data}, "
           f"{options.epochs} epochs of {epoch_s:.1f} s, {first_s:.1f} s to the end of the first")  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 from bench.measure import record
 from bench.measure.data import HELP
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.streams import Batch, ImageStream, cores, in_parallel
+from bench.measure.streams import Batch, ImageStream, cores, in_parallel, watched
 from bench.networks.agreement import of_maps
 from bench.networks.imputation import ROAD_PERCENTS
 from bench.networks.methods import measure_methods
@@ -172,8 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = stream_for(networks, options.data, options.data_root)
     if options.images is not None:
         test = test.evenly_spaced(options.images)
+    peaks: dict[int, int] = {}
     measured, agreements = measure(
-        networks, test, fill=options.fill, canvas=options.canvas, target=options.target, workers=workers
+        networks,
+        watched(test, peaks),
+        fill=options.fill,
+        canvas=options.canvas,
+        target=options.target,
+        workers=workers,
     )
     rows = [summarize(network, found) for network, found in zip(networks, measured, strict=True)]
     where = environment()
@@ -189,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "networks": rows,
         "agreement": [{"pair": a.pair, "spearman": a.spearman, "top_overlap": a.top_overlap} for a in agreements],
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes_after_images": peaks,
         "environment": where,
     }
     if options.plot:

@@ -45,7 +45,8 @@ def test_numbers_out_of_range_are_refused(option: str) -> None:
 @pytest.mark.slow  # half a minute: a run without a kill, and seven starts
 def test_command_kills_and_records(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    main(["--data", "digits", "--arch", "cnn2", "--kills", "6", "--epochs", "4", "--record", str(path)])
+    options = ["--arch", "cnn2", "--kills", "6", "--epochs", "4"]
+    main(["--data", "digits", *options, "--record", str(path), "--allow-dirty"])
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row["kills"] == 6 == len(row["moments"])
     assert row["runs"] >= 1

@@ -140,3 +140,5 @@ def test_a_million_images_are_measured_in_less_than_a_gigabyte(
     small = random_npz(tmp_path / "small.npz", 1_000_000, (8, 8, 1))
     result = run("bench.saliency", digits_models["ort"], "--data", small)
     assert (result["n"], result["peak_memory_bytes"] < 1e9) == (1_000_000, True)
+    peaks = result["peak_memory_bytes_after_images"]
+    assert peaks["1000000"] - peaks["10000"] < 16e6

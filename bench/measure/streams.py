@@ -15,6 +15,7 @@ from typing import IO, TypeVar
 import numpy as np
 from numpy.lib import format as npy
 
+from bench.measure.environment import peak_memory_bytes
 from runtime.classifier import MAX_BATCH
 from runtime.errors import ClearpactError, FileError, OptionError
 from train.data.decoding import Decoder, worker_count
@@ -81,6 +82,28 @@ class ImageStream:
                 yield images, number[labels]
 
         return replace(self, labels=number[self.labels], read=read, classes=classes)
+
+
+def watched(test: ImageStream, peaks: dict[int, int]) -> ImageStream:
+    """Return the same images; reading them notes in `peaks`, in place, the largest size so far of this process.
+
+    In bytes, after 1,000, 2,000, 5,000, 10,000, ... images, and after the last: where memory does not grow with
+    the images, these are the same.
+    """
+
+    def read(positions: np.ndarray) -> Iterator[Batch]:
+        count = 0
+        next_count = iter(sorted(n * 10**k for n in (1, 2, 5) for k in range(3, 12)))
+        wanted = next(next_count)
+        for images, labels in test.read(positions):
+            count += len(labels)
+            yield images, labels
+            while count >= wanted:
+                peaks[wanted] = peak_memory_bytes()
+                wanted = next(next_count)
+        peaks[count] = peak_memory_bytes()
+
+    return replace(test, read=read)
 
 
 def in_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] = ()) -> ImageStream:
