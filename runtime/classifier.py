@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from runtime.image_lists import is_single, singles, stacked
 from runtime.images import to_array, to_batch
 from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
 from runtime.prediction import Prediction, check_top_k, finite, prediction
-from runtime.session import Session, open_session
+from runtime.session import PLAN_ENGINE, Session, open_session
 from runtime.what_to_explain import choose_map, target_classes
+
+if TYPE_CHECKING:
+    from runtime.engines.tensorrt.device_array import DeviceView
 
 # Images in one run of the engine: large inputs are cut, so that memory stays bounded.
 MAX_BATCH = 64
@@ -124,7 +127,9 @@ class Classifier:
         Args:
             images: uint8, one image [H, W] or [H, W, C], a batch [N, H, W, C], or a list of single images of any
                 sizes; grey or RGB (OpenCV gives BGR: turn its frames with frame[:, :, ::-1]), or PIL images.
-                Or the path of an image file. They are converted and resized to what the model takes.
+                Or the path of an image file. They are converted and resized to what the model takes. Of a plan,
+                also an array in GPU memory (`__cuda_array_interface__`) of just that size and number of channels,
+                which never comes to the host.
             top_k: how many classes `Prediction.top` lists.
 
         Returns:
@@ -136,10 +141,9 @@ class Classifier:
             ModelError: the model gives logits that are not finite.
         """
         check_top_k(top_k)
-        if not isinstance(images, (list, tuple)):
-            images = to_array(images)
-        predictions = [prediction(row, self.manifest, top_k) for row in self.logits(images)]
-        return predictions[0] if is_single(images) else predictions
+        batch, single = self._batch(images)
+        predictions = [prediction(row, self.manifest, top_k) for row in self._logits_of(batch)]
+        return predictions[0] if single else predictions
 
     def explain(
         self,
@@ -250,15 +254,27 @@ class Classifier:
             if explain:
                 self.explain(images)
 
-    def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
+    def logits(self, images: Any) -> np.ndarray:
         """Return the logits float32 [N, K] of the images that `predict` takes."""
+        batch, _ = self._batch(images)
+        return self._logits_of(batch)
+
+    def _batch(self, images: Any) -> tuple[np.ndarray | DeviceView, bool]:
+        """Return images as the batch that the model takes, and whether it is a single image."""
         if isinstance(images, (list, tuple)):
-            batch = np.concatenate([to_batch(image, self.manifest.input) for image in singles(images)])
-        else:
-            batch = to_batch(images, self.manifest.input)
-        size = self._max_batch
-        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return finite(np.concatenate([_logits(self.session, part) for part in parts]))
+            return np.concatenate([to_batch(image, self.manifest.input) for image in singles(images)]), False
+        if self.session.engine == PLAN_ENGINE and hasattr(images, "__cuda_array_interface__"):
+            from runtime.engines.tensorrt.device_array import device_batch
+
+            on_device = device_batch(images, self.manifest.input)
+            if on_device is not None:
+                return on_device
+        array = to_array(images)
+        return to_batch(array, self.manifest.input), is_single(array)
+
+    def _logits_of(self, batch: np.ndarray | DeviceView) -> np.ndarray:
+        parts = (slice(start, start + self._max_batch) for start in range(0, batch.shape[0], self._max_batch))
+        return finite(np.concatenate([_logits(self.session, batch[part]) for part in parts]))
 
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
@@ -285,5 +301,9 @@ class Classifier:
         self.close()
 
 
-def _logits(session: Session, images: np.ndarray) -> np.ndarray:
-    return session.run({INPUT_NAME: images})["logits"]
+def _logits(session: Session, images: np.ndarray | DeviceView) -> np.ndarray:
+    if isinstance(images, np.ndarray):
+        return session.run({INPUT_NAME: images})["logits"]
+    plan: Any = session  # no other takes arrays in GPU memory
+    found: np.ndarray = plan.run({INPUT_NAME: images}, to_host=True)["logits"]
+    return found

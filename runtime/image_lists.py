@@ -44,7 +44,9 @@ def stacked(images: Sequence[Any]) -> np.ndarray:
 
 def is_single(images: np.ndarray | Sequence[Any]) -> bool:
     """Return whether this is one image [H, W] or [H, W, 1 or 3], not a batch or a list."""
-    if isinstance(images, (list, tuple)):
-        return False
-    images = np.asarray(images)
-    return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3))
+    return not isinstance(images, (list, tuple)) and is_single_shape(np.asarray(images).shape)
+
+
+def is_single_shape(shape: tuple[int, ...]) -> bool:
+    """Return whether an array of this shape is one image."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))

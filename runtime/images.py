@@ -167,6 +167,13 @@ def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         return np.asarray(image)
     except Exception as error:
+        if hasattr(image, "__cuda_array_interface__"):
+            given = image.__cuda_array_interface__
+            raise ImageError(
+                f"{type(image).__name__} in GPU memory of shape {list(given['shape'])} and type "
+                f"{given['typestr']}: only a plan takes such, uint8 of its own size and channels; resize it "
+                "there, or copy it to the host"
+            ) from None
         raise ImageError(
             f"{type(image).__name__} that is no array ({_said(error)}), expected np.uint8; "
             "give images of several sizes as a list of arrays"

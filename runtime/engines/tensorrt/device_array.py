@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from runtime.engines.tensorrt.cuda import LEGACY_STREAM, stream_handle
 from runtime.engines.tensorrt.device_memory import DevicePool, Piece
 from runtime.errors import ImageError
+from runtime.image_lists import is_single_shape
+from runtime.manifest import ImageInput
 
 
 class DeviceArray:
@@ -79,6 +81,12 @@ class DeviceView:
     stream: int | None
     owner: object
 
+    def __getitem__(self, rows: slice) -> DeviceView:
+        """Return consecutive rows, of the same memory."""
+        start, stop, _ = rows.indices(self.shape[0])
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return replace(self, address=self.address + start * row_bytes, shape=(stop - start, *self.shape[1:]))
+
 
 def device_view(value: object, name: str) -> DeviceView | None:
     """Return a view of an array in GPU memory; None where `value` has no `__cuda_array_interface__`.
@@ -86,6 +94,8 @@ def device_view(value: object, name: str) -> DeviceView | None:
     Raises:
         ImageError: it is masked or not C-contiguous.
     """
+    if isinstance(value, DeviceView):
+        return value
     interface = getattr(value, "__cuda_array_interface__", None)
     if interface is None:
         return None
@@ -96,6 +106,29 @@ def device_view(value: object, name: str) -> DeviceView | None:
             f"{name}: a device array with strides {strides}, expected a C-contiguous one; copy it first"
         )
     return DeviceView(int(interface["data"][0]), shape, dtype, _written_by(value, interface), value)
+
+
+def device_batch(images: object, expected: ImageInput) -> tuple[DeviceView, bool] | None:
+    """Return images in GPU memory as the batch [N, H, W, C] that a plan takes, and whether it is a single image.
+
+    Returns:
+        None where they are not in GPU memory, or are not uint8 of the size and channels that the plan takes.
+
+    Raises:
+        ImageError: they are masked or not C-contiguous.
+    """
+    view = device_view(images, "image")
+    if view is None:
+        return None
+    shape = view.shape
+    single = is_single_shape(shape)
+    if len(shape) in (2, 3) and not (single and len(shape) == 3):
+        shape = (*shape, 1)  # grey
+    if single:
+        shape = (1, *shape)
+    if view.dtype != np.uint8 or shape[1:] != (*expected.size, expected.channels) or not shape[0]:
+        return None
+    return replace(view, shape=shape), single
 
 
 def _written_by(value: object, interface: Mapping[str, Any]) -> int | None:

@@ -103,13 +103,16 @@ class TensorRTSession:
         """The most images the plan takes at a time."""
         return next(tensor.largest[0] for tensor in self.plan.tensors if tensor.name == INPUT_NAME)
 
-    def run(self, inputs: Mapping[str, Any], outputs: tuple[str, ...] = ("logits",)) -> dict[str, Any]:
+    def run(
+        self, inputs: Mapping[str, Any], outputs: tuple[str, ...] = ("logits",), *, to_host: bool = False
+    ) -> dict[str, Any]:
         """Run the plan once; see runtime.session.Session.
 
         Args:
             inputs: by name, as numpy arrays or arrays in GPU memory; without `target`, the predicted class is
                 explained.
             outputs: names among `self.outputs`. A plan computes all it has; what is not asked for is not copied.
+            to_host: give numpy arrays also where `image` is in GPU memory.
 
         Returns:
             Numpy arrays; where `image` is in GPU memory, `DeviceArray`s.
@@ -124,7 +127,7 @@ class TensorRTSession:
                 f"{self._source}: gives no {min(unknown)} but {', '.join(self.outputs)}; build it with that output"
             )
         taken = self._inputs(inputs)
-        on_device = isinstance(taken[INPUT_NAME], DeviceView)
+        on_device = isinstance(taken[INPUT_NAME], DeviceView) and not to_host
         with self._turn, self.cuda.current():
             worker = self._workers.take(max(taken[INPUT_NAME].shape[0], self._smallest))
             try:
