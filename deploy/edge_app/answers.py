@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploy.edge_app.picture import Picture
-from runtime.classifier import Classifier, softmax
+from runtime.classifier import Classifier
 from runtime.images import to_batch
+from runtime.prediction import softmax
 from runtime.resizing import middle
 
 
