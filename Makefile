@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-browser test-ray test-arm64 web-runtime wheel tensorrt-bindings check clean
+.PHONY: help demo test test-slow test-browser test-ray test-arm64 test-cpp cpp web-runtime wheel tensorrt-bindings check clean
 
 help:
 	@echo "make demo       train, export, classify and measure on handwritten digits (about a minute)"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-slow  run the tests marked slow"
 	@echo "make web-runtime  fetch ONNX Runtime Web, which python -m deploy.web copies (needs npm)"
 	@echo "make test-ray   run the tests on a local Ray cluster"
+	@echo "make cpp        build the C++ programs of deploy/cpp into build/cpp (CMake, libstb-dev, nlohmann-json3-dev)"
+	@echo "make test-cpp   build them and compare them with runtime.Classifier"
 	@echo "make test-arm64 run the shipped networks on an emulated ARM64 (Debian, qemu-user-static)"
 	@echo "make test-browser run the tests in a browser (needs npm and Chromium)"
 	@echo "make tensorrt-bindings  fetch TensorRT's bindings 10.3, 10.16 and 11.4 and CUDA's runtime 12.6 (5 MB) for tests"
@@ -44,6 +46,17 @@ test-arm64: $(VENV)/.installed
 test-ray: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+
+# Without ONNX Runtime's headers there is no classify-ort.
+cpp: $(VENV)/.installed
+	-deploy/cpp/ort_headers.sh build/ort-headers
+	cmake -S deploy/cpp -B build/cpp -DCMAKE_INCLUDE_PATH=$(CURDIR)/build/ort-headers/usr/include \
+		-DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino.utils as u; print(u.get_cmake_path())')" \
+		-DORT_LIBRARY="$$(ls $$($(BIN)/python -c 'import onnxruntime as o; print(o.__path__[0])')/capi/libonnxruntime.so.1.*)"
+	cmake --build build/cpp --target all show-pixels
+
+test-cpp: cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cpp tests/test_deploy_cpp.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
