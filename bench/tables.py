@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.evidence import accuracy_tables as summary
+from bench.evidence import explanation_tables
 from bench.evidence import speed_tables as speed_summary
 from bench.measure import record
 from bench.measure.record import Record
@@ -34,6 +35,8 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "two-classes": summary.two_classes,
     "engines": summary.engines,
     "saliency": summary.saliency,
+    "mask-shares": explanation_tables.mask_shares,
+    "methods": explanation_tables.methods,
     "latency": speed_summary.latency,
     "against-ptq": speed_summary.against_ptq,
     "frames": speed_summary.frames,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.evidence.accuracy_tables import results, saliency, two_classes
+from bench.evidence.explanation_tables import mask_shares, methods
 from bench.evidence.published import PUBLISHED
 from bench.evidence.speed_tables import against_ptq, environment, latency
 from bench.measure import record
@@ -245,3 +246,29 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
         FileError, match=f"^{path}, line 2: expected one result of a bench command; remove the line$"
     ):
         record.read(tmp_path)
+
+
+def test_of_methods_the_last_record_of_a_data_set_counts() -> None:
+    row = {"model": "files/cifar10-8bit.onnx", "precision": "int8", "method": "gradcam:stage3.2.conv2",
+           "accuracy": 90.5, "masked_auc": 31.1, "road": 31.54, "insertion_auc": 0.757, "deletion_auc": 0.304,
+           "energy": 0.74, "pointing": None, "times_class": 1.318}  # fmt: skip
+    found = {"bench": "saliency-methods", "data": "cifar10", "n": 1200, "methods": [row]}
+    other = {**found, "data": "folder:data/cal/caltech101-128", "methods": [{**row, "method": "input_x_gradient"}]}
+    lines = methods([{**found, "methods": [row | {"road": 99.0}, row]}, other, found]).splitlines()
+    assert lines[2:] == [
+        "| cifar10 | cifar10-8bit, int8 | gradcam of stage3.2.conv2 | 1,200 | 90.5 | 31.10 | 31.5 | 0.757 | 0.304 "
+        "| 0.74 |  | 1.32 |",
+        "| caltech101-128 | cifar10-8bit, int8 | input x gradient | 1,200 | 90.5 | 31.10 | 31.5 | 0.757 | 0.304 "
+        "| 0.74 |  | 1.32 |",
+    ]
+
+
+def test_mask_shares_are_those_of_the_last_run_of_a_row() -> None:
+    masked = {"mask_percent": {"min": 20.0, "median": 47.25, "max": 71.0}}
+    found = run("mnist-cnn2-8bit-smoot", 99.4, epochs=2) | masked
+    lines = mask_shares([run("mnist-cnn2-8bit-sgt", 99), {**found, "test_accuracy": 1.0}, found]).splitlines()
+    assert (
+        lines[2]
+        == "| caltech101, resnet18, float | 19.9, 47.2, 56.7 | 95.10 | Karkehabadi et al. 2024, Table IV |"
+    )
+    assert lines[3:] == ["| mnist-cnn2-8bit-smoot | 20.0, 47.2, 71.0 | 99.40 | ours, 2 epochs |"]
