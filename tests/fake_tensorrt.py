@@ -21,7 +21,8 @@ import pytest
 from runtime.engines.tensorrt.cuda_choice import VARIABLE
 from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path, this_platform
 from runtime.manifest import ImageInput, Manifest
-from tests.fake_cuda import FakeGpu, Operation
+from tests.fake_cuda import FakeGpu
+from tests.fake_cuda_parts import Operation
 
 VERSION = "10.16.1.11"
 KERNEL_MS = 0.25

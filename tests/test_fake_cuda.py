@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from runtime.engines.tensorrt.cuda import Cuda
-from tests.fake_cuda import _PREFIXES, CUresult, FakeGpu, Operation, Violation, cudaError_t
+from tests.fake_cuda import FakeGpu
+from tests.fake_cuda_device import PREFIXES
+from tests.fake_cuda_parts import CUresult, Operation, Violation, cudaError_t
 
 
 @pytest.mark.parametrize(
@@ -53,16 +55,17 @@ def test_the_model_has_the_functions_of_cuda_bindings_with_their_arguments() -> 
     pytest.importorskip("cuda.bindings", reason="no cuda-bindings here: pip install cuda-bindings")
     from cuda.bindings import driver, runtime
 
-    modelled = [name for name in vars(FakeGpu) if name.startswith(_PREFIXES)]
+    model = {name: value for part in FakeGpu.__mro__ for name, value in vars(part).items()}
+    modelled = [name for name in model if name.startswith(PREFIXES)]
     assert len(modelled) > 32
     for name in modelled:
         real = runtime if name.startswith("cuda") else driver
         assert hasattr(real, name), name
-        if inspect.isfunction(vars(FakeGpu)[name]):
+        if inspect.isfunction(model[name]):
             documented = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
             assert documented is not None, name
             arguments = [argument for argument in documented[1].split(",") if argument.strip()]
-            assert len(arguments) == len(inspect.signature(vars(FakeGpu)[name]).parameters) - 1, name
+            assert len(arguments) == len(inspect.signature(model[name]).parameters) - 1, name
     for name in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaStreamCaptureStatus"):
         for member in vars(getattr(FakeGpu, name)):
             assert hasattr(getattr(runtime, name), member)
