@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch takes seconds to import: --help does without
     import torch
 
-    from export.own_network import values_of
     from export.sources.images import real_images
+    from export.sources.own_input import values_of
     from export.sources.torch_network import load_network
     from runtime.agreement import spearman
     from train.input_spec import InputSpec

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _CHECKPOINT, _NETWORK, _ONNX_AS_IT_IS = "a checkpoint", "a network of your own", "an ONNX file without --int8"
 _ONNX_TO_QUANTIZE = "an ONNX file"
 _NOT_OF = {
-    _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels", "keep_input"),
-    _NETWORK: ("calibrate", "qat", "pixels", "keep_input"),
-    _ONNX_TO_QUANTIZE: ("state", "calibrate", "qat", "keep_input"),
+    _CHECKPOINT: ("state", "classes", "size", "mean", "std", "pixels"),
+    _NETWORK: ("calibrate", "qat", "pixels"),
+    _ONNX_TO_QUANTIZE: ("state", "calibrate", "qat"),
     _ONNX_AS_IT_IS: (
         "calibrate",
         "state",
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _export_onnx(options)
         return
     options.bits = options.bits or 8
-    model, output, sha256 = _trained(options) if kind == _CHECKPOINT else _own(options)
+    model, output, sha256, layout = _trained(options) if kind == _CHECKPOINT else _own(options)
     int8 = options.int8 or (model.quant.bits != FLOAT_BITS and not options.fp32)
     exported = export(
         model,
@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         saliency_precision=options.saliency_precision,
         required_agreement=options.require_agreement,
         resize=options.resize,
+        float_layout=layout if options.keep_input else "",
         checkpoint_sha256=sha256,
         status=command.status,
     )
@@ -179,8 +180,8 @@ def _kind(source: str, *, quantized: bool) -> str:
     return _NETWORK if factory.is_factory(source) and not Path(source).exists() else _CHECKPOINT
 
 
-def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
-    """Return a checkpoint's network, where its export goes, and the checkpoint's sha256."""
+def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str, str]:
+    """Return a checkpoint's network, where its export goes, the checkpoint's sha256, and its image's layout."""
     from export import calibration
     from train import checkpoint as checkpoints
 
@@ -199,11 +200,11 @@ def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
     else:
         output = Path(options.output or source.with_suffix(".onnx"))
         check_outputs([output], inputs=inputs)
-    return checkpoint.model(), output, hashlib.sha256(read_bytes(source)).hexdigest()
+    return checkpoint.model(), output, hashlib.sha256(read_bytes(source)).hexdigest(), "NCHW"
 
 
-def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
-    """Return the user's own network, where its export goes, and the sha256 of its parameters' file."""
+def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str, str]:
+    """Return the user's own network, where its export goes, its parameters' sha256, and its image's layout."""
     from export import own_network
 
     source = Path(options.checkpoint)
@@ -216,9 +217,10 @@ def _own(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str]:
     output = Path(options.output or name)
     inputs = [*own_network.inputs_of(options), *([source] if is_onnx else [])]
     check_outputs([output], inputs=[*inputs, *sources_of(options.data, options.data_root)])
-    model = own_network.run(options, command.status)
+    model, layout = own_network.run(options, command.status)
     parameters = options.checkpoint if is_onnx else options.state
-    return model, output, hashlib.sha256(read_bytes(parameters)).hexdigest() if parameters else ""
+    sha256 = hashlib.sha256(read_bytes(parameters)).hexdigest() if parameters else ""
+    return model, output, sha256, layout
 
 
 def _export_onnx(options: argparse.Namespace) -> None:
@@ -258,7 +260,8 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
     own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")
     own.add_argument("--keep-input", action="store_true",
-                     help="of a .onnx file as it is: it takes normalized floats, as before")  # fmt: skip
+                     help="the file takes normalized floats, as the network did; the runtime makes "
+                          "them of pixels")  # fmt: skip
     own.add_argument("--pixels", type=int, choices=(1, 255), default=1,
                      help="of a .onnx file: it takes pixels from 0 to 1, or to 255 (default: 1)")  # fmt: skip
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")

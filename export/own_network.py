@@ -15,21 +15,16 @@ from export.calibration import CalibrationResult, calibrate_network, spec_of
 from export.reference import reference_run
 from export.sources.images import RealImages, real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from export.sources.own_input import check_kept, class_names, labelled, network_input, onnx_input
 from export.sources.torch_from_onnx import to_torch
 from export.sources.torch_network import load_network
-from runtime.errors import FileError, ModelError, OptionError
-from runtime.files import read_bytes
+from runtime.errors import ModelError, OptionError
 from runtime.manifest import INPUT_NAME
 from train.choices import FLOAT_BITS
-from train.data.names import is_folder
 from train.input_spec import InputSpec
 from train.model import Facts, QuantizedModel
 from train.quantization.tracing import copied, cut_softmax, trace
 
-# What torchvision's networks expect of RGB; pixels from 0 to 1 of grey.
-_NORMALIZATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.0,), (1.0,))}
-_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32}
-_PHOTO_SIDE = 224
 # The file is verified on so many images, of large ones on fewer: 20 of 224 x 224, 69 million codes.
 _VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 20
 _BATCH = 32
@@ -101,8 +96,11 @@ def accuracy(network: nn.Module, input_spec: InputSpec, images: Tensor, labels: 
     return 100 * (found == labels).double().mean().item()
 
 
-def run(options: argparse.Namespace, status: Callable[[str], None]) -> QuantizedModel:
+def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[QuantizedModel, str]:
     """Load, quantize and measure the network that a command line names, and print what came of it.
+
+    Returns:
+        it, and the layout of its image, "NCHW" or "NHWC".
 
     Raises:
         OptionError: --data is missing, or an option does not fit the network.
@@ -116,11 +114,13 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
         )
     is_onnx = Path(options.checkpoint).suffix == ".onnx"
     found_onnx = read_classifier(options.checkpoint, options.size) if is_onnx else None
+    layout = "NCHW"
     if found_onnx is not None:
+        layout = found_onnx.layout
         network, input_spec = _from_onnx(options, found_onnx)
     else:
         network = load_network(options.checkpoint, options.state)
-        input_spec = _input_spec(options, network)
+        input_spec = network_input(options, network)
     status("reading images ...")
     images = real_images(options.data, options.data_root, input_spec, options.samples)
     if found_onnx is not None:
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     if found is not None:
         print(f"calibrated: {found}")
     if images.labels is None:
-        return model
+        return model, layout
     status("measuring accuracy ...")
     measured = {"float": accuracy(network, input_spec, images.test, images.labels)}
     if found is not None:
@@ -162,13 +162,14 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> Quantized
     figures = ", ".join(f"{name} {value:.2f} %" for name, value in measured.items())
     print(f"accuracy on {len(images.test):,} other images of {images.name}: {figures}")
     *_, reached = measured.values()
-    return replace(model, facts=replace(model.facts, metrics={"test_accuracy": reached}))
+    return replace(model, facts=replace(model.facts, metrics={"test_accuracy": reached})), layout
 
 
 def _from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.Module, InputSpec]:
     """Return the float network of an ONNX file and how pixels become what it takes."""
     path = Path(options.checkpoint)
     input_spec = onnx_input(options, found)
+    check_kept(options, found)
     if found.size is None:
         raise OptionError(f"{path}: leaves its image's size open, expected a fixed one; give it with --size")
     try:
@@ -181,28 +182,6 @@ def difference_of(logits: np.ndarray, expected: np.ndarray) -> float:
     """Return how far logits [n, K] lie from those expected, as a share of their norm about their mean, median."""
     spread = np.linalg.norm(expected - expected.mean(1, keepdims=True), axis=1)
     return float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
-
-
-def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
-    """Return how pixels become what an ONNX file takes, as the options tell it.
-
-    Raises:
-        OptionError: they do not fit the file.
-    """
-    size = options.size or found.size
-    if size is None or (found.size is not None and size != found.size):
-        given = f"--size {size[0]}x{size[1]}" if size else "the file leaves its image's size open"
-        wanted = f"expected {found.size[0]}x{found.size[1]}" if found.size else "give it with --size"
-        raise OptionError(f"{options.checkpoint}: {given}, {wanted}")
-    if found.integers is not None:
-        if options.mean or options.std:
-            raise OptionError(f"{options.checkpoint}: takes pixels as integers; drop --mean and --std")
-        return InputSpec(
-            size, found.channels, (found.integers.mean,) * found.channels, (found.integers.std,) * found.channels
-        )
-    mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
-    std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
-    return InputSpec(size, found.channels, mean, std)
 
 
 def _check_the_same(
@@ -220,46 +199,6 @@ def _check_the_same(
             f"{path}: as a PyTorch network its logits differ by {difference:.2g} of their size from the file's "
             f"({runner}), expected {LARGEST_DIFFERENCE} at most; leave --int8 out, and report the network"
         )
-
-
-def _input_spec(options: argparse.Namespace, network: nn.Module) -> InputSpec:
-    kernels = [p for p in network.parameters() if p.ndim == 4]
-    channels = 1 if kernels and kernels[0].shape[1] == 1 else 3
-    side = _PHOTO_SIDE if is_folder(options.data) else _SIDES[options.data]
-    mean, std = _NORMALIZATION[channels]
-    mean = values_of("--mean", options.mean, channels) or mean
-    std = values_of("--std", options.std, channels) or std
-    if min(std) <= 0:
-        raise OptionError(f"--std {' '.join(map(str, std))}: expected numbers above 0")
-    return InputSpec(options.size or (side, side), channels, mean, std)
-
-
-def values_of(option: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
-    """Return one number a channel of an option that takes one or as many; none where it is not given."""
-    if not given:
-        return ()
-    if len(given) not in (1, channels):
-        raise OptionError(f"{option}: {len(given)} numbers, expected 1 or {channels}, one a channel")
-    return tuple(given) * (channels // len(given))
-
-
-def class_names(path: str | None, known: Sequence[str], count: int) -> tuple[str, ...]:
-    """Return the names in a file, one a line, or those known, if they are as many as the logits; else numbers."""
-    if path is not None:
-        text = read_bytes(path).decode(errors="replace")
-        names = tuple(line.strip() for line in text.splitlines() if line.strip())
-        if len(names) != count:
-            raise FileError(f"{path}: {len(names)} names, expected {count}, one a line, as the logits are")
-        return names
-    return tuple(known) if len(known) == count else tuple(map(str, range(count)))
-
-
-def labelled(images: RealImages, classes: Sequence[str]) -> RealImages:
-    """Return the images with labels in the order of the classes; without where they are of other classes."""
-    if images.labels is None or not set(images.classes) <= set(classes):
-        return replace(images, labels=None)
-    order = torch.tensor([classes.index(name) for name in images.classes])
-    return replace(images, labels=order[images.labels])
 
 
 def inputs_of(options: argparse.Namespace) -> list[Path]:

@@ -19,19 +19,20 @@ from export.gradient.cam import find_cams
 from export.gradient.joining import NORMALIZED, first_line, write_as_today
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.model_file import input_names, read_model
-from export.own_network import LARGEST_DIFFERENCE, class_names, difference_of, labelled, onnx_input
+from export.own_network import LARGEST_DIFFERENCE, difference_of
 from export.passes.average_exactly import average_exactly
 from export.passes.hold_signed_codes import hold_signed_codes
+from export.passes.keep_input import keep_input
 from export.passes.keep_rounding import keep_rounding
 from export.reference import reference_run
 from export.sources.images import real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
+from export.sources.own_input import check_kept, class_names, labelled, onnx_input
 from export.sources.q_operators import has_q_operators
 from export.verification.cams import CamVerification, run_cams
 from runtime.agreement import spearman
 from runtime.errors import EngineError, ModelError, OptionError
 from runtime.files import read_bytes
-from runtime.float_input import normalized
 from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, ImageInput, Manifest
 from runtime.session import ENGINES, open_session
 from train.input_spec import InputSpec
@@ -72,8 +73,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
         raise OptionError(f"--target {options.target}: expected one of {', '.join(ENGINES)} for an ONNX file")
     found = read_classifier(path, options.size)
     spec = onnx_input(options, found)
-    if options.keep_input and found.integers is not None:
-        raise OptionError(f"--keep-input: {path} takes integers, expected an image of floats; drop it")
+    check_kept(options, found)
     labels = None
     names: tuple[str, ...] = ()
     pixels = np.random.default_rng(0).integers(
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> OwnOnnx:
     exported = as_it_is(
         found, spec, names, target=options.target, saliency=options.saliency, cams=options.cams, gate=options.gate,
         arch=path.stem, sha256=hashlib.sha256(read_bytes(path)).hexdigest(), resize=options.resize or "crop",
-        keep_input=options.keep_input,
+        kept=options.keep_input,
     )  # fmt: skip
     status("verifying ...")
     original, _ = read_model(path)
@@ -118,7 +118,7 @@ def as_it_is(
     arch: str = "own",
     sha256: str = "",
     resize: str = "crop",
-    keep_input: bool = False,
+    kept: bool = False,
 ) -> OwnOnnx:
     """Return a classifier as a file of ours, not verified: its normalization, its gradient and a manifest added.
 
@@ -133,13 +133,15 @@ def as_it_is(
         arch: the network's name in the manifest.
         sha256: of the file it came from.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES.
-        keep_input: the file takes normalized floats in its own layout, as before; see runtime/float_input.py.
+        kept: the file takes normalized floats in its own layout, as before; see runtime/float_input.py.
 
     Raises:
         ModelError: an operator has no gradient, or there is no such layer.
     """
     mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
-    model = with_pixels(found, input_spec.size, mean, std, keep_input=keep_input)
+    model = with_pixels(found, input_spec.size, mean, std)
+    if kept:
+        keep_input(model, normalized=NORMALIZED, layout=found.layout)
     quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     maps = find_cams(model, cams)
     if saliency or maps:
@@ -153,7 +155,7 @@ def as_it_is(
     manifest = Manifest(
         arch=arch, precision="int8" if quantized else "fp32", target=target, input=image, classes=tuple(classes),
         checkpoint=sha256, versions={"onnx": onnx.__version__}, cams=tuple(cam.output for cam in maps),
-        float_layout=found.layout if keep_input else "",
+        float_layout=found.layout if kept else "",
     )  # fmt: skip
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
@@ -207,8 +209,7 @@ def compared(
     feeds = {INPUT_NAME: pixels}
     if explains:
         feeds[TARGET_NAME] = np.full(len(pixels), -1)
-    floats = {INPUT_NAME: normalized(pixels, exported.manifest)} if exported.manifest.float_layout else {}
-    inside = reference_run(model)[0]({**feeds, **floats})
+    inside = reference_run(model)[0](feeds)
     largest = LARGEST_OF_CODES if exported.manifest.precision == "int8" else LARGEST_DIFFERENCE
     # The file rounds its own probabilities, or sums of codes, where ours does not.
     rounds = found.gives_probabilities or has_q_operators(original)

@@ -26,6 +26,7 @@ from export.passes.average_exactly import average_exactly
 from export.passes.clip_after_pooling import clip_after_pooling
 from export.passes.hold_signed_codes import hold_signed_codes
 from export.passes.keep_float import keep_float
+from export.passes.keep_input import keep_input
 from export.passes.keep_rounding import keep_rounding
 from export.passes.move_codes import move_codes
 from export.passes.own_constants import own_constants
@@ -40,6 +41,7 @@ from export.verification.probes import probe
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, ImageInput, Manifest, read_manifest
 from runtime.onnx_bytes import without_gradient
+from runtime.session import ENGINES
 from train.checkpoint import Checkpoint
 from train.choices import FLOAT_BITS
 from train.model import QuantizedModel
@@ -85,6 +87,7 @@ def export(
     saliency_precision: str = "auto",
     required_agreement: float = -1.0,
     resize: str | None = None,
+    float_layout: str = "",
     checkpoint_sha256: str = "",
     status: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
@@ -104,6 +107,8 @@ def export(
         required_agreement: smallest mean Spearman correlation of the saliency maps with the float network's.
         resize: what the runtime does with images of another size, one of runtime.manifest.RESIZES; None: what
             the model's facts say: of a checkpoint what training did, "crop" for image folders and "bilinear" else.
+        float_layout: "NCHW" or "NHWC": the file takes normalized floats in this layout, see
+            runtime/float_input.py; "": pixels.
         checkpoint_sha256: of the file that the network came from, for the manifest.
         status: told what is being done, step by step.
 
@@ -125,6 +130,10 @@ def export(
         raise OptionError("int8 gradients of a float32 graph: they are products of int8 weights; export --int8")
     if target not in TARGETS:
         raise OptionError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
+    if float_layout and target not in ENGINES:
+        raise OptionError(
+            f"--keep-input: a plan of {target} takes pixels; drop it, or export for {' or '.join(ENGINES)}"
+        )
     if int8 and target == "tensorrt":
         _refuse_for_tensorrt(quant)
     status("exporting ...")
@@ -153,12 +162,16 @@ def export(
         model.CopyFrom(differentiated.model)
     # The exporter's shapes served the gradient; lowered, values have others.
     del model.graph.value_info[:]
-    for lower in lowerings(target, int8=int8):
+    if float_layout:
+        keep_input(model, normalized=NORMALIZED, layout=float_layout)
+    for lower in lowerings(target, int8=int8, takes_pixels=not float_layout):
         lower(model)
     prune(model.graph)  # of what lowering left without a reader
     resize = resize or trained.facts.resize
     manifest = _manifest(trained, int8=int8, target=target, resize=resize, sha256=checkpoint_sha256)
-    manifest = replace(manifest, cams=tuple(cam.output for cam in maps), logit_step=code_step(form))
+    manifest = replace(
+        manifest, cams=tuple(cam.output for cam in maps), logit_step=code_step(form), float_layout=float_layout
+    )
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.checker.check_model(model, full_check=True)
     # From here on only these bytes count: they are what is verified, last, and what is written.
@@ -196,19 +209,13 @@ def export(
     )
 
 
-def lowerings(target: str, *, int8: bool) -> list[Callable[[onnx.ModelProto], None]]:
+def lowerings(target: str, *, int8: bool, takes_pixels: bool = True) -> list[Callable[[onnx.ModelProto], None]]:
     """Return what is done to a graph, in place and in this order, for one engine."""
     if target == "openvino" and int8:
         return [average_exactly, keep_rounding, own_constants]
     if target == "ort" and int8:
-        return [
-            functools.partial(take_pixels_as_codes, normalized=NORMALIZED),
-            clip_after_pooling,
-            keep_float,
-            move_codes,
-            hold_signed_codes,
-            own_constants,
-        ]
+        codes = [functools.partial(take_pixels_as_codes, normalized=NORMALIZED)] if takes_pixels else []
+        return [*codes, clip_after_pooling, keep_float, move_codes, hold_signed_codes, own_constants]
     return [move_codes] if target == "ort" else []
 
 

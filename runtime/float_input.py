@@ -1,6 +1,6 @@
 """A model that takes normalized floats, run on pixels: the normalization is computed before the engine.
 
-Such a file keeps the input of the network that it came from (`python -m export.onnx model.onnx --keep-input`), for
+Such a file keeps the input of the network that it came from (`python -m export.onnx ... --keep-input`), for
 programs that normalize themselves. Everything here still takes pixels.
 """
 

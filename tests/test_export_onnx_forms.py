@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from PIL import Image
 
 from export.gradient.__main__ import main as differentiate
 from export.onnx import main
@@ -295,5 +296,46 @@ def test_an_image_of_floats_is_kept_and_pixels_still_go_in(layout: str, target: 
     assert gradient.shape == (6, CHANNELS, SIDE, SIDE)
     pixels = exported(path, "--mean", "0.4", "--std", "0.3", target=target)
     np.testing.assert_allclose(kept.explain(FRAMES[0]).map, pixels.explain(FRAMES[0]).map, atol=1e-5)
-    with pytest.raises(OptionError, match="--keep-input: is not for an ONNX file"):
-        main([str(path), "--keep-input", "--int8", "--data", "digits"])
+
+
+@pytest.mark.parametrize(("source", "target"), [("NCHW", "openvino"), ("NHWC", "ort"), ("PyTorch", "ort")])
+def test_a_quantized_network_keeps_its_image_of_floats_too(source: str, target: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    image, body = f"float[1,{CHANNELS},{SIDE},{SIDE}] x", BODY
+    if source == "NHWC":
+        image, body = f"float[1,{SIDE},{SIDE},{CHANNELS}] image", f"x = Transpose<perm=[0,3,1,2]>(image) {BODY}"
+    path.write_bytes(net(body, image).SerializeToString())
+    name = "tests.own_nets:colored" if source == "PyTorch" else str(path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    pixels = np.random.default_rng(2).integers(0, 256, (20, SIDE, SIDE, CHANNELS), dtype=np.uint8)
+    for i, photo in enumerate(pixels):
+        Image.fromarray(photo).save(photos / f"{i}.png")
+    options = ["--int8", "--target", target, "--size", str(SIDE), "--mean", "0.4", "--std", "0.3"]
+    made = []
+    for kept in (["--keep-input"], []):
+        output = tmp_path / f"{len(made)}.onnx"
+        main([name, *options, "--data", f"folder:{photos}", "-o", str(output), *kept])
+        made.append(Classifier(output, engine=target))
+    floating, whole = made
+    layout = "NHWC" if source == "NHWC" else "NCHW"
+    assert (floating.manifest.float_layout, floating.manifest.precision) == (layout, "int8")
+    np.testing.assert_allclose(floating.logits(FRAMES), whole.logits(FRAMES), atol=1e-5)
+    expected = whole.explain(FRAMES).map
+    np.testing.assert_allclose(floating.explain(FRAMES).map, expected, atol=1e-5 * expected.max())
+    # A program that normalizes itself runs the file alone.
+    floats = (FRAMES / np.float32(255) - np.float32(0.4)) / np.float32(0.3)
+    floats = floats if layout == "NHWC" else floats.transpose(0, 3, 1, 2)
+    ours = onnxruntime.InferenceSession((tmp_path / "0.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    assert ours.get_inputs()[0].shape == ["N", *floats.shape[1:]]
+    (logits,) = ours.run(["logits"], {"image": np.ascontiguousarray(floats), "target": np.full(6, -1)})
+    np.testing.assert_allclose(logits, floating.logits(FRAMES), atol=0.05 * np.abs(logits).max())
+
+
+def test_an_image_of_floats_is_not_kept_for_a_plan(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(
+        net(image=f"float[1,1,{SIDE},{SIDE}] g", body=f"x = Concat<axis=1>(g, g, g) {BODY}").SerializeToString()
+    )
+    with pytest.raises(OptionError, match="--keep-input: a plan of tensorrt takes pixels; drop it, or export for"):
+        main([str(path), "--keep-input", "--int8", "--data", "digits", "--target", "tensorrt"])

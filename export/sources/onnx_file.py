@@ -119,8 +119,6 @@ def with_pixels(
     size: tuple[int, int],
     mean: np.ndarray,
     std: np.ndarray,
-    *,
-    keep_input: bool = False,
 ) -> onnx.ModelProto:
     """Return the graph behind the normalization of its image: uint8 [N, H, W, C] in, `logits` [N, K] out.
 
@@ -129,7 +127,6 @@ def with_pixels(
         size: height and width of the image.
         mean: by channel, on the scale where 255 is 1.
         std: likewise; the network gets (p / 255 - mean) / std.
-        keep_input: the image is float32 in the file's own layout, normalized already.
     """
     model = onnx.ModelProto()
     model.CopyFrom(found.model)
@@ -142,7 +139,7 @@ def with_pixels(
     if source == INPUT_NAME:
         source = f"{source}/own"
         _rename(graph, found.input, source)
-    front = _kept(found) if keep_input else _normalizing(graph, mean, std)
+    front = _normalizing(graph, mean, std)
     if source == NORMALIZED:
         source = f"{source}/own"
         _rename(graph, found.input, source)
@@ -158,10 +155,8 @@ def with_pixels(
         output = "logits/own"
         _rename(graph, "logits", output)
     graph.node.append(helper.make_node("Cast", [output], ["logits"], to=TensorProto.FLOAT))
-    by_rows = [*size, found.channels]
-    shape = [found.channels, *size] if keep_input and found.layout == "NCHW" else by_rows
-    kind = TensorProto.FLOAT if keep_input else TensorProto.UINT8
-    graph.input.append(helper.make_tensor_value_info(INPUT_NAME, kind, ["N", *shape]))
+    shape: list[str | int | None] = ["N", *size, found.channels]
+    graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, shape))
     graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", found.classes]))
     return model
 
@@ -179,13 +174,6 @@ def _normalizing(graph: onnx.GraphProto, mean: np.ndarray, std: np.ndarray) -> l
         helper.make_node("Sub", ["pixels_float", "pixel_mean"], ["pixels_centred"]),
         helper.make_node("Div", ["pixels_centred", "pixel_std"], [NORMALIZED]),
     ]
-
-
-def _kept(found: OnnxClassifier) -> list[onnx.NodeProto]:
-    """Return what makes the normalized image [N, C, H, W] of the file's own image."""
-    if found.layout == "NHWC":
-        return [helper.make_node("Transpose", [INPUT_NAME], [NORMALIZED], perm=[0, 3, 1, 2])]
-    return [helper.make_node("Identity", [INPUT_NAME], [NORMALIZED])]
 
 
 def _open_batch(model: onnx.ModelProto) -> None:
