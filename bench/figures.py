@@ -2,7 +2,8 @@
 
 alpha: the clipping value of every layer over epochs. masks: the mask shares that SMOOT arrives at. maps: what
 several networks rely on in the same images. peaks: the images whose probability first rises as salient pixels go.
-gradients: box and distribution of the gradients. The curves of masked accuracy come from `bench.saliency --plot`.
+gradients: box and distribution of the gradients. methods: what explanations are worth and cost, as
+`bench.saliency --method all` recorded it. The curves of masked accuracy come from `bench.saliency --plot`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.evidence.explanation_tables import latest_methods
 from bench.measure.data import HELP, collected
+from bench.measure.record import numbered
 from bench.networks.network import display_name, find
 from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import FILLS, TARGETS
 from bench.pictures.gradients import draw_gradients, gradient_magnitudes
 from bench.pictures.maps import SCALES, draw_maps, one_of_each_class
+from bench.pictures.methods import draw_methods
 from bench.pictures.removal import LEAST_RISE, draw_peaks, find_peaks
 from runtime import command
 from runtime.errors import OptionError
@@ -43,6 +47,7 @@ EXAMPLES = """
   python -m bench.figures maps runs/plain runs/sgt runs/smoot --data mnist -o maps.png
   python -m bench.figures maps ckpt8.pt ckpt4.pt ckpt2.onnx --float --data mnist --images 6 -o bits.png
   python -m bench.figures peaks runs/plain runs/sgt --data cifar10 --images 2000 -o peaks.png
+  python -m bench.figures methods bench/results/explanations.jsonl -o methods.png
   python -m bench.figures gradients runs/plain runs/sgt runs/smoot --data mnist -o gradients.png
 """
 
@@ -58,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if options.figure in _OF_NETWORKS:
         _draw_networks(options)
+    elif options.figure == "methods":
+        _draw_methods(options)
     elif options.figure == "alpha":
         _draw_histories(options, draw_alphas, has_alphas, "no alpha: a network in float; train with --bits 8")
     else:
@@ -95,6 +102,16 @@ def _draw_networks(options: argparse.Namespace) -> None:
               f"peak at {at[1]:.0f} % of the pixels ({at[0]:.0f} to {at[2]:.0f})")  # fmt: skip
 
 
+def _draw_methods(options: argparse.Namespace) -> None:
+    found = [result for path in options.runs for _, result in numbered(Path(path))]
+    latest = latest_methods(found)
+    if not latest:
+        raise OptionError(
+            f"{', '.join(options.runs)}: no methods; record them with bench.saliency --method all --record"
+        )
+    draw_methods(list(latest.values()), Path(options.output))
+
+
 def _draw_histories(
     options: argparse.Namespace,
     draw: Callable[[Mapping[str, History], Path], object],
@@ -115,8 +132,10 @@ def _draw_histories(
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("bench.figures", "Draw the papers' figures from runs.", EXAMPLES)
-    parser.add_argument("figure", choices=("alpha", "masks", *_OF_NETWORKS), help="what to draw")
-    parser.add_argument("runs", nargs="+", metavar="run", help="run folder or ckpt.pt; of networks also .onnx")
+    parser.add_argument("figure", choices=("alpha", "masks", "methods", *_OF_NETWORKS), help="what to draw")
+    parser.add_argument(
+        "runs", nargs="+", metavar="run", help="run folder or ckpt.pt; of networks also .onnx; methods: .jsonl"
+    )
     parser.add_argument("-o", "--output", required=True, help="PNG file to write")
     maps = parser.add_argument_group("maps, peaks, gradients")
     maps.add_argument("--data", help=HELP)

@@ -227,7 +227,7 @@ def _compare_methods(options: argparse.Namespace) -> None:
     if options.plot:
         from bench.pictures.methods import draw_methods
 
-        draw_methods(rows, test.name, Path(options.plot))
+        draw_methods([result], Path(options.plot))
     if record.deliver(options, result):
         return
     print(f"{result['n']:,} images of {test.name}; the predicted class is explained; lower is better but for "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import MASKED_PERCENTS, PERCENTS
 from bench.pictures.gradients import draw_gradients, gradient_magnitudes
 from bench.pictures.maps import draw_maps, one_of_each_class
+from bench.pictures.methods import draw_methods
 from bench.pictures.removal import Peaks, draw_peaks, draw_removal_curves, find_peaks
 from runtime.errors import FileError, OptionError
 from train import checkpoint as checkpoints
@@ -228,3 +230,31 @@ def test_gradients_are_those_of_the_maps_and_every_pixel_is_counted(
     figure = draw_gradients({"a": found, "b": found[:100]}, picture, title="t")
     for patch in figure.axes[1].patches:
         assert patch.get_data().values.sum() == pytest.approx(100)  # type: ignore[attr-defined]
+
+
+def test_methods_are_drawn_a_panel_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("gradient", "layercam:stage3.2.conv2", "layercam:stage2")
+    rows = [
+        {"model": f"files/{bits}.onnx", "precision": "int8", "method": method, "road": 30.0 + n,
+         "times_class": n + 1.0}
+        for bits in ("8bit", "4bit") for n, method in enumerate(names)
+    ]  # fmt: skip
+    found = {"bench": "saliency-methods", "data": "cifar10", "n": 200, "methods": rows}
+    other = {**found, "data": "folder:data/cal/caltech101-128", "methods": rows[:2]}
+    figure = draw_methods([found, other], tmp_path / "methods.png")
+    assert is_picture(tmp_path / "methods.png")
+    assert [axes.get_title() for axes in figure.axes] == ["cifar10, 200 images", "caltech101-128, 200 images"]
+    drawn = [
+        points.get_offsets()[0].tolist() for points in figure.axes[0].collections if len(points.get_offsets())
+    ]
+    assert drawn == [[1, 30], [2, 31], [3, 32]] * 2
+    (legend,) = figure.legends
+    kinds = [text.get_text() for text in legend.get_texts()]
+    assert kinds == ["gradient", "layercam, last convolution", "layercam, earlier layer"]
+    recorded = tmp_path / "results.jsonl"
+    recorded.write_text("".join(f"{json.dumps(one)}\n" for one in (found, other)))
+    main(["methods", str(recorded), "-o", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "methods.png").read_bytes()
+    recorded.write_text('{"bench": "accuracy"}\n')
+    with pytest.raises(OptionError, match="no methods; record them with bench"):
+        main(["methods", str(recorded), "-o", str(tmp_path / "none.png")])

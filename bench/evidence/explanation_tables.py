@@ -13,11 +13,15 @@ from train.data.names import short_name
 _TABLE_IV = ("caltech101, resnet18, float", "19.9, 47.2, 56.7", "95.10", "Karkehabadi et al. 2024, Table IV")
 
 
+def latest_methods(records: Sequence[Record]) -> dict[str, Record]:
+    """Return the last record of `bench.saliency --method` of each data set, by its name."""
+    return {short_name(found["data"]): found for found in records if found["bench"] == "saliency-methods"}
+
+
 def methods(records: Sequence[Record]) -> str:
     """Return what every way to explain a file is worth and costs; of a data set the last record counts."""
-    latest = {short_name(found["data"]): found for found in records if found["bench"] == "saliency-methods"}
     rows = []
-    for data, found in latest.items():
+    for data, found in latest_methods(records).items():
         for row in found["methods"]:
             located = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("energy", "pointing")]
             rows.append([

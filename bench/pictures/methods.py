@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,29 +13,51 @@ from train.figures import COLORS, save_figure
 _MARKERS = "os^Dv*PX"
 
 
-def draw_methods(rows: Sequence[dict[str, Any]], data: str, path: Path) -> Figure:
+def draw_methods(found: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     """Draw ROAD accuracy (lower: more faithful) over the cost in times of the class, a colour a network.
 
     Args:
-        rows: of `bench.networks.methods.measure_methods`.
-        data: name of the images.
+        found: records of `bench.saliency --method`, a panel each.
         path: PNG file.
     """
-    models = list(dict.fromkeys(f"{row['model']} {row['precision']}" for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    panels = [[(row, _kind(row, one["methods"])) for row in one["methods"]] for one in found]
+    kinds = list(dict.fromkeys(kind for panel in panels for _, kind in panel))
+    markers = dict(zip(kinds, _MARKERS * len(kinds), strict=False))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for row in rows:
-            color = COLORS[models.index(f"{row['model']} {row['precision']}") % len(COLORS)]
-            marker = _MARKERS[methods.index(row["method"]) % len(_MARKERS)]
-            axes.scatter(row["times_class"], row["road"], color=color, marker=marker, s=60, alpha=0.85)
-        for number, model in enumerate(models):
-            axes.scatter([], [], color=COLORS[number % len(COLORS)], label=model)
-        for number, method in enumerate(methods):
-            axes.scatter([], [], color="0.3", marker=_MARKERS[number % len(_MARKERS)], label=method)
-        axes.set(xscale="log", xlabel="cost, times the class alone", title=f"explanations on {data}")
-        axes.set_ylabel("accuracy without the most salient pixels, % (ROAD)")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.subplots(1, len(panels), squeeze=False)
+        for axes, one, panel in zip(figure.axes, found, panels, strict=True):
+            models = list(dict.fromkeys(_network(row) for row, _ in panel))
+            colors = {model: COLORS[number % len(COLORS)] for number, model in enumerate(models)}
+            for row, kind in panel:
+                axes.scatter(row["times_class"], row["road"], color=colors[_network(row)], marker=markers[kind],
+                             s=60, alpha=0.85)  # fmt: skip
+            for model, color in colors.items():
+                axes.scatter([], [], color=color, label=model)
+            axes.set(xscale="log", xlabel="cost, times the class alone", ylim=(0, None))
+            axes.set_title(f"{one['data'].rpartition('/')[2]}, {one['n']:,} images", fontsize=10)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        figure.axes[0].set_ylabel("accuracy without the most salient pixels, % (ROAD)")
+        handles = [
+            figure.axes[0].scatter([], [], color="0.3", marker=marker, label=kind)
+            for kind, marker in markers.items()
+        ]
+        figure.legend(handles=handles, fontsize=8, loc="outside right upper")
 
-    return save_figure(draw, path, (9, 5))
+    return save_figure(draw, path, (3.6 * len(panels) + 2, 5))
+
+
+def _network(row: Mapping[str, Any]) -> str:
+    return f"{PurePath(row['model']).stem}, {row['precision']}"
+
+
+def _kind(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a name that means the same for every network: of a map of layers, the first one or another."""
+    method, _, layer = row["method"].partition(":")
+    if not layer:
+        return method.replace("_x_", " x ").replace("_", " ")
+    of_network = [
+        other["method"] for other in rows
+        if _network(other) == _network(row) and other["method"].startswith(f"{method}:")
+    ]  # fmt: skip
+    return f"{method}, {'last convolution' if row['method'] == of_network[0] else 'earlier layer'}"
