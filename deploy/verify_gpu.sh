@@ -50,6 +50,9 @@ machine() {
 machine kernel uname -a
 machine nvidia_smi nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,pcie.link.gen.current --format=csv
 machine power_mode nvpmodel -q
+machine cuda_runtime "$python" -c "from runtime.engines.tensorrt.cuda_choice import find_cuda
+cuda = find_cuda('verify_gpu')
+print(cuda.source, cuda.runtime.cudaRuntimeGetVersion()[1], cuda.runtime.cudaDriverGetVersion()[1])"
 machine packages "$python" -m pip list --format=freeze
 if [[ -r /etc/nv_tegra_release ]]; then cp /etc/nv_tegra_release "$work/jetson_linux.machine"; fi
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def test_without_a_gpu_every_step_is_recorded_with_its_error(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["model_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert "kernel" in report["machine"]
+    assert re.fullmatch(r"(cuda-bindings|\S+libcudart\S*) \d+ \d+", report["machine"]["cuda_runtime"])
     steps = report["steps"]
     assert steps["accuracy_cpu"]["status"] == 0
     assert steps["accuracy_cpu"]["result"]["bench"] == "accuracy"
