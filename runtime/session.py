@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.engines.compiled_cache import CompiledCache
+from runtime.engines.opening import Opening
 from runtime.errors import EngineError, OptionError
 from runtime.files import read_bytes
 from runtime.float_input import PixelSession
@@ -144,18 +145,15 @@ def open_session(
     chosen = engine or _installed_engine(manifest.target)
     if chosen not in ENGINES:
         raise OptionError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
-    more = {}
-    if providers is not None:
-        if chosen != "ort" or device is not None:
-            raise OptionError(
-                "providers are ONNX Runtime's, in place of a device; give engine='ort' and no device"
-            )
-        more["providers"] = providers
+    if providers is not None and (chosen != "ort" or device is not None):
+        raise OptionError("providers are ONNX Runtime's, in place of a device; give engine='ort' and no device")
     opener = _opener(chosen, *ENGINES[chosen])
     kept = None if cache is None else CompiledCache(cache)
     session: Session = opener(
-        data, manifest, source, device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs,
-        cache=kept, options=dict(options or {}), **more,
+        Opening(
+            data, manifest, source, device=(device or "cpu").lower(), threads=threads, parallel_runs=parallel_runs,
+            cache=kept, options=dict(options or {}), providers=providers,
+        )
     )  # fmt: skip
     return PixelSession(session) if manifest.float_layout else session
 

@@ -260,6 +260,11 @@ def many(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def arguments_of(model: Path, folder: Path, results: Path) -> list[str]:
+    options = ["--part", "100", "--processes", "2", "--json"]
+    return [str(model), str(folder), "-o", str(results), *options]
+
+
 def complete(results: Path, model: Path, folder: Path) -> None:
     found = rows(results)
     paths = sorted(str(path) for path in folder.iterdir())
@@ -276,17 +281,7 @@ def test_a_killed_process_loses_and_repeats_nothing_of_20000_images(
     digits_models: dict[str, Path], many: Path, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
-    arguments = [
-        str(digits_models["ort"]),
-        str(many),
-        "-o",
-        str(results),
-        "--part",
-        "100",
-        "--processes",
-        "2",
-        "--json",
-    ]
+    arguments = arguments_of(digits_models["ort"], many, results)
     killed_half_way(arguments, results, 200, lambda process: "spawn_main" in " ".join(process.cmdline()))
     complete(results, digits_models["ort"], many)
 
@@ -296,18 +291,7 @@ def test_a_killed_worker_of_ray_loses_and_repeats_nothing_of_20000_images(
     digits_models: dict[str, Path], many: Path, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
-    arguments = [
-        str(digits_models["ort"]),
-        str(many),
-        "-o",
-        str(results),
-        "--part",
-        "100",
-        "--processes",
-        "2",
-        "--json",
-    ]
-    arguments += ["--ray", "local"]
+    arguments = [*arguments_of(digits_models["ort"], many, results), "--ray", "local"]
     killed_half_way(
         arguments, results, 200, lambda process: "MapWorker" in process.name() + "".join(process.cmdline())
     )

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from runtime.engines import int16_sums
-from runtime.engines.compiled_cache import CompiledCache, cache_key, processor_features
+from runtime.engines.compiled_cache import cache_key, processor_features
+from runtime.engines.opening import Opening
 from runtime.errors import EngineError, ModelError
-from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names
 
 
@@ -61,42 +61,31 @@ class OpenVINOSession:
     engine = "openvino"
     max_batch = None
 
-    def __init__(
-        self,
-        model: bytes,
-        manifest: Manifest,
-        source: str,
-        *,
-        device: str,
-        threads: int | None,
-        parallel_runs: int,
-        cache: CompiledCache | None,
-        options: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, opening: Opening) -> None:
         self.version: str = openvino.__version__.split("-")[0]
-        self.manifest = manifest
-        self.device = device
-        self.outputs = output_names(model)
-        self._source = source
+        self.manifest = opening.manifest
+        self.device = device = opening.device
+        self.outputs = output_names(opening.model)
+        self._source = opening.source
         self._closed = False
         self._core = openvino.Core()
         self._check_device()
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **float_precision(self._core, device)}
-        if device.upper() == "CPU" and (threads is not None or parallel_runs > 1):
-            all_threads = (threads or 1) * parallel_runs
+        if device.upper() == "CPU" and (opening.threads is not None or opening.parallel_runs > 1):
+            all_threads = (opening.threads or 1) * opening.parallel_runs
             # Unpinned: two sessions of one app would be pinned to the same cores.
-            self._config |= {"INFERENCE_NUM_THREADS": all_threads, "NUM_STREAMS": parallel_runs,
+            self._config |= {"INFERENCE_NUM_THREADS": all_threads, "NUM_STREAMS": opening.parallel_runs,
                              "ENABLE_CPU_PINNING": False}  # fmt: skip
-        self._config |= options
-        self._data: bytes | None = model
+        self._config |= opening.options
+        self._data: bytes | None = opening.model
         self._model: Any = None
-        self._cache = cache if device.upper() == "CPU" else None
+        self._cache = opening.cache if device.upper() == "CPU" else None
         if self._cache is None:
             self._read()
         else:
             # All that decides what is compiled, besides batch size and outputs.
             self._key = (
-                hashlib.sha256(model).hexdigest(),
+                hashlib.sha256(opening.model).hexdigest(),
                 openvino.__version__,
                 self._core.get_property("CPU", "FULL_DEVICE_NAME"),
                 self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
@@ -107,7 +96,7 @@ class OpenVINOSession:
         # (batch size, outputs) -> what is compiled for them.
         self._variants: dict[tuple[int, tuple[str, ...]], _Variant] = {}
         self._lock = threading.Lock()
-        if options or device.upper() != "CPU":
+        if opening.options or device.upper() != "CPU":
             self._variant_for(1, ("logits",))  # what the device or the plugin refuses is refused now
 
     def run(
@@ -235,37 +224,19 @@ class _Request:
         return {name: self._request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
 
 
-def open(
-    model: bytes,
-    manifest: Manifest,
-    source: str,
-    *,
-    device: str,
-    threads: int | None,
-    parallel_runs: int = 1,
-    cache: CompiledCache | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> OpenVINOSession:
+def open(opening: Opening) -> OpenVINOSession:
     """Load a model on OpenVINO.
 
     Args:
-        model: contents of the ONNX file.
-        manifest: of the file.
-        source: its name, for messages.
-        device: "cpu", "gpu" or "npu".
-        threads: CPU threads of one inference, or None.
-        parallel_runs: runs of several threads at the same time.
-        cache: where compiled models are kept, on the CPU; the model itself is then read when one is missing there.
-        options: properties of the device, such as {"INFERENCE_PRECISION_HINT": "bf16"}, over ours.
+        opening: the model and how it runs. The device is "cpu", "gpu" or "npu"; the options are its properties,
+            such as {"INFERENCE_PRECISION_HINT": "bf16"}. The cache is used on the CPU; the model itself is then
+            read when one is missing there.
 
     Raises:
         EngineError: OpenVINO does not find the device, or does not compile the model for it with these options.
         ModelError: OpenVINO cannot read the model.
     """
-    return OpenVINOSession(
-        model, manifest, source,
-        device=device, threads=threads, parallel_runs=parallel_runs, cache=cache, options=options or {},
-    )  # fmt: skip
+    return OpenVINOSession(opening)
 
 
 def float_precision(core: Any, device: str) -> dict[str, str]:

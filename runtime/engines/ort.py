@@ -13,8 +13,8 @@ import onnxruntime
 
 from runtime.engines.compiled_cache import CompiledCache
 from runtime.engines.int16_sums import adds_in_int16
+from runtime.engines.opening import Opening
 from runtime.errors import EngineError, ModelError, OptionError
-from runtime.manifest import Manifest
 from runtime.onnx_bytes import output_names, with_outputs
 
 _PROVIDERS = {
@@ -35,32 +35,21 @@ class ORTSession:
     engine = "ort"
     max_batch = None
 
-    def __init__(
-        self,
-        model: bytes,
-        manifest: Manifest,
-        source: str,
-        *,
-        device: str,
-        threads: int | None,
-        cache: CompiledCache | None = None,
-        options: Mapping[str, Any] | None = None,
-        providers: Sequence[Any] | None = None,
-    ) -> None:
+    def __init__(self, opening: Opening) -> None:
         self.version: str = onnxruntime.__version__
-        self.manifest = manifest
-        self.device = device
-        self.outputs = output_names(model)
+        self.manifest = opening.manifest
+        self.device = opening.device
+        self.outputs = output_names(opening.model)
         # The gradient and its map cost the same: one session gives both.
         self._by_gradient = tuple(name for name in self.outputs if name in _OF_GRADIENT)
-        self._source = source
+        self._source = opening.source
         self._providers = (
-            _device_providers(device, manifest.precision, cache, dict(options or {}))
-            if providers is None
-            else _named(providers)
+            _device_providers(self.device, self.manifest.precision, opening.cache, dict(opening.options))
+            if opening.providers is None
+            else _named(opening.providers)
         )
         self._provider = self._providers[0][0]
-        if providers is not None:
+        if opening.providers is not None:
             self.device = next((name for name, p in _PROVIDERS.items() if p == self._provider), self._provider)
         if self._provider != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             # The CUDA libraries that pip installs, which the system's loader does not search; from 1.21 on.
@@ -71,10 +60,10 @@ class ORTSession:
         self._options.log_severity_level = 3  # errors; its warnings are for graph authors
         if adds_in_int16():  # weights become u8 then, whose products are added in 32 bits
             self._options.add_session_config_entry("session.x64quantprecision", "1")
-        if threads is not None:
-            self._options.intra_op_num_threads = threads
+        if opening.threads is not None:
+            self._options.intra_op_num_threads = opening.threads
             self._options.inter_op_num_threads = 1
-        self._model: bytes | None = model
+        self._model: bytes | None = opening.model
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, ...], Any] = {}
         self._session_of(("logits",))
@@ -128,41 +117,21 @@ class ORTSession:
         return session
 
 
-def open(
-    model: bytes,
-    manifest: Manifest,
-    source: str,
-    *,
-    device: str,
-    threads: int | None,
-    parallel_runs: int = 1,
-    cache: CompiledCache | None = None,
-    options: Mapping[str, Any] | None = None,
-    providers: Sequence[Any] | None = None,
-) -> ORTSession:
+def open(opening: Opening) -> ORTSession:
     """Load a model on ONNX Runtime.
 
     Args:
-        model: contents of the ONNX file.
-        manifest: of the file.
-        source: its name, for messages.
-        device: "cpu", "cuda" or "tensorrt"; "cuda:1" is the second GPU.
-        threads: CPU threads of one inference, or None.
-        parallel_runs: not used: runs of several threads are parallel.
-        cache: where TensorRT's engines are kept, which take minutes to build; not used on the CPU: ResNet-20's
-            session opens in 13 ms, and from its serialized optimized form in 6.
-        options: of the device's provider, by ONNX Runtime's names, over ours.
-        providers: names or (name, options) in place of a device, the first that takes an operator runs it.
+        opening: the model and how it runs. The device is "cpu", "cuda" or "tensorrt"; "cuda:1" is the second GPU.
+            Runs of several threads are parallel, whatever `parallel_runs` says. The cache keeps TensorRT's
+            engines, which take minutes to build; it is not used on the CPU: ResNet-20's session opens in 13 ms,
+            and from its serialized optimized form in 6.
 
     Raises:
         EngineError: this build of ONNX Runtime has no such device, or cannot start it with these options.
         ModelError: ONNX Runtime cannot load the model.
         OptionError: `providers` is no list of names, or the device has no such options.
     """
-    return ORTSession(
-        model, manifest, source,
-        device=device, threads=threads, cache=cache, options=options, providers=providers,
-    )  # fmt: skip
+    return ORTSession(opening)
 
 
 def _device_providers(
