@@ -35,8 +35,9 @@ from export.passes.take_pixels_as_codes import take_pixels_as_codes
 from export.verification.agreement import ExportAgreement, GradientGraph, differentiate, export_agreement
 from export.verification.cams import CamVerification, verify_cams
 from export.verification.engine_run import EngineRun, run_on_engine
-from export.verification.forward import MAX_TIED_SHARE, Verification, code_step, verify
+from export.verification.forward import MAX_TIED_SHARE, Verification, verify
 from export.verification.gradient import GradientVerification, verify_gradient
+from export.verification.last_layer import code_step
 from export.verification.probes import probe
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import METADATA_KEY, ImageInput, Manifest, read_manifest

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.verification.forward import TIE_STEPS, _in_float64, check_ties, nearly_tied, run_layer_by_layer
+from export.verification.forward import _in_float64, run_layer_by_layer
+from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
 from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
 

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from export.gradient.cam import Cam
 from export.reference import reference_run
-from export.verification.gradient import LARGEST_ERROR, on_codes
+from export.verification.gradient import check_error, explained_samples, on_codes
 from export.verification.probes import ProbedGraph
 from runtime.errors import EngineError, ModelError
-from runtime.manifest import INPUT_NAME, TARGET_NAME, CamOutput
+from runtime.manifest import INPUT_NAME, CamOutput
 from runtime.session import ENGINES, Session, open_session
 from train.model import QuantizedModel
 
 # Of the map's norm, median of the images: by so much an engine that rounds otherwise may move it.
 LARGEST_DIFFERENCE = 0.5
-_IMAGES = 16
 _SECONDS, _MOST_TURNS, _WARM_UPS = 0.5, 200, 3
 
 
@@ -89,11 +88,7 @@ def verify_cams(
     Raises:
         ModelError: a map is another one.
     """
-    images = model.samples[:_IMAGES]
-    x = model.input.normalize(images).requires_grad_()
-    labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
-    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    feeds = {INPUT_NAME: pixels, TARGET_NAME: labels.numpy()}
+    x, labels, feeds = explained_samples(network, model)
     found = probed.run(feeds)
     values = reference_run(written, [cam.activation for cam in cams])[0](feeds)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
@@ -108,15 +103,11 @@ def verify_cams(
         error = None
         if cam.activation in layers:
             error = difference(found[cam.output.output], transcribed(cam.output.method, *layers[cam.activation]))
-            if not error <= LARGEST_ERROR[int8]:
-                raise ModelError(
-                    f"{cam.output.output}: differs from autograd's by {error:.2g} of its norm, expected "
-                    f"{LARGEST_ERROR[int8]} at most; the export is not exact"
-                )
+            check_error(cam.output.output, error, int8=int8)
         errors.append(error)
     on_engine = run_cams(data, target, [cam.output for cam in cams], feeds, found)
     return tuple(
-        CamVerification(cam.output, len(images), error, *run) for cam, error, run in zip(cams, errors, on_engine,
+        CamVerification(cam.output, len(x), error, *run) for cam, error, run in zip(cams, errors, on_engine,
                                                                                         strict=True)
     )  # fmt: skip
 

@@ -23,17 +23,16 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from export.deploy_form import DeployForm, FoldedLayer, FoldedQuantizer, folded_layers
+from export.deploy_form import DeployForm, folded_layers
 from export.operators import along
+from export.verification.last_layer import logit_step
 from export.verification.probes import probe
+from export.verification.ties import check_ties, largest_tied_share, nearly_tied
 from runtime.errors import ModelError
 from train.input_spec import InputSpec
 from train.quantization.quantize import weight_quantizer
 from train.quantization.quantizers import PACT, InputQuantizer
 
-# How far from the border between two codes, in steps, float32 may take a sum for one on the other side. Of the
-# codes that differed in ResNet-18, MobileNetV2 and DeiT-tiny, fresh from `quantize`, the farthest was at 5e-5.
-TIE_STEPS = 2.0**-10
 MAX_LOGIT_STEPS = 1.0
 # Running freely, one code that differs changes all that follows: of the images with such a code, this share of all
 # images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
@@ -125,7 +124,7 @@ def verify(
         with torch.no_grad():
             free.append(network(x))
     ours, of_codes, trained, flips = (torch.cat(parts) for parts in (logits, same_codes, free, flipped))
-    steps = float(((ours - of_codes).abs() / _logit_step(form, of_codes)).max())
+    steps = float(((ours - of_codes).abs() / logit_step(form, of_codes)).max())
     if not steps <= MAX_LOGIT_STEPS:
         raise ModelError(
             f"logits: differ from the trained network's by up to {steps:.1f} steps of the last layer, expected "
@@ -246,83 +245,3 @@ def run_layer_by_layer(
         for handle in handles:
             handle.remove()
     return given, logits
-
-
-def check_ties(difference: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
-    """Refuse codes that differ where no tie explains it.
-
-    Args:
-        difference: by quantizer, how far each code is from the trained network's.
-        exact: the values they were rounded from, in steps, computed in float64.
-
-    Raises:
-        ModelError: a code differs by more than one, or where its value is not on the border between two codes.
-    """
-    for name, steps in difference.items():
-        tied = _tied(exact[name])
-        wrong = int(((steps > 1) | ((steps > 0) & ~tied)).sum())
-        if wrong:
-            raise ModelError(
-                f"activation {name}: {wrong} of {steps.numel()} codes differ from the trained network's, by up to "
-                f"{int(steps.max())}, where no rounding explains it; the export is not exact"
-            )
-
-
-def largest_tied_share(network: nn.Module, exact: Mapping[str, Tensor]) -> float:
-    """Return which share of a quantizer's values lies at ties, of that quantizer which has most.
-
-    Args:
-        network: the trained network.
-        exact: by quantizer, the values that it rounds, in steps, computed in float64; clipped ones do not count.
-    """
-    shares = [0.0]
-    for name, values in exact.items():
-        quantizer = network.get_submodule(name)
-        assert isinstance(quantizer, PACT | InputQuantizer)
-        inside = values[(values > quantizer.qmin - 1) & (values < quantizer.qmax + 1) & (values != 0)]
-        if len(inside):
-            shares.append(float(_tied(inside).double().mean()))
-    return max(shares)
-
-
-def _tied(values: Tensor) -> Tensor:
-    """Return which values, in steps, lie at the border between two codes."""
-    return (values - values.floor() - 0.5).abs() < TIE_STEPS
-
-
-def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:
-    """Return of which images [n] the two best logits lie closer than rounding moves logits: bool."""
-    moved = (trained - in_float64).abs().max()
-    best = trained.topk(2, dim=1).values
-    return best[:, 0] - best[:, 1] <= 2 * moved
-
-
-def code_step(form: DeployForm) -> float | None:
-    """Return the most by which one code before the last layer moves the gap of two logits; None in float."""
-    last, input_scale = _last_layer(form)
-    if last.scale is None or last.codes is None or input_scale is None:
-        return None
-    weight = last.codes.double().flatten(1) * last.scale.double().reshape(-1, 1)
-    return float((weight.amax(0) - weight.amin(0)).max() * input_scale) or None
-
-
-def _last_layer(form: DeployForm) -> tuple[FoldedLayer, Tensor | None]:
-    """Return the last layer and the scale of its input's grid, None where it has none."""
-    name, last = list(folded_layers(form).items())[-1]
-    graph: Any = form.network.graph
-    nodes = list(graph.nodes)
-    before = nodes[: next(i for i, node in enumerate(nodes) if node.target == name)]
-    modules = dict(form.network.named_modules())
-    called = [modules[str(node.target)] for node in before if node.op == "call_module"]
-    scales = [module.scale for module in called if isinstance(module, FoldedQuantizer) and module.rounds]
-    return last, scales[-1] if scales else None
-
-
-def _logit_step(form: DeployForm, logits: Tensor) -> Tensor:
-    """Return the value of an accumulator step of the last layer, [K] or []; in float, 1e-4 of a large logit."""
-    last, input_scale = _last_layer(form)
-    if last.scale is None or input_scale is None:
-        return 1e-4 * logits.abs().max().clamp_min(1)
-    steps = input_scale * last.scale
-    # What comes after it may have other channels.
-    return steps if steps.numel() == logits.shape[1] else steps.max()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from export.verification.probes import ProbedGraph
 from runtime.errors import ModelError
+from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
 from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
 
@@ -57,22 +59,38 @@ def verify_gradient(
     Raises:
         ModelError: the gradient is another one.
     """
-    images = model.samples[:_IMAGES]
-    x = model.input.normalize(images).requires_grad_()
-    labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
-    feeds = {"image": images.permute(0, 2, 3, 1).contiguous().numpy(), "target": labels.numpy()}
+    x, labels, feeds = explained_samples(network, model)
     found = probed.run(feeds)
     with on_codes(network, probed.codes(found), gate):
         (expected,) = torch.autograd.grad(network(x).gather(1, labels.unsqueeze(1)).sum(), x)
     difference = (torch.from_numpy(found["gradient"]) - expected).flatten(1).norm(dim=1)
     size = expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     error = float((difference / size).median())
+    check_error("gradient", error, int8=int8)
+    return GradientVerification(len(x), error)
+
+
+def explained_samples(network: nn.Module, model: QuantizedModel) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
+    """Return some of a model's samples with their classes, for the network and for its graph.
+
+    Returns:
+        Normalized images float32 [n, C, H, W], whose gradient autograd computes; their true classes int64 [n], or
+        those that the network predicts where they are not known; the inputs of the graph.
+    """
+    images = model.samples[:_IMAGES]
+    x = model.input.normalize(images).requires_grad_()
+    labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    return x, labels, {INPUT_NAME: pixels, TARGET_NAME: labels.numpy()}
+
+
+def check_error(name: str, error: float, *, int8: bool) -> None:
+    """Raise ModelError where an output differs from autograd's by more than rounding and int8 gradients do."""
     if not error <= LARGEST_ERROR[int8]:
         raise ModelError(
-            f"gradient: differs from autograd's by {error:.2g} of its norm, expected {LARGEST_ERROR[int8]} at "
-            "most; the export is not exact"
+            f"{name}: differs from autograd's by {error:.2g} of its norm, expected {LARGEST_ERROR[int8]} at most; "
+            "the export is not exact"
         )
-    return GradientVerification(len(images), error)
 
 
 @contextlib.contextmanager
