@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _check_stage(stage: str) -> None:
     """Refuse to run a user's own train.py or export.py in the place of a stage."""
     spec = importlib.util.find_spec(stage)  # which runs nothing of it
-    found = Path(spec.origin if spec is not None and spec.origin else stage)
+    if spec is None:
+        raise OptionError(f"{stage}: this installation leaves it out; install the whole wheel with its extra")
+    found = Path(spec.origin or stage)
     if found.resolve() != Path(__file__).resolve().parents[1] / stage / "__init__.py":
         raise OptionError(f"{stage}: {found} stands in the place of ours; rename it, or start from another folder")
 

@@ -29,7 +29,7 @@ class LivePictures:
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "JPEG", quality=95)
             files.append(file.getvalue())
-        self.stopped = threading.Event()
+        self.stopped, self.silent = threading.Event(), threading.Event()
         self.viewers = 0
         live = self
 
@@ -43,6 +43,8 @@ class LivePictures:
                     for file in itertools.cycle(files):
                         if live.stopped.is_set():
                             break
+                        if live.silent.is_set():  # the connection stays
+                            live.stopped.wait()
                         head = f"--next\r\nContent-Type: image/jpeg\r\nContent-Length: {len(file)}\r\n\r\n"
                         self.wfile.write(head.encode() + file + b"\r\n")
                         time.sleep(1 / frames_per_s)

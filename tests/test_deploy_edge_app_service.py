@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from deploy.edge_app.__main__ import main
 from deploy.edge_app.service import notify, watchdog_s
 from deploy.edge_app.times import FrameTimes
 from runtime.errors import FileError, OptionError
+from tests.live_pictures import LivePictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +43,10 @@ def frames(tmp_path: Path) -> Path:
     for n in range(3):
         Image.fromarray(np.full((8, 8), 40 * n, np.uint8)).save(folder / f"{n}.png")
     return folder
+
+
+def receive(manager: socket.socket, count: int) -> list[bytes]:
+    return [manager.recv(1000) for _ in range(count)]
 
 
 def test_a_message_arrives_as_one_datagram(manager: socket.socket) -> None:
@@ -76,28 +82,50 @@ def test_the_watchdog_is_for_this_process_only(environment: dict[str, str], expe
 
 
 def test_a_service_is_ready_after_its_first_frame_and_then_gives_signs_of_life(
-    digits_models: dict[str, Path], frames: Path, tmp_path: Path, manager: socket.socket
+    digits_models: dict[str, Path], tmp_path: Path, manager: socket.socket
 ) -> None:
-    """A real process, whose frames do not end: a folder of many links."""
-    for n in range(20000):
-        (frames / f"more{n}.png").symlink_to("0.png")
-    app = subprocess.Popen(
-        [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), str(frames), "--threads", "1",
-         "--report", "60", "--health", str(tmp_path / "run" / "health.json")],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
-    )  # fmt: skip
-    assert manager.recv(1000) == b"READY=1"
-    told = [manager.recv(1000).decode() for _ in range(3)]
-    assert all(message.startswith("WATCHDOG=1\nSTATUS=") for message in told)
-    assert "frames/s, 0 dropped" in told[-1]
-    app.send_signal(signal.SIGTERM)
-    app.communicate(timeout=60)
+    pytest.importorskip("cv2", reason="no OpenCV here: pip install 'clearpact[camera]'")
+    with LivePictures([np.zeros((64, 64, 3), np.uint8)]) as source:
+        app = subprocess.Popen(
+            [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), "--video", source.address,
+             "--threads", "1", "--report", "60", "--health", str(tmp_path / "run" / "health.json")],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
+        )  # fmt: skip
+        assert manager.recv(1000) == b"READY=1"
+        told = [message.decode() for message in receive(manager, 3)]
+        assert all(message.startswith("WATCHDOG=1\nSTATUS=") for message in told)
+        assert re.search(r"STATUS=\S+, [\d.]+ frames/s, \d+ dropped$", told[-1])
+        app.send_signal(signal.SIGTERM)
+        assert app.wait(30) == 143
     while not (last := manager.recv(1000).decode()).startswith("STOPPING"):
         assert last.startswith("WATCHDOG=1\n")
     report = json.loads((tmp_path / "run" / "health.json").read_text())
-    assert (report["state"], report["frames"] > 3, report["dropped"]) == ("ended", True, 0)
+    assert (report["state"], report["frames"] >= 1) == ("ended", True)
     assert report["engine"].startswith("ort ")
+
+
+def test_a_source_that_hangs_is_silence(
+    digits_models: dict[str, Path], tmp_path: Path, manager: socket.socket
+) -> None:
+    """Then systemd starts the app again; a timer that says "alive" would hide it."""
+    pytest.importorskip("cv2", reason="no OpenCV here: pip install 'clearpact[camera]'")
+    with LivePictures([np.zeros((64, 64, 3), np.uint8)]) as source:
+        app = subprocess.Popen(
+            [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), "--video", source.address,
+             "--timeout", "60"],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
+        )  # fmt: skip
+        assert manager.recv(1000) == b"READY=1"
+        assert all(message.startswith(b"WATCHDOG=1\n") for message in receive(manager, 3))
+        source.silent.set()
+        manager.settimeout(1.0)  # of signs of life that come every 0.1 s
+        with pytest.raises(TimeoutError):
+            receive(manager, 20)
+        assert app.poll() is None
+        app.kill()
+        app.wait()
 
 
 def test_the_health_file_tells_what_the_app_last_saw(

@@ -50,6 +50,12 @@ def test_a_users_own_files_are_not_run(tmp_path: Path) -> None:
         assert done.stdout.startswith("usage: python -m ")
 
 
+def test_a_stage_that_a_slim_image_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"^export: this installation leaves it out; install the whole wheel"):
+        console.main(["export", "ckpt.pt"])
+
+
 def test_a_file_in_the_place_of_a_stage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deploy.py").write_text("raise SystemExit('run')")
     monkeypatch.syspath_prepend(tmp_path)
