@@ -19,7 +19,7 @@ from runtime.batching import Batching, MicroBatcher
 from runtime.errors import EngineError, OptionError
 from runtime.explanation import Explanation, explanation
 from runtime.image_lists import is_single, singles, stacked
-from runtime.images import to_array, to_batch
+from runtime.images import gpu_interface, to_array, to_batch
 from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
 from runtime.prediction import Prediction, check_top_k, finite, prediction
 from runtime.session import PLAN_ENGINE, Session, open_session
@@ -263,7 +263,7 @@ class Classifier:
         """Return images as the batch that the model takes, and whether it is a single image."""
         if isinstance(images, (list, tuple)):
             return np.concatenate([to_batch(image, self.manifest.input) for image in singles(images)]), False
-        if self.session.engine == PLAN_ENGINE and hasattr(images, "__cuda_array_interface__"):
+        if self.session.engine == PLAN_ENGINE and gpu_interface(images) is not None:
             from runtime.engines.tensorrt.device_array import device_batch
 
             on_device = device_batch(images, self.manifest.input)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,8 @@ def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         return np.asarray(image)
     except Exception as error:
-        if hasattr(image, "__cuda_array_interface__"):
-            given = image.__cuda_array_interface__
+        given = gpu_interface(image)
+        if given is not None:
             raise ImageError(
                 f"{type(image).__name__} in GPU memory of shape {list(given['shape'])} and type "
                 f"{given['typestr']}: only a plan takes such, uint8 of its own size and channels; resize it "
@@ -178,6 +178,15 @@ def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             f"{type(image).__name__} that is no array ({_said(error)}), expected np.uint8; "
             "give images of several sizes as a list of arrays"
         ) from None
+
+
+def gpu_interface(image: Any) -> Mapping[str, Any] | None:
+    """Return what an array in GPU memory says of itself (`__cuda_array_interface__`); None where it is none."""
+    try:
+        found: Mapping[str, Any] | None = getattr(image, "__cuda_array_interface__", None)
+    except Exception:  # PyTorch, of a tensor that requires its gradient
+        return None
+    return found
 
 
 def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:

@@ -87,6 +87,27 @@ def test_what_the_plan_does_not_take_is_one_line(gpu: FakeGpu, tmp_path: Path) -
         gpu.cudaFree(turned.__cuda_array_interface__["data"][0])
 
 
+class RequiresGradient(Unreadable):
+    """A tensor of PyTorch whose gradient is wanted: it refuses to be an array of others."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        raise RuntimeError("Use var.detach()")
+
+
+def test_an_array_that_refuses_to_be_read_is_one_line(gpu: FakeGpu, plan: Path) -> None:
+    with Classifier(plan) as classifier:
+        with pytest.raises(ImageError, match=r"^RequiresGradient that is no array \(Implicit conversion"):
+            classifier.predict(RequiresGradient())
+        with pytest.raises(
+            ImageError, match=r"^image: a device array that cannot be taken \(Use var\.detach\(\)\)$"
+        ):
+            classifier.session.run({"image": RequiresGradient()})
+
+
 @pytest.mark.parametrize(
     ("shape", "channels", "taken"),
     [

@@ -92,11 +92,14 @@ def device_view(value: object, name: str) -> DeviceView | None:
     """Return a view of an array in GPU memory; None where `value` has no `__cuda_array_interface__`.
 
     Raises:
-        ImageError: it is masked or not C-contiguous.
+        ImageError: it is masked or not C-contiguous, or refuses to be read.
     """
     if isinstance(value, DeviceView):
         return value
-    interface = getattr(value, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(value, "__cuda_array_interface__", None)
+    except Exception as error:  # PyTorch, of a tensor that requires its gradient
+        raise ImageError(f"{name}: a device array that cannot be taken ({error})") from None
     if interface is None:
         return None
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
