@@ -9,82 +9,26 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.browser")
 
-import contextlib
-import functools
-import http.server
 import json
-import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bench.measure import record
+from bench.measure.chromium import RUNS, milliseconds, opened
 from bench.measure.environment import describe, environment
 from bench.measure.statistics import ratio, summarize
 from runtime import command
-from runtime.errors import EngineError, FileError, OptionError
+from runtime.errors import FileError, OptionError
 from runtime.session import open_session
 
 EXAMPLES = """
   python -m deploy.web model.onnx -o page && python -m bench.browser page
   python -m bench.browser page --record bench/results/cpu.jsonl
 """
-
-_RUNS = 8  # of one sample
-_OPEN = """async () => {
-  const { openModel } = await import("./model.js");
-  const described = await (await fetch("model.json")).json();
-  globalThis.opened = await openModel(described, "wasm");
-  await globalThis.opened.warmUp();
-}"""
-_SAMPLE = """async ([image, explain, runs]) => {
-  const pixels = Uint8Array.from(image);
-  const run = () => (explain ? globalThis.opened.explain(pixels, -1) : globalThis.opened.classify(pixels));
-  await run();
-  const began = performance.now();
-  for (let index = 0; index < runs; index += 1) await run();
-  return (performance.now() - began) / runs;
-}"""
-
-
-class _Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Any]:
-    """Give the page in a Chromium, its model open on one thread of WebAssembly.
-
-    Raises:
-        OptionError: Playwright is not installed.
-        EngineError: there is no Chromium.
-    """
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise OptionError("driving a browser needs Playwright; pip install 'clearpact[browser]'") from None
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        raise EngineError("no Chromium in PATH; apt-get install chromium")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_context(bypass_csp=True).new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/icon.svg")
-            page.evaluate(_OPEN)
-            yield page
-            browser.close()
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,16 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         version = page.context.browser.version
         for _ in command.progress(range(options.rounds), label="measuring"):
             for kind, outputs in kinds.items():
-                taken = page.evaluate(_SAMPLE, [image.ravel().tolist(), len(outputs) > 1, _RUNS])
-                samples[f"{kind}, browser"].append(taken)
+                samples[f"{kind}, browser"].append(milliseconds(page, image, explain=len(outputs) > 1))
                 given: dict[str, np.ndarray] = {"image": image}
                 if len(outputs) > 1:
                     given["target"] = target
                 session.run(given, outputs)
                 began = time.perf_counter()
-                for _ in range(_RUNS):
+                for _ in range(RUNS):
                     session.run(given, outputs)
-                samples[f"{kind}, native"].append(1000 * (time.perf_counter() - began) / _RUNS)
+                samples[f"{kind}, native"].append(1000 * (time.perf_counter() - began) / RUNS)
     times = {name: np.array(each) for name, each in samples.items()}
     where = environment()
     ratios = {kind: ratio(times[f"{kind}, browser"], times[f"{kind}, native"]) for kind in kinds}

@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     answer = "map" if options.explain else "class"
     print(f"{options.model}, one picture to its {answer} on {manifest.target}; medians of {options.starts} "
           "processes each, in turns")  # fmt: skip
-XX
-        print(f"{name:8}{np.median(each):8.0f} ms{np.median(peaks[name]) / 1e6:8.0f} MB at the most")
+    for name, walls in times.items():
+        print(f"{name:8}{np.median(walls):8.0f} ms{np.median(peaks[name]) / 1e6:8.0f} MB at the most")
     wall = ratio(times[PYTHON], times[NATIVE])
     print(f"Python takes {wall.median:.1f} times as long ({wall.low:.1f} .. {wall.high:.1f})")
     print(describe(where))

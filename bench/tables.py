@@ -1,4 +1,4 @@
-"""`python -m bench.tables`: write the tables of docs/results.md anew from the recorded results.
+"""`python -m bench.tables`: write the tables of the README and of docs/ anew from the recorded results.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from bench.evidence import accuracy_tables as summary
 from bench.evidence import explanation_tables
 from bench.evidence import speed_tables as speed_summary
+from bench.evidence import target_tables
 from bench.measure import record
 from bench.measure.record import Record
 from runtime import command
@@ -22,6 +23,7 @@ from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md", "docs/embed.md")
 STALE = 1
 
 EXAMPLES = """
@@ -43,6 +45,9 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "startup": speed_summary.startup,
     "arm64": speed_summary.arm64,
     "training-step": speed_summary.training_step,
+    "targets": target_tables.targets,
+    "million": target_tables.million,
+    "native-start": target_tables.native_start,
 }
 
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -81,20 +86,23 @@ def rewritten(text: str, records: Sequence[Record], source: str) -> tuple[str, l
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the tables that are stale and name them, or only name them."""
     parser = command.parser("bench.tables", "Write the tables of results anew from the records.", EXAMPLES)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="default: docs/results.md")
+    parser.add_argument("--page", type=Path, action="append", default=[],
+                        help="may be repeated (default: README.md, docs/results.md, docs/embed.md)")  # fmt: skip
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results",
                         help="folder of .jsonl files (default: bench/results)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is stale")
     options = parser.parse_args(argv)
-    text = read_bytes(options.page).decode()
-    found, stale = rewritten(text, record.read(options.results), str(options.page))
-    if stale and options.check:
-        print(f"{options.page}: stale: {', '.join(stale)}; run python -m bench.tables")
-        return STALE
-    if stale:
-        write_atomically(options.page, found)
-    print(f"{options.page}: " + (f"rewritten: {', '.join(stale)}" if stale else "its tables are up to date"))
-    return 0
+    records = record.read(options.results)
+    pages = options.page or [ROOT / name for name in PAGES]
+    found = {page: rewritten(read_bytes(page).decode(), records, str(page)) for page in pages}
+    for page, (text, stale) in found.items():
+        if stale and options.check:
+            print(f"{page}: stale: {', '.join(stale)}; run python -m bench.tables")
+            continue
+        if stale:
+            write_atomically(page, text)
+        print(f"{page}: " + (f"rewritten: {', '.join(stale)}" if stale else "its tables are up to date"))
+    return STALE if options.check and any(stale for _, stale in found.values()) else 0
 
 
 if __name__ == "__main__":

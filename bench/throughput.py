@@ -2,7 +2,8 @@
 
 Each reads the same image files from disk and answers all of them: a loop of this process on one thread, and the
 command with so many processes, in turns. The system's cache is warm for all of them. A core's rate is by processor
-time, from which other work on the machine takes nothing.
+time, from which other work on the machine takes nothing. What a process takes until it is ready, imports and
+compiling, is the same for ten images and for a million: it is told beside the rate.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,30 @@ ALONE = "Classifier alone"
 _BATCH = 32  # images in one call, as the command takes them
 
 
-def alone(model: Path, files: Sequence[Path], *, explain: bool) -> tuple[float, float]:
-    """Return seconds, and those of the processor, in which a classifier on one thread answers all files."""
+@dataclass(frozen=True)
+class Work:
+    """All files answered once.
+
+    Args:
+        seconds: by the clock; of the command with its workers' start.
+        cpu_seconds: of the processor, from the first image on.
+        start_cpu_seconds: of the processor before, all workers together.
+        result_bytes: of the files that the command wrote.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    start_cpu_seconds: float = 0.0
+    result_bytes: int = 0
+
+
+def alone(model: Path, files: Sequence[Path], *, explain: bool) -> Work:
+    """Let a classifier on one thread answer all files."""
     with Classifier(model, threads=1) as classifier:
-        classifier.predict([load_image(files[0])])
+        first = np.stack([load_image(files[0])] * _BATCH)
+        classifier.predict(first)
         if explain:
-            classifier.explain(load_image(files[0]))
+            classifier.explain(first)
         began, cpu_began = time.perf_counter(), time.process_time()
         for start in range(0, len(files), _BATCH):
             images = [load_image(path) for path in files[start : start + _BATCH]]
@@ -48,11 +68,11 @@ def alone(model: Path, files: Sequence[Path], *, explain: bool) -> tuple[float, 
                 classifier.explain(np.stack(images))
             else:
                 classifier.predict(images, top_k=1)
-        return time.perf_counter() - began, time.process_time() - cpu_began
+        return Work(time.perf_counter() - began, time.process_time() - cpu_began)
 
 
-def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray: bool) -> tuple[float, float]:
-    """Return the same of `deploy.batch`: seconds with its workers' start, and those of their processors."""
+def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray: bool) -> Work:
+    """Let `deploy.batch` answer all files."""
     with tempfile.TemporaryDirectory() as results:
         arguments = [str(model), str(folder), "-o", results, "--json", "--processes", str(processes)]
         arguments += ["--explain"] if explain else []
@@ -60,10 +80,11 @@ def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray:
         done = subprocess.run(
             [sys.executable, "-m", "deploy.batch", *arguments], capture_output=True, text=True, check=False
         )
+        written = sum(path.stat().st_size for path in Path(results).glob("*.parquet"))
     if done.returncode:
         raise FileError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
     said = json.loads(done.stdout.splitlines()[-1])
-    return said["seconds"], said["cpu_seconds"]
+    return Work(said["seconds"], said["cpu_seconds"], said["start_cpu_seconds"], written)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {f"deploy.batch, {n} processes": (n, False) for n in map(int, options.processes.split(","))}
     if options.ray:
         counts |= {f"{name} of Ray": (n, True) for name, (n, _) in counts.items()}
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (ALONE, *counts)}
+    taken: dict[str, list[Work]] = {name: [] for name in (ALONE, *counts)}
     for _ in command.progress(range(options.rounds), label="rounds"):
         taken[ALONE].append(alone(options.model, files, explain=options.explain))
         for name, (processes, ray) in counts.items():
@@ -97,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Classifier(options.model, threads=1) as classifier:
         manifest, engine = classifier.manifest, f"{classifier.session.engine} {classifier.session.version}"
     where = environment()
-    rates = {name: [len(files) / seconds for seconds, _ in each] for name, each in taken.items()}
-    core_rates = {name: [len(files) / cpu_seconds for _, cpu_seconds in each] for name, each in taken.items()}
+    rates = {name: [len(files) / work.seconds for work in each] for name, each in taken.items()}
+    core_rates = {name: [len(files) / work.cpu_seconds for work in each] for name, each in taken.items()}
+    starts = {name: [work.start_cpu_seconds for work in each] for name, each in taken.items() if name != ALONE}
     result = {
         "bench": "throughput",
         "model": options.model.name,
@@ -108,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "explain": options.explain,
         "images": len(files),
         "images_per_second": rates,
+        "data": manifest.data,
         "images_per_cpu_second": core_rates,
+        "start_cpu_seconds": starts,
+        "result_bytes": {name: each[-1].result_bytes for name, each in taken.items() if name != ALONE},
         "environment": where,
     }
     if record.deliver(options, result):
@@ -118,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = float(np.median(np.divide(each, core_rates[ALONE])))
         clock, core = np.median(rates[name]), np.median(each)
         print(f"{name:32}{clock:7.0f} a second by the clock{core:8.0f} a second of a core{share:8.1%}")
+    for name, start in starts.items():
+        print(f"{name:32}{np.median(start):7.1f} s of a core until its workers are ready")
     print(describe(where))
 
 

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from deploy.batch.__main__ import main
-from deploy.batch.work import Worker, answers, small_maps
+from deploy.batch.parts import Settings, plan
+from deploy.batch.work import Job, Worker, answers, small_maps
 from runtime import Classifier
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
 from runtime.resizing import resize_maps
@@ -72,13 +73,14 @@ def rows(folder: Path) -> list[dict]:
     return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.parametrize("part", [9, 40])  # of 40 images, the last 8 run together with repeated ones
 def test_every_image_of_every_source_is_a_row_with_what_the_classifier_says(
-    digits_models: dict[str, Path], sources: list[str], pictures: np.ndarray, tmp_path: Path,
+    part: int, digits_models: dict[str, Path], sources: list[str], pictures: np.ndarray, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     results = tmp_path / "results"
-    arguments = [str(digits_models["openvino"]), *sources, "-o", str(results), "--processes", "1", "--part", "9"]
-    main([*arguments, "--explain", "--map-size", "4"])
+    arguments = [str(digits_models["openvino"]), *sources, "-o", str(results), "--processes", "1"]
+    main([*arguments, "--part", str(part), "--explain", "--map-size", "4"])
     assert ": 60 images, 60 now in " in capsys.readouterr().out
     found = rows(results)
     assert len(found) == 60
@@ -215,6 +217,23 @@ def test_mistakes_are_told_before_any_work(
     for column, message in (("label", "column 'label' holds no images"), ("picture", "no column picture")):
         with pytest.raises(FileError, match=f"{message}, expected bytes; such columns are: image$"):
             main([model, sources[3], "-o", results, "--column", column, "--processes", "1"])
+
+
+def test_what_starts_a_worker_is_told_apart_from_its_work(
+    digits_models: dict[str, Path], pictures: np.ndarray, tmp_path: Path
+) -> None:
+    photos, results = tmp_path / "photos", tmp_path / "results"
+    photos.mkdir()
+    for index in range(80):
+        (photos / f"{index}.png").write_bytes(encoded(pictures[index % len(pictures)]))
+    settings = Settings("0" * 64, (str(photos),), "gradient", 4, "", 40)
+    worker = Worker(Job(str(digits_models["openvino"]), None, str(results), settings))
+    first, second = (worker.do(part) for part in plan(settings, results))
+    assert first.images == second.images == 40
+    assert first.start_cpu_seconds > 0
+    assert second.start_cpu_seconds == 0
+    # Compiling takes longer than forty images of 8 x 8 pixels; it is no part of the work.
+    assert 0 < first.cpu_seconds < first.start_cpu_seconds
 
 
 def test_equal_logits_and_dark_maps_have_numbers_too(digits_models: dict[str, Path]) -> None:

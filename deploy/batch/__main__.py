@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.status("")
     left = [part for part in parts if not part.result(options.output).exists()]
     job = Job(str(options.model.absolute()), options.engine, str(options.output.absolute()), settings)
-    began, done, unreadable, cpu_seconds = time.perf_counter(), 0, 0, 0.0
+    began, done, unreadable, cpu_seconds, start_cpu_seconds = time.perf_counter(), 0, 0, 0.0, 0.0
     if left:
         if options.ray:
             found = cluster.run(job, left, options.ray, options.processes)
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part_done in command.progress(found, label="parts", total=len(left)):
             done, unreadable = done + part_done.images, unreadable + part_done.unreadable
             cpu_seconds += part_done.cpu_seconds
+            start_cpu_seconds += part_done.start_cpu_seconds
     seconds = time.perf_counter() - began
     total = sum(part.count for part in parts)
     if options.json:
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "unreadable": unreadable,
                     "seconds": seconds,
                     "cpu_seconds": cpu_seconds,
+                    "start_cpu_seconds": start_cpu_seconds,
                 }
             )
         )

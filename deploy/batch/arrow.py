@@ -11,7 +11,12 @@ from runtime.errors import FileError, OptionError
 from runtime.files import write_atomically
 
 
-def _pyarrow() -> Any:
+def import_arrow() -> Any:
+    """Return pyarrow.
+
+    Raises:
+        OptionError: it is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
@@ -81,7 +86,7 @@ def image_column(path: Path, wanted: str = "") -> str:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    types = _pyarrow().types
+    types = import_arrow().types
     if types.is_struct(kind):
         inside = {field.name: field.type for field in (kind.field(index) for index in range(kind.num_fields))}
         return "bytes" in inside and _holds_bytes(inside["bytes"])
@@ -97,7 +102,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], *, described: dict[str, s
         described: the file's metadata.
         map_pixels: number of pixels of a map; 0 where there are none.
     """
-    arrow = _pyarrow()
+    arrow = import_arrow()
     fields = [
         ("path", arrow.string()), ("class", arrow.string()), ("index", arrow.int32()),
         ("probability", arrow.float32()), ("margin", arrow.float32()), ("score", arrow.float32()),
@@ -114,7 +119,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], *, described: dict[str, s
 
 
 def _opened(path: Path) -> Any:
-    arrow = _pyarrow()
+    arrow = import_arrow()
     try:
         return arrow.parquet.ParquetFile(path, memory_map=True)
     except (arrow.ArrowException, OSError) as error:

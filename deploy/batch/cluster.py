@@ -61,7 +61,10 @@ def run(job: Job, parts: Sequence[Part], address: str, workers: int | None) -> I
         pool = ray.data.ActorPoolStrategy(size=min(count, len(parts)))
         done = todo.map_batches(_Actor, fn_constructor_args=(job,), batch_size=1, compute=pool, num_cpus=1)
         for row in done.iter_rows():
-            yield Done(int(row["images"]), int(row["unreadable"]), float(row["cpu_seconds"]))
+            yield Done(
+                int(row["images"]), int(row["unreadable"]), float(row["cpu_seconds"]),
+                float(row["start_cpu_seconds"]),
+            )  # fmt: skip
     finally:
         ray.shutdown()
 
