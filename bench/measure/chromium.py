@@ -100,7 +100,7 @@ def milliseconds(page: Any, image: np.ndarray, *, explain: bool) -> float:
 
 
 def run_all(page: Any, images: np.ndarray, outputs: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return outputs of the page's file by name; each image, uint8 [H, W, C] of N, explains its predicted class."""
+    """Return outputs of the page's file by name, for images uint8 [N, H, W, C] and their predicted classes."""
     coded = [base64.b64encode(image.tobytes()).decode() for image in images]
     found = page.evaluate(_OUTPUTS, [coded, [1, *images.shape[1:]], list(outputs)])
     return {name: np.concatenate([_array(*row[at]) for row in found]) for at, name in enumerate(outputs)}
