@@ -240,7 +240,7 @@ def test_methods_are_drawn_a_panel_a_data_set(tmp_path: Path, capsys: pytest.Cap
         for bits in ("8bit", "4bit") for n, method in enumerate(names)
     ]  # fmt: skip
     found = {"bench": "saliency-methods", "data": "cifar10", "n": 200, "methods": rows}
-    other = {**found, "data": "folder:data/cal/caltech101-128", "methods": rows[:2]}
+    other = {**found, "data": "folder:caltech101-128@a50c93f4624f", "methods": rows[:2]}
     figure = draw_methods([found, other], tmp_path / "methods.png")
     assert is_picture(tmp_path / "methods.png")
     assert [axes.get_title() for axes in figure.axes] == ["cifar10, 200 images", "caltech101-128, 200 images"]

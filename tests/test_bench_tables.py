@@ -253,7 +253,11 @@ def test_of_methods_the_last_record_of_a_data_set_counts() -> None:
            "accuracy": 90.5, "masked_auc": 31.1, "road": 31.54, "insertion_auc": 0.757, "deletion_auc": 0.304,
            "energy": 0.74, "pointing": None, "times_class": 1.318}  # fmt: skip
     found = {"bench": "saliency-methods", "data": "cifar10", "n": 1200, "methods": [row]}
-    other = {**found, "data": "folder:data/cal/caltech101-128", "methods": [{**row, "method": "input_x_gradient"}]}
+    other = {
+        **found,
+        "data": "folder:caltech101-128@a50c93f4624f",
+        "methods": [{**row, "method": "input_x_gradient"}],
+    }
     lines = methods([{**found, "methods": [row | {"road": 99.0}, row]}, other, found]).splitlines()
     assert lines[2:] == [
         "| cifar10 | cifar10-8bit, int8 | gradcam of stage3.2.conv2 | 1,200 | 90.5 | 31.10 | 31.5 | 0.757 | 0.304 "

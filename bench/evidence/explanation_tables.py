@@ -14,8 +14,12 @@ _TABLE_IV = ("caltech101, resnet18, float", "19.9, 47.2, 56.7", "95.10", "Karkeh
 
 
 def latest_methods(records: Sequence[Record]) -> dict[str, Record]:
-    """Return the last record of `bench.saliency --method` of each data set, by its name."""
-    return {short_name(found["data"]): found for found in records if found["bench"] == "saliency-methods"}
+    """Return the last record of `bench.saliency --method` of each data set, by its name without its split."""
+    return {
+        short_name(found["data"]).partition("@")[0]: found
+        for found in records
+        if found["bench"] == "saliency-methods"
+    }
 
 
 def methods(records: Sequence[Record]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from train.data.names import short_name
 from train.figures import COLORS, save_figure
 
 _MARKERS = "os^Dv*PX"
@@ -35,7 +36,7 @@ def draw_methods(found: Sequence[Mapping[str, Any]], path: Path) -> Figure:
             for model, color in colors.items():
                 axes.scatter([], [], color=color, label=model)
             axes.set(xscale="log", xlabel="cost, times the class alone", ylim=(0, None))
-            axes.set_title(f"{one['data'].rpartition('/')[2]}, {one['n']:,} images", fontsize=10)
+            axes.set_title(f"{short_name(one['data']).partition('@')[0]}, {one['n']:,} images", fontsize=10)
             axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         figure.axes[0].set_ylabel("accuracy without the most salient pixels, % (ROAD)")
         handles = [
