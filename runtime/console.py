@@ -34,6 +34,7 @@ COMMANDS = {
     "batch": ("deploy.batch.__main__", "classify and explain images of any number"),
     "web": ("deploy.web.__main__", "a page that runs a model in a browser"),
     "sign": ("deploy.sign", "sign model files, so that a device runs no others"),
+    "ovms": ("deploy.ovms", "a model repository for OpenVINO Model Server"),
     "triton": ("deploy.triton", "a model repository for Triton"),
 }
 
