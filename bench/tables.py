@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.evidence import accuracy_tables as summary
-from bench.evidence import explanation_tables
+from bench.evidence import explanation_tables, target_tables
 from bench.evidence import speed_tables as speed_summary
-from bench.evidence import target_tables
 from bench.measure import record
 from bench.measure.record import Record
 from runtime import command
