@@ -20,10 +20,13 @@ class LivePictures:
     Args:
         pictures: RGB.
         frames_per_s: the rate.
+        length: after how many pictures for one viewer the server stops; None is never.
         port: 0 takes a free one.
     """
 
-    def __init__(self, pictures: list[np.ndarray], *, frames_per_s: float = 20, port: int = 0) -> None:
+    def __init__(
+        self, pictures: list[np.ndarray], *, frames_per_s: float = 20, port: int = 0, length: int | None = None
+    ) -> None:
         files = []
         for picture in pictures:
             file = io.BytesIO()
@@ -40,7 +43,7 @@ class LivePictures:
                 self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=next")
                 self.end_headers()
                 with contextlib.suppress(OSError):
-                    for file in itertools.cycle(files):
+                    for file in itertools.islice(itertools.cycle(files), length):
                         if live.stopped.is_set():
                             break
                         if live.silent.is_set():  # the connection stays
@@ -48,6 +51,8 @@ class LivePictures:
                         head = f"--next\r\nContent-Type: image/jpeg\r\nContent-Length: {len(file)}\r\n\r\n"
                         self.wfile.write(head.encode() + file + b"\r\n")
                         time.sleep(1 / frames_per_s)
+                if length is not None:
+                    live.stop()
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -63,7 +68,7 @@ class LivePictures:
     def stop(self) -> None:
         """End every connection and free the port."""
         self.stopped.set()
-        self.server.shutdown()
+        self.server.shutdown()  # from any thread but the server's own
         self.server.server_close()
 
     def __enter__(self) -> LivePictures:

@@ -98,7 +98,7 @@ def test_colours_are_not_swapped() -> None:
     assert np.abs(decoded[100, 100].astype(int) - [0, 0, 250]).max() < 8
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
 def test_a_film_is_saved_frame_by_frame_with_its_rate(
     digits_models: dict[str, Path], frame: np.ndarray, tmp_path: Path, suffix: str
 ) -> None:
@@ -123,21 +123,23 @@ def test_a_film_is_saved_frame_by_frame_with_its_rate(
     assert np.abs(frames[0].astype(int) - expected).mean() < 20  # of a lossy film
 
 
-def test_a_live_video_keeps_the_time(tmp_path: Path) -> None:
+def test_a_live_video_keeps_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("deploy.edge_app.outputs.time.monotonic", lambda: now)
     film = VideoFile(tmp_path / "live.avi", frames_per_s=20, live=True)
     film.show(picture(0))
-    time.sleep(0.5)
+    now += 0.5
     film.show(picture(100, (200, 300)))  # of another size
-    time.sleep(1.6)
+    now += 1.6
     film.show(picture(200))
     film.close()
     video = cv2.VideoCapture(str(tmp_path / "live.avi"))
     levels = []
     while (read := video.read())[0]:
         levels.append(round(float(read[1][:200].mean()), -2))
-    assert [levels.count(level) for level in (0.0, 100.0, 200.0)] == pytest.approx([10, 20, 1], abs=3)
     assert levels == sorted(levels)
-    assert levels.count(100.0) <= 21  # a pause of more than a second is cut
+    # A pause of more than a second is cut.
+    assert [levels.count(level) for level in (0.0, 100.0, 200.0)] == [10, 21, 1]
 
 
 def test_a_video_without_pictures_leaves_nothing(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_client_gets_the_class_and_the_map_of_the_classifier(
     manifest = Manifest.from_json((repository / "explained" / "manifest.json").read_text(), "manifest.json")
     assert manifest == read_manifest(digits_models["openvino"].read_bytes(), "model")
     with Classifier(digits_models["openvino"]) as classifier:
-        for n in range(20):
+        for n in range(6):
             # Larger than the model's image: the client resizes as the classifier does.
             image = np.kron(digits.test_images[n, 0].numpy(), np.ones((3, 3), np.uint8))
             expected, why = classifier.predict(image), classifier.explain(image)
