@@ -14,59 +14,87 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench.measure import record
 from bench.measure.chromium import RUNS, milliseconds, opened
 from bench.measure.environment import describe, environment
-from bench.measure.statistics import ratio, summarize
+from bench.measure.ratios import ratio
+from bench.measure.statistics import summarize
 from runtime import command
 from runtime.errors import FileError, OptionError
-from runtime.session import open_session
+from runtime.session import Session, open_session
 
 EXAMPLES = """
   python -m deploy.web model.onnx -o page && python -m bench.browser page
   python -m bench.browser page --record bench/results/cpu.jsonl
 """
 
+_WARM_UPS = 5  # untimed samples of each: the browser compiles what runs often once more
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print median times in the browser and here, and their ratio."""
-    parser = command.parser("bench.browser", "Measure a page of deploy.web in Chromium.", EXAMPLES)
-    parser.add_argument("page", type=Path, help="folder that python -m deploy.web wrote")
-    parser.add_argument("--rounds", type=int, default=40, help="samples of each (default: 40)")
-    record.add_options(parser)
-    options = parser.parse_args(argv)
-    if options.rounds < 2:
-        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 2")
-    if not (options.page / "model.json").is_file():
-        raise FileError(f"{options.page}: no page; write one with python -m deploy.web")
-    record.check(options, inputs=[options.page])
-    session = open_session(options.page / "model.onnx", engine="ort", threads=1)
+
+def measure(session: Session, page: Any, rounds: int) -> dict[str, np.ndarray]:
+    """Return what is timed and where -> mean milliseconds of some runs float64 [rounds], measured in turns.
+
+    Args:
+        session: the page's model on ONNX Runtime.
+        page: from `bench.measure.chromium.opened`.
+        rounds: samples of each.
+    """
     shape = (1, *session.manifest.input.size, session.manifest.input.channels)
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     target = np.full(1, -1, np.int64)
     kinds = {"class": ("logits",)} | (
         {"class and map": ("logits", "gradient")} if len(session.outputs) > 1 else {}
     )
-    samples: dict[str, list[float]] = {f"{kind}, {where}": [] for kind in kinds for where in ("browser", "native")}
-    with opened(options.page) as page:
-        version = page.context.browser.version
-        for _ in command.progress(range(options.rounds), label="measuring"):
-            for kind, outputs in kinds.items():
-                samples[f"{kind}, browser"].append(milliseconds(page, image, explain=len(outputs) > 1))
-                given: dict[str, np.ndarray] = {"image": image}
-                if len(outputs) > 1:
-                    given["target"] = target
+    samples = {f"{kind}, {where}": np.empty(rounds) for kind in kinds for where in ("browser", "native")}
+    for index in range(-_WARM_UPS, rounds):
+        for kind, outputs in kinds.items():
+            taken = milliseconds(page, image, explain=len(outputs) > 1)
+            given: dict[str, np.ndarray] = {"image": image}
+            if len(outputs) > 1:
+                given["target"] = target
+            session.run(given, outputs)
+            began = time.perf_counter()
+            for _ in range(RUNS):
                 session.run(given, outputs)
-                began = time.perf_counter()
-                for _ in range(RUNS):
-                    session.run(given, outputs)
-                samples[f"{kind}, native"].append(1000 * (time.perf_counter() - began) / RUNS)
-    times = {name: np.array(each) for name, each in samples.items()}
+            if index >= 0:
+                samples[f"{kind}, browser"][index] = taken
+                samples[f"{kind}, native"][index] = 1000 * (time.perf_counter() - began) / RUNS
+    return samples
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print median times in the browser and here, and their ratio."""
+    parser = command.parser("bench.browser", "Measure a page of deploy.web in Chromium.", EXAMPLES)
+    parser.add_argument("page", type=Path, help="folder that python -m deploy.web wrote")
+    parser.add_argument("--rounds", type=int, default=40, help="samples of each, in an instance (default: 40)")
+    parser.add_argument("--instances", type=int, default=8,
+                        help="browsers, and sessions; from 5 on, with intervals (default: 8)")  # fmt: skip
+    record.add_options(parser)
+    options = parser.parse_args(argv)
+    if options.rounds < 2:
+        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 2")
+    if options.instances < 1:
+        raise OptionError(f"--instances {options.instances}: expected a whole number from 1")
+    if not (options.page / "model.json").is_file():
+        raise FileError(f"{options.page}: no page; write one with python -m deploy.web")
+    record.check(options, inputs=[options.page])
+    samples: dict[str, list[np.ndarray]] = {}
+    for _ in command.progress(range(options.instances), label="instances"):
+        session = open_session(options.page / "model.onnx", engine="ort", threads=1)
+        try:
+            with opened(options.page) as page:
+                version = page.context.browser.version
+                for name, times in measure(session, page, options.rounds).items():
+                    samples.setdefault(name, []).append(times)
+        finally:
+            session.close()
+    kinds = dict.fromkeys(name.partition(", ")[0] for name in samples)
     where = environment()
-    ratios = {kind: ratio(times[f"{kind}, browser"], times[f"{kind}, native"]) for kind in kinds}
+    ratios = {kind: ratio(samples[f"{kind}, browser"], samples[f"{kind}, native"]) for kind in kinds}
     result = {
         "bench": "browser",
         "arch": session.manifest.arch,
@@ -76,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "browser": f"Chromium {version}",
         "runtime": json.loads((options.page / "model.json").read_text())["runtime"]["version"],
         "threads": 1,
-        "latency": {name: asdict(summarize(each, 1)) for name, each in times.items()},
+        "instances": options.instances,
+        "latency": {name: asdict(summarize(np.concatenate(each))) for name, each in samples.items()},
         "ratio": {kind: asdict(each) for kind, each in ratios.items()},
         "environment": where,
     }
@@ -86,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{session.manifest.arch}, {result['browser']}, ONNX Runtime Web {result['runtime']}; {result['engine']}"
     )
     for kind, each in ratios.items():
-        medians = [float(np.median(times[f"{kind}, {name}"])) for name in ("browser", "native")]
+        medians = [float(np.median(np.concatenate(samples[f"{kind}, {name}"]))) for name in ("browser", "native")]
         print(f"{kind:15}{medians[0]:8.2f} ms in the browser{medians[1]:8.2f} ms here"
-              f"{each.median:8.1f} times ({each.low:.1f} .. {each.high:.1f})")  # fmt: skip
+              f"   {each.told(1)} times")  # fmt: skip
     print(describe(where))
 
 

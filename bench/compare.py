@@ -1,4 +1,4 @@
-"""`python -m bench.compare`: one checkpoint on several engines, measured in turns in one process.
+"""`python -m bench.compare`: one checkpoint on several engines, measured in turns, in several fresh processes.
 
 The contenders get the same pixels and give logits: the float network on PyTorch, ONNX Runtime and OpenVINO, our
 INT8 exports, and what other makers offer (peers/contenders.py); with an NVIDIA GPU, also on CUDA and TensorRT
@@ -18,8 +18,9 @@ from typing import Any
 
 from bench.measure import data, record
 from bench.measure.environment import describe
+from bench.measure.ratios import FEWEST_INSTANCES, read_ratio
 from bench.measure.record import missing_by_reason
-from bench.measure.statistics import batch_sizes, check_seconds
+from bench.measure.statistics import batch_sizes, check_seconds, missing_percentiles, percentile, told
 from bench.peers.names import OURS, OURS_WITH_MAP, PTQ
 from runtime import command
 from runtime.errors import OptionError
@@ -45,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="images of --data to measure maps on, evenly spaced (default: 500)")  # fmt: skip
     parser.add_argument("--batch", default="1", help="images at a time, comma-separated (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one inference (default: 1)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="per contender (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per contender, of all instances (default: 5)")
+    parser.add_argument("--instances", type=int, default=8,
+                        help="fresh processes that measure all contenders; with 5 at least, ratios have intervals "
+                        "(default: 8)")  # fmt: skip
     parser.add_argument("--starts", type=int, default=3,
                         help="fresh processes of each, for cold start and memory (default: 3)")  # fmt: skip
     parser.add_argument(
@@ -64,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     factory.allow(*options.arch)
     batches = batch_sizes(options.batch)
-    if options.threads < 1 or options.map_images < 1 or options.starts < 0:
-        raise OptionError("--threads, --map-images: expected whole numbers from 1; --starts: from 0")
+    if min(options.threads, options.map_images, options.instances) < 1 or options.starts < 0:
+        raise OptionError("--threads, --map-images, --instances: expected whole numbers from 1; --starts: from 0")
     if options.explain and options.data:
         raise OptionError("--explain with --data: accuracy is compared without --explain; drop one of them")
     check_seconds(options.seconds)
@@ -86,18 +90,26 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
     ours = OURS if last["bench"] == "compare" else OURS_WITH_MAP
     lines = []
     for result in results:
-        n = result["latency"][ours]["n"]
-        lines += [f"{checkpoint}  {last['arch']}, input {result['input']}, threads {last['threads']}, "
-                  f"{n:,} rounds in turns",
-                  f"{'':24}   p50 ms   p99 ms  images/s   ratio   95 % interval"]  # fmt: skip
-        for name, row in result["latency"].items():
-            by = result[f"ratio_to_{ours}"][name]
-            lines.append(f"{name:24}{row['p50_ms']:9.3f}{row['p99_ms']:9.3f}{row['images_per_second']:10,.0f}"
-                         f"{by['median']:8.2f}{by['low']:9.2f} ..{by['high']:5.2f}")  # fmt: skip
-        for name, by in result["ratio_to_ptq"].items():
-            times = f"{by['median']:.3f} times {PTQ[name]} ({by['low']:.3f} .. {by['high']:.3f})"
-            lines.append(f"{name:24}{times}")
-    lines.append(f"ratio: median over rounds of its time / {ours}'s in the same round; interval: bootstrap")
+        rows = result["latency"]
+        n, instances = rows[ours]["n"], result["instances"]
+        lines += [f"{checkpoint}  {last['arch']}, input {result['input']}, threads {last['threads']}",
+                  f"{n:,} rounds in turns, in {instances} fresh processes; each warmed up "
+                  f"{result['warm_up_seconds']:g} s",
+                  f"{'':24}   p50 ms   p99 ms    ratio   95 % interval"]  # fmt: skip
+        for name, row in rows.items():
+            by = read_ratio(result[f"ratio_to_{ours}"][name])
+            interval = "" if by.low is None else f"{by.low:9.3f} .. {by.high:.3f}"
+            lines.append(f"{name:24}{row['p50_ms']:9.3f}{told(percentile(row, 99)):>9}{by.ratio:9.3f}{interval}")
+        for name, recorded in result["ratio_to_ptq"].items():
+            lines.append(f"{name:24}{read_ratio(recorded).told(3)} times {PTQ[name]}")
+        lines += missing_percentiles([n], [99])
+    lines += _wrapped(f"ratio: mean over instances of the median over rounds of its time / {ours}'s", "")
+    lines += _wrapped(
+        "interval: bootstrap over instances, and over the rounds within each"
+        if last["instances"] >= FEWEST_INSTANCES
+        else f"no interval: of {last['instances']} instances; it needs {FEWEST_INSTANCES} (--instances)",
+        "",
+    )
     if last["quality"]:
         lines += ["", f"{'on ' + last['data']:24}accuracy  sensitivity  specificity  as float"]
         for name, row in last["quality"].items():

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bench.accuracy import confusion_matrix, score
 from bench.measure import data
-from bench.measure.statistics import measure, summarize
+from bench.measure.statistics import measure, summarize, told
 from export.onnx import main as export_main
 from runtime import command
 from runtime.classifier import Classifier
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = measure(
         {n: functools.partial(c.session.run, {INPUT_NAME: frame}) for n, c in classifiers.items()}, seconds=2.0
     )
-    print(f"{'':10}{'accuracy %':>12}{'p50 ms':>10}{'p99 ms':>10}{'file bytes':>12}")
+    print(f"{'':10}{'accuracy %':>12}{'p50 ms':>10}{'p90 ms':>10}{'file bytes':>12}")
     predicted = {}
     for name, classifier in classifiers.items():
         predicted[name] = classifier.predict(list(test.images))
         classes = np.array([p.index for p in predicted[name]])
         scores = score(confusion_matrix(test.labels, classes, len(classifier.manifest.classes)))
-        row = summarize(samples[name], 1)
-        print(f"{name:10}{scores.accuracy:12.2f}{row.p50_ms:10.4f}{row.p99_ms:10.4f}"
+        row = summarize(samples[name])
+        print(f"{name:10}{scores.accuracy:12.2f}{row.p50_ms:10.4f}{told(row.p90_ms, 4):>10}"
               f"{models[name].stat().st_size:12,}")  # fmt: skip
     differing = sum(a.index != b.index for a, b in zip(predicted["float"], predicted["int8"], strict=True))
     print(f"{differing} of {len(test.labels)} test images classified differently by the two networks")

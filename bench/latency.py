@@ -17,7 +17,17 @@ from bench.layers import profile as layer_profile
 from bench.measure import gpu_latency, power, record
 from bench.measure.cold_start import ColdStart, Loading, in_turns
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.statistics import Latency, batch_sizes, check_seconds, measure, summarize
+from bench.measure.parallel_requests import images_per_second
+from bench.measure.statistics import (
+    Latency,
+    batch_sizes,
+    check_seconds,
+    measure,
+    missing_percentiles,
+    summarize,
+    told,
+)
+from bench.measure.streams import cores
 from runtime import Classifier, command
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
@@ -41,7 +51,7 @@ class BatchLatency:
     """One batch size: what was timed -> its latency, and -> its phases, None where the engine shows none."""
 
     latency: dict[str, Latency]
-    phases: dict[str, dict[str, dict[str, float]] | None]
+    phases: dict[str, dict[str, dict[str, float | None]] | None]
 
 
 def random_images(session: Session, batch: int) -> np.ndarray:
@@ -94,8 +104,7 @@ def frame_latency(
         calls["frame to class + map"] = functools.partial(classifier.explain, pixels)
     label = f"frame {frame[0]}x{frame[1]}"
     return {
-        name: summarize(times, 1)
-        for name, times in measure(calls, runs=runs, seconds=seconds, label=label).items()
+        name: summarize(times) for name, times in measure(calls, runs=runs, seconds=seconds, label=label).items()
     }
 
 
@@ -122,7 +131,7 @@ def session_latency(
     calls = contenders(session, batch, explain=explain)
     if not isinstance(session, TensorRTSession):
         samples = measure(calls, runs=runs, seconds=seconds, label=f"batch {batch}")
-        latency = {name: summarize(times, batch) for name, times in samples.items()}
+        latency = {name: summarize(times) for name, times in samples.items()}
         return BatchLatency(latency, dict.fromkeys(samples))
     asked = {"class": ("logits",), **{name: ("logits", output) for name, output in _maps(session).items()}}
     ways = {
@@ -134,7 +143,7 @@ def session_latency(
         session, random_images(session, batch), ways, runs=runs, seconds=seconds, label=f"batch {batch}"
     )
     return BatchLatency(
-        {name: summarize(times[:, -1], batch) for name, times in found.items()},
+        {name: summarize(times[:, -1]) for name, times in found.items()},
         {name: gpu_latency.as_json(times) for name, times in found.items()},
     )
 
@@ -151,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="per batch size (default: 3)")
     parser.add_argument("--explain", action="store_true", help="time the class with each of its maps too")
     parser.add_argument("--frame", metavar="HxW", help="also from an RGB frame of this size to the answer")
+    parser.add_argument("--requests", type=int,
+                        help="of the throughput, in parallel (default: cores by --threads; 0: none)")  # fmt: skip
     parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
     parser.add_argument("--version-compatible", action="store_true", help="run the code that such a plan carries")
     parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
@@ -165,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.runs is not None and options.runs < 1:
         raise OptionError(f"--runs {options.runs}: expected a whole number from 1")
     check_seconds(options.seconds)
+    if options.requests is not None and options.requests < 0:
+        raise OptionError(f"--requests {options.requests}: expected a whole number from 0")
     if options.streams is not None and options.streams < 1:
         raise OptionError(f"--streams {options.streams}: expected a whole number from 1")
     frame = frame_size(options.frame) if options.frame else None
@@ -184,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             else {}
         )
         streams = _streams(session, batches, options)
+        requests = _requests(session, options)
+        throughput = _throughput(options, batches, requests)
         layers = _profile(session, batches[0]) if options.profile else None
         energy = _energy(session, batches[0], options) if options.energy else None
         cold = None if options.no_cold_start else _cold_start(model, session, options.threads)
@@ -207,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "frame": frame,
         "frame_latency": {name: asdict(row) for name, row in frames.items()},
         "phases": {str(batch): found.phases for batch, found in measured.items()},
+        "requests": requests,
+        "throughput_images_per_second": throughput,
         "spin": options.spin,
         "plan": _built(session),
         "streams": streams,
@@ -221,11 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{options.model}  {session.manifest.precision} on {result['engine']}, {session.device}, "
           f"threads {options.threads}")  # fmt: skip
     width = max(12, *(len(name) for found in measured.values() for name in found.latency))
-    print(f"batch {'':{width}}   p50 ms   p90 ms   p95 ms   p99 ms     ± ms  images/s   runs")
+    print(f"batch {'':{width}}   p50 ms   p90 ms   p95 ms   p99 ms     ± ms   runs")
     for batch, found in measured.items():
         for name, row in found.latency.items():
-            print(f"{batch:5} {name:{width}}{row.p50_ms:9.3f}{row.p90_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}"
-                  f"{row.std_ms:9.3f}{row.images_per_second:10,.0f}{row.n:7,}")  # fmt: skip
+            print(f"{batch:5} {name:{width}}{row.p50_ms:9.3f}{told(row.p90_ms):>9}{told(row.p95_ms):>9}"
+                  f"{told(row.p99_ms):>9}{row.std_ms:9.3f}{row.n:7,}")  # fmt: skip
         if options.explain:
             for name in _maps(session):
                 ratio = found.latency[name].p50_ms / found.latency["class"].p50_ms
@@ -233,10 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"      class and {map_name} together cost {ratio:.2f} times the class alone")
         if session.device != "cpu":
             print(*gpu_latency.table(found.phases), sep="\n")
+        if str(batch) in throughput:
+            print(f"      throughput, {requests} requests in parallel: {throughput[str(batch)]:,.0f} images/s")
         if str(batch) in streams:
             print(f"      {options.streams} streams: {streams[str(batch)]:,.0f} images/s")
     for name, row in frames.items():
-        print(f"{options.frame:>9} {name:20} {row.p50_ms:9.3f} ms p50 {row.p90_ms:9.3f} p90 {row.n:7,} runs")
+        print(f"{options.frame:>9} {name:20} {row.p50_ms:9.3f} ms p50 {told(row.p90_ms):>9} p90 {row.n:7,} runs")
+    counts = [row.n for found in measured.values() for row in found.latency.values()]
+    for reason in missing_percentiles(counts):
+        print(reason)
     if layers:
         print(*layer_profile.table(layers), sep="\n")
     for name, drawn in (energy or {}).items():
@@ -263,6 +285,33 @@ def _open(options: argparse.Namespace) -> Session:
         options={"spin": options.spin} if is_plan(options.model) else None,
         version_compatible=options.version_compatible,
     )  # fmt: skip
+
+
+def _requests(session: Session, options: argparse.Namespace) -> int:
+    """Return how many requests of the throughput run in parallel; 0 measures none: GPUs have --streams."""
+    if session.device != "cpu":
+        return 0
+    return max(1, cores() // options.threads) if options.requests is None else int(options.requests)
+
+
+def _throughput(options: argparse.Namespace, batches: list[int], requests: int) -> dict[str, float]:
+    """Return batch size -> images a second of a session made for so many requests at once."""
+    if not requests:
+        return {}
+    session = open_session(
+        options.model, engine=options.engine, device=options.device, threads=options.threads,
+        parallel_runs=requests,
+    )  # fmt: skip
+    try:
+        return {
+            str(batch): images_per_second(
+                contenders(session, batch, explain=False)["class"],
+                batch=batch, requests=requests, seconds=options.seconds,
+            )
+            for batch in batches
+        }  # fmt: skip
+    finally:
+        session.close()
 
 
 def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:

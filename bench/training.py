@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 from bench.measure import record
 from bench.measure.environment import describe, environment, peak_memory_bytes
-from bench.measure.statistics import check_seconds, measure, summarize
+from bench.measure.statistics import check_seconds, measure, missing_percentiles, summarize, told
 from runtime import command
 from runtime.errors import OptionError
 from train.choices import ARCHITECTURES, FLOAT_BITS, METHODS, QUANTIZED_BITS, STEP_PRECISIONS
@@ -61,15 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         steps[method] = step_of(images, options.arch, quant, recipe)
     samples = measure(steps, seconds=options.seconds, label="steps")
-    rows = {method: summarize(times, options.batch_size) for method, times in samples.items()}
+    rows = {method: summarize(times) for method, times in samples.items()}
     where = environment()
 
     print(f"{options.arch} on {options.data}, {options.bits} bits, {options.precision}, "
           f"batches of {options.batch_size}, threads {options.threads}")  # fmt: skip
-    print("method      p50 ms   p90 ms   p99 ms     ± ms  images/s   runs   plain steps")
+    print("method      p50 ms   p90 ms     ± ms   runs   plain steps")
     for method, row in rows.items():
-        print(f"{method:8}{row.p50_ms:10.1f}{row.p90_ms:9.1f}{row.p99_ms:9.1f}{row.std_ms:9.1f}"
-              f"{row.images_per_second:10,.0f}{row.n:7,}{row.p50_ms / rows['plain'].p50_ms:14.2f}")  # fmt: skip
+        print(f"{method:8}{row.p50_ms:10.1f}{told(row.p90_ms, 1):>9}{row.std_ms:9.1f}{row.n:7,}"
+              f"{row.p50_ms / rows['plain'].p50_ms:14.2f}")  # fmt: skip
+    for reason in missing_percentiles([row.n for row in rows.values()], [90]):
+        print(reason)
     print(f"peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
     print(describe(where))
     record.deliver(options, {

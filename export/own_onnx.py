@@ -18,6 +18,7 @@ import onnx
 from export.gradient.cam import find_cams
 from export.gradient.joining import NORMALIZED, first_line, write_as_today
 from export.gradient.walk import OUTPUTS, append_input_gradient
+from export.graph import prune
 from export.model_file import input_names, read_model
 from export.own_network import LARGEST_DIFFERENCE, difference_of
 from export.passes.average_exactly import average_exactly
@@ -151,6 +152,7 @@ def as_it_is(
         )
     for lower in _LOWERINGS[target] if quantized else ():
         lower(model)
+    prune(model.graph)  # of what the file had without a reader, and what lowering left so
     image = ImageInput(input_spec.size, input_spec.channels, input_spec.mean, input_spec.std, resize)
     manifest = Manifest(
         arch=arch, precision="int8" if quantized else "fp32", target=target, input=image, classes=tuple(classes),

@@ -6,14 +6,14 @@ Nothing here changes what the graph computes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
 import onnx.inliner
 from onnx import defs, helper, numpy_helper
 
-from export.graph import GraphFacts, graphs_inside, infer_shapes
+from export.graph import GraphFacts, graphs_inside, infer_shapes, read_by
 
 # Their bodies are loops or draw at random, and what they give is a constant or no number at all.
 _KEPT = {"Bernoulli", "BlackmanWindow", "HammingWindow", "HannWindow", "Range", "SequenceMap"}
@@ -29,7 +29,7 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
     while waiting:
         ready, left = [], []
         for node in waiting:
-            if (_read_by(node) & computed) <= known:
+            if (read_by(node) & computed) <= known:
                 ready.append(node)
                 known.update(node.output)
             else:
@@ -101,7 +101,7 @@ def hold_shapes(model: onnx.ModelProto) -> None:
     while facts.of_shapes:  # what becomes a constant may make the shape of something else known
         held = {name: value for name in facts.of_shapes if (value := facts.value(name)) is not None}
         left = [node for node in graph.node if not held.keys() >= set(filter(None, node.output))]
-        wanted = {name for node in left for name in _read_by(node)} | {value.name for value in graph.output}
+        wanted = {name for node in left for name in read_by(node)} | {value.name for value in graph.output}
         if len(left) == len(graph.node):
             return
         del graph.node[:]
@@ -182,20 +182,3 @@ def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
         for value in graph.output:
             value.name = names.get(value.name, value.name)
     return copy
-
-
-def _read_by(node: onnx.NodeProto) -> set[str]:
-    """Return the tensors that a node reads, in the branches of an If and the bodies of loops, too."""
-    names = set(filter(None, node.input))
-    for graph in graphs_inside(node):
-        names |= _free(graph.node, {value.name for value in (*graph.input, *graph.initializer)})
-        names |= {value.name for value in graph.output}
-    return names
-
-
-def _free(nodes: Iterable[onnx.NodeProto], bound: set[str]) -> set[str]:
-    found: set[str] = set()
-    for node in nodes:
-        found |= _read_by(node) - bound
-        bound = bound | set(node.output)
-    return found

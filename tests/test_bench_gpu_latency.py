@@ -67,8 +67,9 @@ def test_json_has_every_figure_of_a_plan(
         for name in names:
             phases = result["phases"][batch][name]
             assert list(phases) == list(PHASES)
-            assert phases["compute"]["p99_ms"] == pytest.approx(KERNEL_MS)
-            assert result["latency"][batch][name]["p95_ms"] == phases["end_to_end"]["p95_ms"]
+            assert phases["compute"]["p50_ms"] == pytest.approx(KERNEL_MS)
+            assert phases["compute"]["p99_ms"] is None  # of 3 runs
+            assert result["latency"][batch][name]["p50_ms"] == phases["end_to_end"]["p50_ms"]
         assert result["streams"][batch] > 0
     assert [layer["precision"] for layer in result["layers"]] == ["copy", "INT8", "FP16", "?"]
     assert list(result["energy"]) == ["class", "class + map"]

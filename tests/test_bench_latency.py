@@ -39,8 +39,10 @@ def test_json_of_a_real_process_has_every_figure_and_its_environment(digits_mode
         assert list(rows) == ["class"]
         row = rows["class"]
         assert row["n"] == 20
-        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
-        assert row["images_per_second"] == pytest.approx(1000 * int(batch) / row["p50_ms"])
+        assert 0 < row["p50_ms"] <= row["quantiles_ms"][-1]
+        assert row["p90_ms"] is row["p99_ms"] is None  # of 20 runs
+        assert result["throughput_images_per_second"][batch] > 0
+    assert result["requests"] == len(os.sched_getaffinity(0))
     assert 0 < result["cold_start"]["import_ms"] < result["cold_start"]["first_prediction_ms"]
     assert result["peak_memory_bytes"] > path.stat().st_size
     assert result["environment"]["commit"] == commit()
@@ -65,15 +67,20 @@ def test_class_and_map_are_measured_in_turns(
 def test_a_person_reads_one_row_per_batch_size(
     digits_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(digits_models["float"]), "--engine", "ort", "--batch", "1, 70", "--runs", "5", "--no-cold-start"])
+    arguments = [str(digits_models["float"]), "--engine", "ort", "--batch", "1, 70", "--runs", "5"]
+    main([*arguments, "--seconds", "0.05", "--no-cold-start"])
     out = capsys.readouterr().out.splitlines()
     assert "fp32 on ort " in out[0]
     assert out[0].endswith("cpu, threads 1")
     assert out[1].split()[:3] == ["batch", "p50", "ms"]
-    assert [(line.split()[0], line.split()[-1]) for line in out[2:4]] == [("1", "5"), ("70", "5")]
-    assert out[4].startswith(f"file {digits_models['float'].stat().st_size:,} bytes, peak memory ")
-    assert "commit " in out[5]
-    assert all(len(line) <= 80 for line in out[1:5])
+    assert [(line.split()[0], line.split()[-1]) for line in (out[2], out[4])] == [("1", "5"), ("70", "5")]
+    assert out[2].split()[3:6] == ["-", "-", "-"]
+    cores = len(os.sched_getaffinity(0))
+    assert all(re.match(rf" +throughput, {cores} requests in parallel: [\d,]+ images/s$", out[n]) for n in (3, 5))
+    assert out[6] == "-: 5 runs, and p90 needs 100, p95 needs 200, p99 needs 1,000; measure longer"
+    assert out[7].startswith(f"file {digits_models['float'].stat().st_size:,} bytes, peak memory ")
+    assert "commit " in out[8]
+    assert all(len(line) <= 80 for line in out[1:8])
 
 
 def test_the_way_from_a_frame_to_its_answer_is_measured_beside_the_network(

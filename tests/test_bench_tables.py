@@ -204,18 +204,26 @@ def test_ours_stand_beside_quantization_after_training_for_each_network_grid_and
         return {
             "bench": "compare", "arch": "cnn2", "trained_on": "mnist", "grid": grid, "threads": 1,
             "input": [batch, 28, 28, 1],
-            "ratio_to_ptq": {n: {"median": r, "low": r - 0.01, "high": r + 0.01} for n, r in ratios.items()},
+            "ratio_to_ptq": {
+                n: {"ratio": r, "low": r - 0.01, "high": r + 0.01, "instances": 8} for n, r in ratios.items()
+            },
+            "instances": 8,
             "quality": {"OpenVINO INT8": {"accuracy": 99.5}, "NNCF PTQ": {"accuracy": 99.25}},
         }  # fmt: skip
 
     without_ratios = {**found(1, 3.0, 3.0), "ratio_to_ptq": {}}
+    # Of one instance, as records were, the interval says nothing of the next one.
+    old = {**found(1, 1, None, "0..255"), "environment": {"commit": "0123456789ab-dirty"}}
+    old |= {"ratio_to_ptq": {"OpenVINO INT8": {"median": 1.006, "low": 1.005, "high": 1.007}}}
+    del old["instances"]
     table = against_ptq([
-        found(32, 1.02, None), found(1, 9.0, 9.0), found(1, 0.99, 1.7), without_ratios, found(1, 1, None, "0..255")
+        found(32, 1.02, None), found(1, 9.0, 9.0), found(1, 0.99, 1.7), without_ratios, old
     ])  # fmt: skip
     assert table.splitlines()[2:] == [
-        "| cnn2, mnist | 0..127 | 1 | 1 | 0.990 (0.980 .. 1.000) | 99.50, 99.25 | 1.700 (1.690 .. 1.710) | -, - |",
-        "|  |  | 1 | 32 | 1.020 (1.010 .. 1.030) | 99.50, 99.25 | - | -, - |",
-        "| cnn2, mnist | 0..255 | 1 | 1 | 1.000 (0.990 .. 1.010) | 99.50, 99.25 | - | -, - |",
+        "| cnn2, mnist | 0..127 | 1 | 1 | 8 | 0.990 (0.980 .. 1.000) | 99.50, 99.25 "
+        "| 1.700 (1.690 .. 1.710) | -, - |",
+        "|  |  | 1 | 32 | 8 | 1.020 (1.010 .. 1.030) | 99.50, 99.25 | - | -, - |",
+        "| cnn2, mnist | 0..255 | 1 | 1 † | 1 | 1.01 | 99.50, 99.25 | - | -, - |",
     ]
 
 

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from export.graph import unread
 from export.pipeline import export
 from runtime.errors import ModelError
 from train import loop
@@ -186,6 +187,7 @@ def test_it_exports_exactly_with_its_map(name: str, target: str, digits: ImageDa
     assert exported.verification.max_logit_steps < 0.1
     assert exported.verification.weight_codes > 0
     assert exported.gradients is not None
+    assert unread(exported.model) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")

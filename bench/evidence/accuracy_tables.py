@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.evidence.markdown import markdown
+from bench.evidence.markdown import markdown, marked
 from bench.evidence.published import PUBLISHED
 from bench.evidence.speed_tables import ENGINES
 from bench.measure.record import Record
@@ -31,7 +31,8 @@ def results(records: Sequence[Record]) -> str:
         data = short_name(recipe["data"])
         cells = [*_setting(data, _arch(last), bits, recipe["method"]), str(last.get("epochs", ""))]
         lines.append((_order(data, bits, statistics.fmean(accuracies)), [
-            *cells, f"**{_mean_and_spread(accuracies, 2)}**", str(len(runs)), "last epoch", _source(last)
+            *cells, f"**{_mean_and_spread(accuracies, 2)}**", str(len(runs)), "last epoch",
+            marked(_source(last), *runs),
         ]))  # fmt: skip
     for row in PUBLISHED:
         cells = [*_setting(row.data, row.network, row.bits, row.method), ""]
@@ -56,7 +57,8 @@ def two_classes(records: Sequence[Record]) -> str:
             [100 * confusion[i][i] / sum(confusion[i]) for confusion in confusions] for i in (1, 0)
         )
         rows.append([
-            f"{name}, {runs[-1]['precision']} on {ENGINES[runs[-1]['engine'].split()[0]]}", str(len(runs)),
+            marked(f"{name}, {runs[-1]['precision']} on {ENGINES[runs[-1]['engine'].split()[0]]}", *runs),
+            str(len(runs)),
             *(_mean_and_spread(values, 2) for values in
               ([run["accuracy"] for run in runs], sensitivities, specificities)),
             _mean_and_spread([run["auc"] for run in runs], 4),
@@ -73,7 +75,8 @@ def engines(records: Sequence[Record]) -> str:
             engine = found["engine"].split()[0]
             latest[found["data"], found["arch"], found["precision"], found["target"], engine] = found
     rows = [
-        [f"{arch}, {data}", f"{precision.upper()} on {ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
+        [marked(f"{arch}, {data}", found),
+         f"{precision.upper()} on {ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
          f"{found['accuracy']:.2f}", f"{found['classified_differently']:,} of {found['n']:,}"]
         for (data, arch, precision, _, engine), found in latest.items()
     ]  # fmt: skip
@@ -105,7 +108,8 @@ def saliency(records: Sequence[Record]) -> str:
         auc = _mean_and_spread([run["masked_auc"] for run in runs], 2, error=runs[-1]["masked_auc_error"])
         means = [statistics.fmean(run[name] for run in runs)
                  for name in ("accuracy", "insertion_auc", "deletion_auc")]  # fmt: skip
-        rows.append([data, f"{model}, {precision}", str(len(runs)), f"{last['n']:,}", fill, f"{means[0]:.2f}", auc,
+        name = marked(f"{model}, {precision}", *(found for _, found in by_seed.values()))
+        rows.append([data, name, str(len(runs)), f"{last['n']:,}", fill, f"{means[0]:.2f}", auc,
                      f"{means[1]:.3f}", f"{means[2]:.3f}", runs[-1]["agreement"]])  # fmt: skip
     rows += [
         [row.data, f"{row.method}, {_bits(row.bits)} ({row.source})", "", "", "not told", f"{row.accuracy:.2f}",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.evidence.markdown import markdown
+from bench.evidence.markdown import markdown, marked
+from bench.measure.ratios import read_ratio
 from bench.measure.record import Record
 from bench.peers.names import PTQ
 
@@ -54,7 +55,12 @@ def latency(records: Sequence[Record]) -> str:
         ])  # fmt: skip
     height = max(map(len, halves))
     left, right = ([*half, *[["", "", ""]] * (height - len(half))] for half in halves)
-    header = ["class only", "batch 1", "batch 32", "", "class and map", "batch 1", "batch 32"]
+    (one, many), (one_map, many_map) = (
+        [marked(f"batch {batch}", *([compared[bench, batch]] if (bench, batch) in compared else []))
+         for batch in (1, 32)]
+        for bench in ("compare", "compare-explain")
+    )  # fmt: skip
+    header = ["class only", one, many, "", "class and map", one_map, many_map]
     return markdown(header, [[*a, "", *b] for a, b in zip(left, right, strict=True)], "lrrllrr")
 
 
@@ -68,17 +74,17 @@ def against_ptq(records: Sequence[Record]) -> str:
     rows = []
     for (network, grid), runs in latest.items():
         for (threads, batch), found in sorted(runs.items()):
-            cells = []
+            cells = [str(found.get("instances", 1))]
             for ours, ptq in PTQ.items():
                 by = found["ratio_to_ptq"].get(ours)
-                cells.append(f"{by['median']:.3f} ({by['low']:.3f} .. {by['high']:.3f})" if by else "-")
+                cells.append(_ratio(by) if by else "-")
                 quality = [found["quality"].get(name) for name in (ours, ptq)]
                 cells.append(", ".join(f"{row['accuracy']:.2f}" if row else "-" for row in quality))
-            rows.append([network, grid, str(threads), str(batch), *cells])
+            rows.append([network, grid, str(threads), marked(str(batch), found), *cells])
             network = grid = ""
-    header = ["network", "codes", "threads", "batch", "OpenVINO: ours / NNCF", "accuracies, %",
+    header = ["network", "codes", "threads", "batch", "instances", "OpenVINO: ours / NNCF", "accuracies, %",
               "ONNX Runtime: ours / its PTQ", "accuracies, %"]  # fmt: skip
-    return markdown(header, rows, "llrrrrrr")
+    return markdown(header, rows, "llrrrrrrr")
 
 
 def startup(records: Sequence[Record]) -> str:
@@ -92,7 +98,8 @@ def startup(records: Sequence[Record]) -> str:
         what = f"{arch}, {precision.upper()} on {ENGINES[engine]}{', with map' if explain else ''}"
         for name, row in found["cold_start"].items():
             memory = [f"{row[f'{part}_bytes'] / 1e6:.0f}" for part in ("above_interpreter", "above_numpy")]
-            rows.append([what, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
+            of = what and marked(what, found)
+            rows.append([of, name, f"{row['import_ms']:.0f}", f"{row['classifier_ms']:.0f}",
                          f"{row['first_prediction_ms']:.0f}", *memory])  # fmt: skip
             what = ""
     header = ["file", "start", "imports, ms", "`Classifier` to prediction, ms", "all, ms",
@@ -112,7 +119,8 @@ def frames(records: Sequence[Record]) -> str:
     for (arch, precision, engine, frame, threads), found in latest.items():
         times = [found["frame_latency"].get(name) for name in names]
         rows.append([
-            f"{arch}, {precision.upper()} on {ENGINES[engine]}", f"{frame[1]}x{frame[0]}", str(threads),
+            marked(f"{arch}, {precision.upper()} on {ENGINES[engine]}", found),
+            f"{frame[1]}x{frame[0]}", str(threads),
             *(f"{row['p50_ms']:.2f}" if row else "" for row in times),
         ])  # fmt: skip
     header = ["network", "frame", "threads", *names]
@@ -124,7 +132,7 @@ def arm64(records: Sequence[Record]) -> str:
     latest = {found["model"]: found for found in records if found["bench"] == "arm64"}
     rows = [
         [
-            model, str(found["images"]), str(found["images"] - found["classes_differing"]),
+            marked(model, found), str(found["images"]), str(found["images"] - found["classes_differing"]),
             f"{found['codes_moved']:,} of {found['codes']:,}", str(found["largest_step"]),
             str(found["images_with_moved_codes"]), *(_exponent(found[name]) for name in _ARM64_DIFFERENCES),
         ]
@@ -155,7 +163,7 @@ def training_step(records: Sequence[Record]) -> str:
             else ""
             for name in methods
         ]
-        rows.append([f"{arch}, {data}, {bits} bit", str(batch), str(threads), precision, *cells])
+        rows.append([marked(f"{arch}, {data}, {bits} bit", found), str(batch), str(threads), precision, *cells])
     return markdown(["network", "batch", "threads", "precision", *methods], rows, "lrrl" + "r" * len(methods))
 
 
@@ -172,6 +180,12 @@ def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
             latest.pop((found["bench"], found["input"][0]), None)
             latest[found["bench"], found["input"][0]] = found
     return latest
+
+
+def _ratio(recorded: Mapping[str, float]) -> str:
+    """Return a ratio; of an instance, which the next one may miss by a percent, without its third digit."""
+    found = read_ratio(recorded)
+    return found.told(2 if found.low is None else 3)
 
 
 def _milliseconds(row: Mapping[str, float] | None, name: str) -> str:

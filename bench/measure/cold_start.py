@@ -27,7 +27,7 @@ def resident_bytes():
 memory, times = [resident_bytes()], [time.perf_counter()]
 import numpy as np
 memory.append(resident_bytes())
-path, engine, device, threads, cache, explain, *shape = sys.argv[1:]
+path, engine, device, threads, cache, explain, way, *shape = sys.argv[1:]
 threads, image = int(threads) or None, np.zeros((1, *map(int, shape)), np.uint8)
 """
 
@@ -43,7 +43,7 @@ print(*times, *memory, peak_memory_bytes())
 
 _IMPORT_TORCH = """
 import torch
-from export.deploy_form import deploy_form
+from bench.peers.torch_ways import WAYS, classify_in_torch
 from train import checkpoint as checkpoints
 from train.models import factory
 torch.set_num_threads(threads or 1)
@@ -51,8 +51,7 @@ torch.set_num_threads(threads or 1)
 _OPEN_TORCH = """
 if engine:
     factory.allow(engine)
-checkpoint = checkpoints.load(path)
-network = deploy_form(checkpoint.network(), checkpoint.input, int8=False).to(device)
+classify = classify_in_torch(checkpoints.load(path), WAYS[way], device)
 """
 
 # What loads a file -> how it imports, opens and predicts.
@@ -62,16 +61,7 @@ _PROGRAMS = {
         "classifier = Classifier(path, engine=engine, device=device, threads=threads, cache=cache or None)",
         "classifier.explain(image[0]) if explain else classifier.logits(image)",
     ),
-    "torch": (
-        _IMPORT_TORCH,
-        _OPEN_TORCH,
-        "with torch.inference_mode():\n    network(torch.from_numpy(image).to(device)).cpu()",
-    ),
-    "torch.compile": (
-        _IMPORT_TORCH,
-        _OPEN_TORCH + "network = torch.compile(network)",
-        "with torch.inference_mode():\n    network(torch.from_numpy(image))",
-    ),
+    "torch": (_IMPORT_TORCH, _OPEN_TORCH, "classify(image)"),
     "onnxruntime": (
         "from pathlib import Path\nfrom bench.peers.cpu import run_on_onnx_runtime",
         "classify = run_on_onnx_runtime(Path(path).read_bytes(), threads)",
@@ -90,13 +80,14 @@ class Loading:
     """How a contender is loaded.
 
     Args:
-        program: one of "runtime", "torch", "torch.compile", "onnxruntime" and "openvino".
+        program: one of "runtime", "torch", "onnxruntime" and "openvino".
         path: file that it loads.
         engine: of "runtime", its name; of "openvino", the precision of what is not quantized; of "torch", the name
             of the user's own architecture, if it is one.
         device: "cpu" or "cuda", of "runtime" and "torch".
         cache: of "runtime", folder of compiled models, "" for none.
-        explain: of "runtime", ask for the image's saliency too.
+        explain: of "runtime" and "torch", ask for the image's saliency too.
+        way: of "torch", one of `bench.peers.torch_ways.WAYS`.
     """
 
     program: str
@@ -105,6 +96,7 @@ class Loading:
     device: str = "cpu"
     cache: str = ""
     explain: bool = False
+    way: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,16 @@ def start(loading: Loading, *, shape: Sequence[int], threads: int | None, name: 
     importing, opening, predicting = _PROGRAMS[loading.program]
     program = _MARK.join([_BEGIN + importing, opening, predicting, _END])
     explain = "explain" if loading.explain else ""
-    arguments = (loading.path, loading.engine, loading.device, threads or 0, loading.cache, explain, *shape)
+    arguments = (
+        loading.path,
+        loading.engine,
+        loading.device,
+        threads or 0,
+        loading.cache,
+        explain,
+        loading.way,
+        *shape,
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from bench.measure.statistics import SETTLE_MS, Percentiles
+from bench.measure.statistics import SETTLE_MS, Percentiles, told
 from runtime import command
 from runtime.engines.tensorrt.cuda import Resources
 from runtime.engines.tensorrt.session import TensorRTSession
@@ -102,17 +102,17 @@ def streams_images_per_second(
         return done * len(images) / (time.perf_counter() - began)
 
 
-def as_json(samples: np.ndarray) -> dict[str, dict[str, float]]:
+def as_json(samples: np.ndarray) -> dict[str, dict[str, float | None]]:
     """Return phase -> percentiles of the samples float64 [runs, 5] of one contender."""
     return {phase: asdict(Percentiles.of(samples[:, index])) for index, phase in enumerate(PHASES)}
 
 
-def table(phases: dict[str, dict[str, dict[str, float]] | None]) -> Iterator[str]:
+def table(phases: Mapping[str, Mapping[str, Mapping[str, float | None]] | None]) -> Iterator[str]:
     """Yield a table's lines: one contender and percentile a row, one phase a column, "-" where there is none."""
     yield "                         " + "".join(f"{TITLES[phase]:>11}" for phase in PHASES)
     for name, found in phases.items():
         for percentile in ("p50", "p90", "p95", "p99"):
-            cells = [f"{found[phase][f'{percentile}_ms']:11.3f}" if found else f"{'-':>11}" for phase in PHASES]
+            cells = [f"{told(found[phase][f'{percentile}_ms'] if found else None):>11}" for phase in PHASES]
             yield f"{name if percentile == 'p50' else '':21}{percentile:4}" + "".join(cells)
             if not found:
                 break

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,69 +15,73 @@ from runtime.errors import OptionError
 
 SETTLE_MS = 3.0
 QUANTILE_PERCENTS = tuple(range(0, 101, 5))
+# Of fewer, less than ten runs lie beyond the percentile, and it is told by a handful of chance events.
+FEWEST_RUNS = {90: 100, 95: 200, 99: 1000}
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """What is said of n run times."""
+    """What is said of n run times; a percentile is None where n is less than its FEWEST_RUNS."""
 
     n: int
     p50_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
+    p90_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
     mean_ms: float
     std_ms: float
 
     @staticmethod
     def of(samples_ms: np.ndarray) -> Percentiles:
         """Return it for run times float [n] in milliseconds."""
-        p50, p90, p95, p99 = (float(p) for p in np.percentile(samples_ms, [50, 90, 95, 99]))
-        return Percentiles(len(samples_ms), p50, p90, p95, p99, float(samples_ms.mean()), float(samples_ms.std()))
+        n, p50 = len(samples_ms), float(np.median(samples_ms))
+        p90, p95, p99 = (
+            float(np.percentile(samples_ms, percent)) if n >= fewest else None
+            for percent, fewest in FEWEST_RUNS.items()
+        )
+        return Percentiles(n, p50, p90, p95, p99, float(samples_ms.mean()), float(samples_ms.std()))
 
 
 @dataclass(frozen=True)
 class Latency(Percentiles):
-    """Percentiles of one contender's run times, and the images it does in a second.
+    """Percentiles of one contender's run times, one run after the other.
 
     `quantiles_ms` are the percentiles QUANTILE_PERCENTS, the distribution from the smallest time to the largest.
     """
 
-    images_per_second: float
     quantiles_ms: tuple[float, ...]
 
 
-def summarize(samples_ms: np.ndarray, batch: int) -> Latency:
-    """Return the statistics of run times float [n] in milliseconds of batches of `batch` images."""
+def summarize(samples_ms: np.ndarray) -> Latency:
+    """Return the statistics of run times float [n] in milliseconds."""
     found = Percentiles.of(samples_ms)
     return Latency(
         **asdict(found),
-        images_per_second=1000 * batch / found.p50_ms,
         quantiles_ms=tuple(round(float(q), 6) for q in np.percentile(samples_ms, QUANTILE_PERCENTS)),
     )
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The median over rounds of one contender's time by another's, with the bootstrap's 95 % interval of it."""
+def percentile(row: Mapping[str, Any], percent: int) -> float | None:
+    """Return a percentile in milliseconds of a recorded Percentiles; None where its runs are too few to tell it.
 
-    median: float
-    low: float
-    high: float
-
-
-def ratio(times_ms: np.ndarray, by_ms: np.ndarray, *, resamples: int = 1000) -> Ratio:
-    """Return how many times as long one contender takes as another, measured in the same rounds.
-
-    Args:
-        times_ms: run times float64 [n] of the one.
-        by_ms: of the other, in the same rounds.
-        resamples: how often the rounds are drawn again, with replacement (percentile bootstrap, Efron 1979).
+    Records from before there was such a limit hold it all the same.
     """
-    quotients = times_ms / by_ms
-    drawn = np.random.default_rng(0).integers(0, len(quotients), (resamples, len(quotients)))
-    low, high = np.percentile(np.median(quotients[drawn], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(quotients)), float(low), float(high))
+    found = row.get(f"p{percent}_ms")
+    return float(found) if found is not None and row["n"] >= FEWEST_RUNS.get(percent, 1) else None
+
+
+def told(milliseconds: float | None, digits: int = 3) -> str:
+    """Return a time as text, "-" where there is none."""
+    return "-" if milliseconds is None else f"{milliseconds:.{digits}f}"
+
+
+def missing_percentiles(counts: Iterable[int], percents: Iterable[int] = tuple(FEWEST_RUNS)) -> list[str]:
+    """Return why a table of so many runs each shows "-" for some percentiles, as a line; none if it does not."""
+    least = min(counts)
+    missing = [
+        f"p{percent} needs {FEWEST_RUNS[percent]:,}" for percent in percents if least < FEWEST_RUNS[percent]
+    ]
+    return [f"-: {least:,} runs, and {', '.join(missing)}; measure longer"] if missing else []
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -101,12 +106,14 @@ def measure(
     warm_up_seconds: float = 0.5,
     rest_ms: float = 0.0,
     label: str = "measuring",
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Time each contender again and again, one after the other in every round.
 
     In turns, whatever else the machine does meets all of them alike, so that their ratios hold even where their
-    absolute times do not. Each runs untimed for SETTLE_MS, once at least, before it is timed: caches and branch
-    predictors are then as if it ran alone, and not full of the contender before it.
+    absolute times do not. Every round has an order of its own: nobody always follows the same one. Each runs
+    untimed for SETTLE_MS, once at least, before it is timed: caches and branch predictors are then as if it ran
+    alone, and not full of the contender before it.
 
     Args:
         contenders: name -> function to time.
@@ -116,6 +123,7 @@ def measure(
         rest_ms: pause before each turn. Worker threads of ONNX Runtime and of OpenMP spin on after their work is
             done and would take a core from the next contender: with several threads, give them time to sleep.
         label: of the progress bar.
+        seed: of the orders.
 
     Returns:
         Name -> run times float64 [runs] in milliseconds.
@@ -132,8 +140,10 @@ def measure(
     round_s = sum(rest_ms / 1000 + max(settle_s, typical) + typical for typical in typical_s.values())
     rounds = runs or max(20, int(seconds * len(typical_s) / round_s))
     samples = {name: np.empty(rounds) for name in contenders}
+    rng, turns = np.random.default_rng(seed), list(contenders.items())
     for index in command.progress(range(rounds), label=label):
-        for name, call in contenders.items():
+        for turn in rng.permutation(len(turns)):
+            name, call = turns[turn]
             time.sleep(rest_ms / 1000)
             settled = time.perf_counter() + settle_s
             call()

@@ -1,10 +1,9 @@
-"""Every contender on one checkpoint: latency in turns, cold start, accuracy, maps."""
+"""Every contender on one checkpoint: latency in turns and in fresh processes, cold start, accuracy, maps."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from bench.measure import data
-from bench.measure.cold_start import in_turns
+from bench.measure.cold_start import Loading, in_turns
 from bench.measure.environment import environment
-from bench.measure.statistics import SETTLE_MS, measure, ratio, summarize
+from bench.measure.ratios import ratio
+from bench.measure.statistics import SETTLE_MS, summarize
 from bench.measure.streams import ImageStream, cores
 from bench.networks.network import Network
 from bench.peers.contenders import Contender, Found, contenders, explaining_networks
 from bench.peers.explainers import explainers
 from bench.peers.gpu_contenders import OURS_ON_GPU, gpu_contenders, gpu_explaining_networks, gpu_name
 from bench.peers.gpu_explainers import gpu_explainers
+from bench.peers.instances import Setting, times_of_instances
 from bench.peers.names import OURS, OURS_WITH_MAP, PTQ
 from bench.peers.qualities import map_qualities, qualities
 from runtime import command
@@ -30,7 +31,7 @@ from train.quantization.quantizers import activation_range
 
 # Until the threads of the contender before have stopped spinning, mostly: see bench.measure.statistics.measure.
 _REST_MS = 100.0
-_WARM_UP_SECONDS = 0.5  # of each contender
+_WARM_UP_SECONDS = 0.5  # of each contender, in each instance
 
 
 def test_images(options: Any, checkpoint: Checkpoint) -> ImageStream:
@@ -90,21 +91,23 @@ def compared(
 def _latency(
     options: Any, checkpoint: Checkpoint, shape: tuple[int, ...], found: Found[Contender], folder: Path
 ) -> dict[str, Any]:
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    calls: Found[Callable[[], object]]
     if options.explain:
-        calls = Found(explainers(checkpoint, images, threads=options.threads), {})
-        calls |= gpu_explainers(checkpoint, images, folder, peers=not options.no_peers)
+        loadings = Found(explainers(checkpoint, folder), {})
+        loadings |= gpu_explainers(
+            checkpoint, shape[0], folder, threads=options.threads, peers=not options.no_peers
+        )
     else:
-        ready = {name: functools.partial(contender.classify, images) for name, contender in found.ready.items()}
-        calls = Found(dict(ready), found.missing)
+        ready = {name: contender.loading_of(shape[0]) for name, contender in found.ready.items()}
+        loadings = Found[Loading](ready, found.missing)
     ours = OURS_WITH_MAP if options.explain else OURS
-    samples = measure(
-        calls.ready,
-        seconds=options.seconds,
+    setting = Setting(
+        shape=shape,
+        threads=options.threads,
+        seconds=options.seconds / options.instances,
         warm_up_seconds=min(_WARM_UP_SECONDS, options.seconds),
         rest_ms=_REST_MS if options.threads > 1 else 0.0,
     )
+    times = times_of_instances(loadings.ready, setting, instances=options.instances)
     return {
         "bench": "compare-explain" if options.explain else "compare",
         "arch": checkpoint.arch["name"],
@@ -113,15 +116,16 @@ def _latency(
         "trained_on": checkpoint.recipe.data_name,
         "input": list(shape),
         "threads": options.threads,
+        "instances": options.instances,
+        "warm_up_seconds": setting.warm_up_seconds,
         "settle_ms": SETTLE_MS,
-        "latency": {name: asdict(summarize(times, shape[0])) for name, times in samples.items()},
-        f"ratio_to_{ours}": {name: asdict(ratio(times, samples[ours])) for name, times in samples.items()},
+        "rest_ms": setting.rest_ms,
+        "latency": {name: asdict(summarize(np.concatenate(each))) for name, each in times.items()},
+        f"ratio_to_{ours}": {name: asdict(ratio(each, times[ours])) for name, each in times.items()},
         "ratio_to_ptq": {
-            name: asdict(ratio(samples[name], samples[ptq]))
-            for name, ptq in PTQ.items()
-            if {name, ptq} <= set(samples)
+            name: asdict(ratio(times[name], times[ptq])) for name, ptq in PTQ.items() if {name, ptq} <= set(times)
         },
-        "missing": calls.missing,
+        "missing": loadings.missing,
     }
 
 

@@ -5,35 +5,26 @@ bench/peers/gpu_contenders.py adds those that need a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import onnx
-import torch
-from torch import nn
 
 from bench.measure.cold_start import Loading
 from bench.networks.checkpoint import as_network
 from bench.networks.network import CHECKPOINT_NAME, Network
 from bench.networks.opened import open_networks
-from bench.peers.cpu import (
-    Classify,
-    nncf_ptq,
-    onnx_runtime_ptq,
-    run_on_onnx_runtime,
-    run_on_openvino,
-)
+from bench.peers.cpu import Classify, nncf_ptq, onnx_runtime_ptq
 from bench.peers.names import OURS
+from bench.peers.opening import classifying
+from bench.peers.torch_ways import INSTALL_PEERS
 from export.deploy_form import deploy_form
 from export.pipeline import export
-from runtime.classifier import Classifier
 from runtime.files import write_atomically
-from runtime.manifest import INPUT_NAME
 from runtime.onnx_bytes import without_gradient
-from runtime.session import Session
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.models import factory
@@ -49,11 +40,17 @@ class Contender:
         classify: images uint8 [N, H, W, C] -> logits float32 [N, K].
         loading: how a fresh process gets there.
         file_bytes: what has to be copied to a device; 0 where that is PyTorch and the checkpoint.
+        plans: batch size -> file that was made for it, where one file does not serve all.
     """
 
     classify: Classify
     loading: Loading
     file_bytes: int = 0
+    plans: Mapping[int, Path] = field(default_factory=dict)
+
+    def loading_of(self, batch: int) -> Loading:
+        """Return how a fresh process gets ready for batches of this size."""
+        return replace(self.loading, path=self.plans.get(batch, self.loading.path))
 
 
 @dataclass(frozen=True)
@@ -81,17 +78,15 @@ def contenders(checkpoint: Checkpoint, folder: Path, *, threads: int, peers: boo
         threads: CPU threads of one inference.
         peers: also torch.compile, bfloat16, and quantization after training by ONNX Runtime and NNCF.
     """
-    network = deploy_form(checkpoint.network(), checkpoint.input, int8=False)
     checkpoints.save(checkpoint, folder / CHECKPOINT_NAME)
-    found = {"PyTorch FP32": Contender(in_torch(network), loading_torch(checkpoint, folder))}
+    found = {"PyTorch FP32": _contender(loading_torch(checkpoint, folder), threads)}
     for name, (engine, int8) in _EXPORTS.items():
         path, _ = write_exports(folder, name, checkpoint, engine, int8=int8)
-        session = Classifier(path, engine=engine, threads=threads).session
-        found[name] = Contender(in_session(session), Loading("runtime", path, engine), path.stat().st_size)
+        found[name] = _contender(Loading("runtime", path, engine), threads, path)
     missing = {}
     for name, make in _PEERS.items() if peers else ():
         try:
-            found[name] = make(checkpoint, network, folder, threads)
+            found[name] = make(checkpoint, folder, threads)
         except ImportError:
             missing[name] = INSTALL_PEERS
     return Found(found, missing)
@@ -125,59 +120,42 @@ def write_exports(
     return path, with_map
 
 
-def in_session(session: Session) -> Classify:
-    """Return a session as a function."""
-    return lambda images: session.run({INPUT_NAME: images})["logits"]
-
-
-def loading_torch(checkpoint: Checkpoint, folder: Path, *, program: str = "torch", device: str = "cpu") -> Loading:
-    """Return how a fresh process loads the checkpoint that `contenders` wrote."""
+def loading_torch(
+    checkpoint: Checkpoint, folder: Path, *, way: str = "eager", device: str = "cpu", explain: bool = False
+) -> Loading:
+    """Return how a fresh process loads the checkpoint that `contenders` wrote, and sets PyTorch up."""
     arch = str(checkpoint.arch["name"])
-    return Loading(program, folder / CHECKPOINT_NAME, arch if factory.is_factory(arch) else "", device)
+    own = arch if factory.is_factory(arch) else ""
+    return Loading("torch", folder / CHECKPOINT_NAME, own, device, explain=explain, way=way)
 
 
-def in_torch(network: nn.Module, device: str = "cpu") -> Classify:
-    """Return a deploy form on a device as a function between arrays in host memory."""
-
-    def classify(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            # The copy back waits for a GPU, which works while the host goes on.
-            logits: np.ndarray = network(torch.from_numpy(images).to(device)).cpu().numpy()
-        return logits
-
-    return classify
+def _contender(loading: Loading, threads: int, *files: Path) -> Contender:
+    return Contender(classifying(loading, threads=threads), loading, sum(file.stat().st_size for file in files))
 
 
-def _torch_compile(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
-    compiled: Any = torch.compile(network)
-    return Contender(in_torch(compiled), loading_torch(checkpoint, folder, program="torch.compile"))
+def _torch_compile(checkpoint: Checkpoint, folder: Path, threads: int) -> Contender:
+    return _contender(loading_torch(checkpoint, folder, way="compiled"), threads)
 
 
-def _openvino_bf16(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
-    import openvino
-
+def _openvino_bf16(checkpoint: Checkpoint, folder: Path, threads: int) -> Contender:
     path = _float_file(checkpoint, folder, "OpenVINO FP32")
-    whole = openvino.Core().read_model(path)
-    loading = Loading("openvino", path, "bf16")
-    return Contender(run_on_openvino(whole, threads, precision="bf16"), loading, path.stat().st_size)
+    return _contender(Loading("openvino", path, "bf16"), threads, path)
 
 
-def _onnx_runtime_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
+def _onnx_runtime_ptq(checkpoint: Checkpoint, folder: Path, threads: int) -> Contender:
     model = onnx.load(_float_file(checkpoint, folder, "ONNX Runtime FP32"))
-    quantized = onnx_runtime_ptq(model, _samples(checkpoint))
     path = folder / "onnxruntime_ptq.onnx"
-    write_atomically(path, quantized)
-    return Contender(run_on_onnx_runtime(quantized, threads), Loading("onnxruntime", path), len(quantized))
+    write_atomically(path, onnx_runtime_ptq(model, _samples(checkpoint)))
+    return _contender(Loading("onnxruntime", path), threads, path)
 
 
-def _nncf_ptq(checkpoint: Checkpoint, network: nn.Module, folder: Path, threads: int) -> Contender:
+def _nncf_ptq(checkpoint: Checkpoint, folder: Path, threads: int) -> Contender:
     import openvino
 
     quantized = nncf_ptq(onnx.load(_float_file(checkpoint, folder, "OpenVINO FP32")), _samples(checkpoint))
     path = folder / "nncf.xml"
     openvino.save_model(quantized, path, compress_to_fp16=False)
-    file_bytes = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
-    return Contender(run_on_openvino(quantized, threads), Loading("openvino", path, "f32"), file_bytes)
+    return _contender(Loading("openvino", path, "f32"), threads, path, path.with_suffix(".bin"))
 
 
 def _float_file(checkpoint: Checkpoint, folder: Path, name: str) -> Path:
@@ -190,8 +168,6 @@ def _samples(checkpoint: Checkpoint) -> np.ndarray:
     return checkpoint.samples["images"].permute(0, 2, 3, 1).contiguous().numpy()
 
 
-INSTALL_PEERS = "pip install 'clearpact[peers]'"
-
 # Name -> engine, and whether in INT8.
 _EXPORTS = {
     "ONNX Runtime FP32": ("ort", False),
@@ -199,7 +175,7 @@ _EXPORTS = {
     "ONNX Runtime INT8": ("ort", True),
     OURS: ("openvino", True),
 }
-_PEERS: dict[str, Callable[[Checkpoint, nn.Module, Path, int], Contender]] = {
+_PEERS: dict[str, Callable[[Checkpoint, Path, int], Contender]] = {
     "torch.compile FP32": _torch_compile,
     "OpenVINO bf16": _openvino_bf16,
     "ONNX Runtime PTQ": _onnx_runtime_ptq,

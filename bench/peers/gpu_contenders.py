@@ -17,9 +17,9 @@ import torch
 from bench.measure.cold_start import Loading
 from bench.networks.network import Network
 from bench.networks.opened import open_networks
-from bench.peers.contenders import Contender, Found, T, in_session, in_torch, loading_torch, write_exports
+from bench.peers.contenders import Contender, Found, T, loading_torch, write_exports
+from bench.peers.opening import classifying
 from bench.peers.plans import build_plan, in_plans
-from export.deploy_form import deploy_form
 from export.engine.gpu import find_gpu
 from runtime.classifier import MAX_BATCH
 from runtime.errors import EngineError, ModelError
@@ -31,6 +31,11 @@ OURS_ON_GPU_WITH_MAP = "TensorRT INT8 + map"
 
 # Name -> whether from the integer codes, and --precision of export.engine. FP16 is the float network: the grids on
 # the activations of ours, which layers in FP16 have no use for, would only slow it down.
+_IN_TORCH = {
+    "PyTorch CUDA FP32": "eager",
+    "PyTorch CUDA graph FP16": "graph",
+    "torch.compile CUDA FP16": "max-autotune",
+}
 _PLANS = {"TensorRT FP16": (False, "fp16"), OURS_ON_GPU: (True, "mixed")}
 _INSTALL_TORCH = "install its build for this GPU's CUDA, see pytorch.org"
 
@@ -45,11 +50,14 @@ def gpu_contenders(
         folder: where `bench.peers.contenders.contenders` has written its files; plans are added.
         batches: a plan is built for each of these numbers of images.
         threads: CPU threads of one inference of ONNX Runtime.
-        peers: also PyTorch and ONNX Runtime.
+        peers: also PyTorch, plain and as its tuning guide has it, and ONNX Runtime.
     """
     makers: dict[str, Callable[[], Contender]] = {}
     if peers:
-        makers["PyTorch CUDA FP32"] = functools.partial(_in_torch, checkpoint, folder)
+        makers |= {
+            name: functools.partial(_in_torch, checkpoint, folder, way, batches, threads)
+            for name, way in _IN_TORCH.items()
+        }
         makers["ONNX Runtime CUDA FP32"] = functools.partial(_in_onnx_runtime, folder, threads)
     makers |= {name: functools.partial(_in_tensorrt, checkpoint, folder, name, batches) for name in _PLANS}
     return found_on_gpu(makers, folder)
@@ -123,27 +131,31 @@ def plan_with_map(checkpoint: Checkpoint, folder: Path, *, batch: int) -> Path:
     return build_plan(model, folder / f"{OURS_ON_GPU_WITH_MAP}, {batch}.plan", batch=batch, precision="mixed")
 
 
-def _in_torch(checkpoint: Checkpoint, folder: Path) -> Contender:
+def _in_torch(checkpoint: Checkpoint, folder: Path, way: str, batches: Sequence[int], threads: int) -> Contender:
+    loading = loading_torch(checkpoint, folder, way=way, device="cuda")
     with torch_on_cuda():
-        classify = in_torch(deploy_form(checkpoint.network(), checkpoint.input, int8=False).to("cuda"), "cuda")
-        # A GPU too new for this PyTorch shows with the first kernel only.
-        classify(np.zeros((1, *checkpoint.input.size, checkpoint.input.channels), np.uint8))
-    return Contender(classify, loading_torch(checkpoint, folder, device="cuda"))
+        classify = classifying(loading, threads=threads)
+        for batch in sorted(set(batches)):
+            # A GPU too new for this PyTorch shows with the first kernel only.
+            classify(np.zeros((batch, *checkpoint.input.size, checkpoint.input.channels), np.uint8))
+    return Contender(classify, loading)
 
 
 def _in_onnx_runtime(folder: Path, threads: int) -> Contender:
     path = folder / "ONNX Runtime FP32.onnx"  # the same file that runs on the CPU
-    session = open_session(path, engine="ort", device="cuda", threads=threads)
-    return Contender(in_session(session), Loading("runtime", path, "ort", "cuda"), path.stat().st_size)
+    loading = Loading("runtime", path, "ort", "cuda")
+    return Contender(classifying(loading, threads=threads), loading, path.stat().st_size)
 
 
 def _in_tensorrt(checkpoint: Checkpoint, folder: Path, name: str, batches: Sequence[int]) -> Contender:
     int8, precision = _PLANS[name]
     model, _ = write_exports(folder, name, checkpoint, PLAN_ENGINE, int8=int8)
-    plans = [
-        build_plan(model, folder / f"{name}, {batch}.plan", batch=batch, precision=precision)
+    plans = {
+        batch: build_plan(model, folder / f"{name}, {batch}.plan", batch=batch, precision=precision)
         for batch in sorted(set(batches))
-    ]
-    first = plans[0]
+    }
+    first = next(iter(plans.values()))
     loading = Loading("runtime", first, PLAN_ENGINE, "cuda")
-    return Contender(in_plans([open_session(plan) for plan in plans]), loading, first.stat().st_size)
+    return Contender(
+        in_plans([open_session(plan) for plan in plans.values()]), loading, first.stat().st_size, plans
+    )

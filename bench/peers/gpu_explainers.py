@@ -11,42 +11,57 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers.contenders import Found
-from bench.peers.explainers import explain_in_torch
-from bench.peers.gpu_contenders import OURS_ON_GPU_WITH_MAP, found_on_gpu, plan_with_map, torch_on_cuda
-from runtime.manifest import INPUT_NAME, TARGET_NAME
-from runtime.session import open_session
+from bench.measure.cold_start import Loading
+from bench.peers.contenders import Found, loading_torch
+from bench.peers.gpu_contenders import (
+    OURS_ON_GPU_WITH_MAP,
+    found_on_gpu,
+    plan_with_map,
+    torch_on_cuda,
+)
+from bench.peers.opening import explaining
+from runtime.session import PLAN_ENGINE
 from train.checkpoint import Checkpoint
+
+_IN_TORCH = {
+    "Captum CUDA": "captum",
+    "PyTorch CUDA autograd": "eager",
+    "PyTorch CUDA graph FP16": "graph",
+    "torch.compile CUDA FP16": "max-autotune",
+}
 
 
 def gpu_explainers(
-    checkpoint: Checkpoint, images: np.ndarray, folder: Path, *, peers: bool = True
-) -> Found[Callable[[], object]]:
-    """Return what explains the predicted class on the first GPU; without one, all is missing for the same reason.
+    checkpoint: Checkpoint, batch: int, folder: Path, *, threads: int, peers: bool = True
+) -> Found[Loading]:
+    """Return how what explains the predicted class on the first GPU is loaded; each has explained once.
+
+    Without a GPU, all is missing for the same reason.
 
     Args:
         checkpoint: quantized.
-        images: uint8 [N, H, W, C].
-        folder: where files are written.
-        peers: also Captum and PyTorch's autograd.
+        batch: images at a time.
+        folder: where `bench.peers.explainers.explainers` has written its files; a plan is added.
+        threads: CPU threads of one inference.
+        peers: also Captum and PyTorch's own ways.
     """
-    makers: dict[str, Callable[[], Callable[[], object]]] = {}
-    if peers:
-        in_torch = functools.partial(_on_cuda, checkpoint, images)
-        makers["Captum CUDA"] = functools.partial(in_torch, "captum")
-        makers["PyTorch CUDA autograd"] = functools.partial(in_torch, "autograd")
-    makers[OURS_ON_GPU_WITH_MAP] = functools.partial(_in_tensorrt, checkpoint, images, folder)
+    makers: dict[str, Callable[[], Loading]] = {}
+    images = np.zeros((batch, *checkpoint.input.size, checkpoint.input.channels), np.uint8)
+    for name, way in _IN_TORCH.items() if peers else ():
+        loading = loading_torch(checkpoint, folder, way=way, device="cuda", explain=True)
+        makers[name] = functools.partial(_on_cuda, loading, images, threads)
+    makers[OURS_ON_GPU_WITH_MAP] = functools.partial(_in_tensorrt, checkpoint, images, folder, threads)
     return found_on_gpu(makers, folder)
 
 
-def _on_cuda(checkpoint: Checkpoint, images: np.ndarray, way: str) -> Callable[[], object]:
+def _on_cuda(loading: Loading, images: np.ndarray, threads: int) -> Loading:
     with torch_on_cuda():
-        explain = explain_in_torch(checkpoint, images, device="cuda", way=way)
-        explain()  # what cannot run shows with the first kernels only
-    return explain
+        explaining(loading, threads=threads)(images)  # what cannot run shows with the first kernels only
+    return loading
 
 
-def _in_tensorrt(checkpoint: Checkpoint, images: np.ndarray, folder: Path) -> Callable[[], object]:
-    session = open_session(plan_with_map(checkpoint, folder, batch=len(images)))
-    inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(len(images), -1, np.int64)}
-    return functools.partial(session.run, inputs, ("logits", "saliency"))
+def _in_tensorrt(checkpoint: Checkpoint, images: np.ndarray, folder: Path, threads: int) -> Loading:
+    plan = plan_with_map(checkpoint, folder, batch=len(images))
+    loading = Loading("runtime", plan, PLAN_ENGINE, "cuda", explain=True)
+    explaining(loading, threads=threads)(images)
+    return loading

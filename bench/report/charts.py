@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bench.measure.statistics import percentile
 from bench.report.labels import label_points
 from bench.report.page import Html, legible
 
@@ -135,8 +137,10 @@ def range_chart(
                 for low, high, width in ((1, 19, 4), (5, 15, 9)):
                     axes.plot([quantiles[low], quantiles[high]], [position] * 2, color=color, linewidth=width,
                               alpha=0.35, solid_capstyle="butt")  # fmt: skip
-            axes.plot([row["p50_ms"], row["p99_ms"]], [position] * 2, color=color, linewidth=1.4)
-            axes.plot(row["p99_ms"], position, marker="|", markersize=9, color=color)
+            p99 = percentile(row, 99)
+            if p99 is not None:
+                axes.plot([row["p50_ms"], p99], [position] * 2, color=color, linewidth=1.4)
+                axes.plot(p99, position, marker="|", markersize=9, color=color)
             axes.plot(row["p50_ms"], position, marker="o", markersize=6, color=color)
             axes.annotate(f"{name}  {row['p50_ms']:.3g} ms", (0, position), xytext=(2, 11), va="center",
                           xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
@@ -145,9 +149,13 @@ def range_chart(
         axes.spines.left.set_visible(False)
         _plain_log(axes)
 
-    said = "; ".join(f"{name}: median {row['p50_ms']:.3g} ms, 99th percentile {row['p99_ms']:.3g} ms"
-                     for name, row in rows.items())  # fmt: skip
+    said = "; ".join(f"{name}: median {row['p50_ms']:.3g} ms{_tail(row)}" for name, row in rows.items())
     return chart(draw, title=title, description=f"{said}.", height_inches=0.9 + 0.42 * len(rows))
+
+
+def _tail(row: Mapping[str, Any]) -> str:
+    found = percentile(row, 99)
+    return "" if found is None else f", 99th percentile {found:.3g} ms"
 
 
 def front_chart(

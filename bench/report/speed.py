@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bench.measure.ratios import read_ratio
 from bench.measure.record import missing_by_reason
+from bench.measure.statistics import percentile
 from bench.report.charts import front_chart, range_chart
 from bench.report.page import Content, Html, Section, figure, folded, join, missing, paragraph, table, tag
 from bench.report.sources import Record, Sources, reading
@@ -47,8 +49,9 @@ def latency_section(sources: Sources) -> Section:
         remedy = "python -m bench.compare CKPT --record results.jsonl"
         return Section(title, missing("No record holds times. To measure all contenders in turns:", remedy))
     note = paragraph(
-        "Point: median; thin line: to the 99th percentile; bars: 5 to 95 % and 25 to 75 % of the runs, where the "
-        "record holds them. Contenders of one picture ran in turns in one process, so their ratios hold; other "
+        "Point: median; thin line: to the 99th percentile, where 1,000 runs tell it; bars: 5 to 95 % and 25 to "
+        "75 % of the runs, where the record holds them. Contenders of one picture ran in turns, so their ratios "
+        "hold; other "
         "pictures may come from different machines."
     )
     return Section(
@@ -110,17 +113,18 @@ def _comparison(record: Record) -> Html:
         ratios, by = next((values[key], key.removeprefix(_RATIO)) for key in values if key.startswith(_RATIO))
         quality, sizes = values.get("quality") or {}, values.get("file_bytes") or {}
         picture = range_chart(rows, title=f"Latency of {setting}", ours=[name for name in rows if is_ours(name)])
-        header: list[Content] = ["", "p50 ms", "p99 ms", "images/s", f"times {by}"]
+        header: list[Content] = ["", "p50 ms", "p99 ms", f"times {by}"]
         extra = ["accuracy %", "as float %"] * bool(quality) + ["file kB"] * any(sizes.values())
         lines = [
             [tag("span", name, class_="ours" if is_ours(name) else None), milliseconds(row["p50_ms"]),
-             milliseconds(row["p99_ms"]), f"{row['images_per_second']:,.0f}", _ratio(ratios.get(name)),
+             _percentile_99(row), _ratio(ratios.get(name)),
              *([f"{quality[name][key]:.2f}" for key in ("accuracy", "agreement")] if quality else []),
              *([f"{sizes.get(name, 0) / 1000:,.0f}" if sizes.get(name) else "-"] * any(sizes.values()))]
             for name, row in rows.items()
         ]  # fmt: skip
         runs = f"{next(iter(rows.values()))['n']:,} rounds in turns"
-        numbers = table(f"{setting}, {runs}", [*header, *extra], lines, align="l" + "r" * (4 + len(extra)))
+        runs += f", in {values['instances']} fresh processes" if "instances" in values else ", in one process"
+        numbers = table(f"{setting}, {runs}", [*header, *extra], lines, align="l" + "r" * (3 + len(extra)))
         absent = [paragraph(f"Not compared: {', '.join(names)}; {reason}.")
                   for reason, names in missing_by_reason(values).items()]  # fmt: skip
     return tag("div", figure(picture, [tag("b", setting), f", {runs}"]), absent, folded("Numbers", numbers))
@@ -130,18 +134,29 @@ def _single_files(records: list[Record]) -> Html | None:
     lines: list[list[Content]] = []
     for record in records:
         with reading(record) as values:
-            cold = values.get("cold_start")
+            cold, throughput = values.get("cold_start"), values.get("throughput_images_per_second", {})
             for batch, rows in values["latency"].items():
                 lines += [
                     [values["model"], f"{values['engine']}, {values['device']}, {_threads(values)}", batch, name,
-                     milliseconds(row["p50_ms"]), milliseconds(row["p99_ms"]), f"{row['images_per_second']:,.0f}",
+                     milliseconds(row["p50_ms"]), _percentile_99(row),
+                     f"{throughput[batch]:,.0f}" if name == "class" and batch in throughput else "-",
                      f"{cold['first_prediction_ms']:.0f}" if cold else "-",
                      f"{values['peak_memory_bytes'] / 2**20:,.0f}"]
                     for name, row in rows.items()
                 ]  # fmt: skip
     if not lines:
         return None
-    header = ["file", "engine", "batch", "what", "p50 ms", "p99 ms", "images/s", "cold start ms", "peak MiB"]
+    header = [
+        "file",
+        "engine",
+        "batch",
+        "what",
+        "p50 ms",
+        "p99 ms",
+        "images/s in parallel",
+        "cold start ms",
+        "peak MiB",
+    ]
     return table("Files measured by bench.latency", header, lines, align="llrlrrrrr")
 
 
@@ -155,10 +170,13 @@ def _threads(values: Mapping[str, Any]) -> str:
     return "engine's threads" if threads is None else f"{threads} thread{'s' * (threads != 1)}"
 
 
+def _percentile_99(row: Mapping[str, Any]) -> str:
+    found = percentile(row, 99)
+    return "-" if found is None else milliseconds(found)
+
+
 def _ratio(value: Any) -> str:
     """Return a ratio with its interval; before there were intervals, it was the number alone."""
     if value is None:
         return "-"
-    if isinstance(value, dict):
-        return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
-    return f"{float(value):.2f}"
+    return read_ratio(value).told(2) if isinstance(value, dict) else f"{float(value):.2f}"
