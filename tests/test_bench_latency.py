@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 def test_json_of_a_real_process_has_every_figure_and_its_environment(digits_models: dict[str, Path]) -> None:
     path = digits_models["openvino"]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.latency", str(path), "--batch", "1,3", "--runs", "20", "--json"],
+        [sys.executable, "-m", "bench.latency", str(path), "--batch", "1,3", "--runs", "20", "--seconds", "0.1",
+         "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -54,11 +55,11 @@ def test_class_and_map_are_measured_in_turns(
     digits_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(digits_models["openvino"])
-    main([model, "--explain", "--batch", "2", "--runs", "5", "--no-cold-start", "--json"])
+    main([model, "--explain", "--batch", "2", "--runs", "5", "--seconds", "0.05", "--no-cold-start", "--json"])
     rows = json.loads(capsys.readouterr().out)["latency"]["2"]
     assert list(rows) == ["class", "class + map"]
     assert rows["class + map"]["n"] == 5
-    main([model, "--explain", "--runs", "5", "--no-cold-start"])
+    main([model, "--explain", "--runs", "5", "--seconds", "0.05", "--no-cold-start"])
     out = capsys.readouterr().out.splitlines()
     assert [line[6:18].strip() for line in out[2:4]] == ["class", "class + map"]
     assert re.match(r" +class and map together cost \d+\.\d\d times the class alone", out[4])
@@ -87,8 +88,8 @@ def test_the_way_from_a_frame_to_its_answer_is_measured_beside_the_network(
     digits_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded = tmp_path / "frames.jsonl"
-    arguments = ["--frame", "48x64", "--explain", "--runs", "5", "--no-cold-start", "--allow-dirty"]
-    arguments += ["--record", str(recorded)]
+    arguments = ["--frame", "48x64", "--explain", "--runs", "5", "--seconds", "0.05", "--no-cold-start"]
+    arguments += ["--allow-dirty", "--record", str(recorded)]
     main([str(digits_models["openvino"]), *arguments])
     (result,) = map(json.loads, recorded.read_text().splitlines())
     assert result["frame"] == [48, 64]
