@@ -9,7 +9,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.native_start")
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.measure import record
 from bench.measure.environment import describe, environment
 from bench.measure.programs import ProgramRun, start
-from bench.measure.record import append
-from bench.measure.statistics import Percentiles, ratio
+from bench.measure.ratios import ratio
+from bench.measure.statistics import Percentiles
 from runtime import command
 from runtime.errors import FileError, OptionError
 from runtime.files import read_bytes
 from runtime.images import load_image, to_batch
 from runtime.manifest import read_manifest
-from runtime.outputs import check_outputs
 
 EXAMPLES = """
   make cpp && python -m bench.native_start model.onnx photo.png
@@ -48,12 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--explain", action="store_true", help="class and map, each written to a file")
     parser.add_argument("--starts", type=int, default=15, help="processes of each kind (default: 15)")
-    parser.add_argument("--record", metavar="FILE", help="append the result to a .jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON line, with the environment")
+    record.add_options(parser)
     options = parser.parse_args(argv)
     if options.starts < 2:
         raise OptionError(f"--starts {options.starts}: expected a whole number from 2")
-    check_outputs([options.record], inputs=[options.model, options.picture])
+    record.check(options, inputs=[options.model, options.picture])
     manifest = read_manifest(read_bytes(options.model), str(options.model))
     to_batch(load_image(options.picture), manifest.input)
     program = options.programs / f"classify-{manifest.target}"
@@ -74,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found[name].append(start(each))
     times = {name: np.array([run.wall_ms for run in runs]) for name, runs in found.items()}
     peaks = {name: np.array([float(run.peak_memory_bytes) for run in runs]) for name, runs in found.items()}
+    # Every process is an instance of its own, of one round.
+    wall, memory = (ratio(list(each[PYTHON][:, None]), list(each[NATIVE][:, None])) for each in (times, peaks))
     where = environment()
     result = {
         "bench": "native start",
@@ -86,24 +86,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": 1,
         "wall": {name: asdict(Percentiles.of(each)) for name, each in times.items()},
         "peak_memory_bytes": {name: float(np.median(each)) for name, each in peaks.items()},
-        "ratio": {
-            "wall": asdict(ratio(times[PYTHON], times[NATIVE])),
-            "peak_memory": asdict(ratio(peaks[PYTHON], peaks[NATIVE])),
-        },
+        "ratio": {"wall": asdict(wall), "peak_memory": asdict(memory)},
         "environment": where,
     }
-    if options.record:
-        append(options.record, result)
-    if options.json:
-        print(json.dumps(result))
+    if record.deliver(options, result):
         return
     answer = "map" if options.explain else "class"
     print(f"{options.model}, one picture to its {answer} on {manifest.target}; medians of {options.starts} "
           "processes each, in turns")  # fmt: skip
     for name, walls in times.items():
         print(f"{name:8}{np.median(walls):8.0f} ms{np.median(peaks[name]) / 1e6:8.0f} MB at the most")
-    wall = ratio(times[PYTHON], times[NATIVE])
-    print(f"Python takes {wall.median:.1f} times as long ({wall.low:.1f} .. {wall.high:.1f})")
+    print(f"Python takes {wall.told(1)} times as long")
     print(describe(where))
 
 
