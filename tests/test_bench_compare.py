@@ -249,7 +249,8 @@ def test_every_explainer_gives_the_map_of_the_predicted_class(
 ) -> None:
     images = digits_checkpoint.samples["images"][:16].permute(0, 2, 3, 1).contiguous().numpy()
     loadings = explainers(digits_checkpoint, tmp_path)
-    found = {name: opened(loading, threads=1)(images) for name, loading in loadings.items()}
+    assert loadings.missing == {}
+    found = {name: opened(loading, threads=1)(images) for name, loading in loadings.ready.items()}
     maps = {name: each[1] for name, each in found.items() if isinstance(each, tuple)}
     expected = maps["Captum Saliency"]
     for name in ("PyTorch autograd", "torch.compile autograd"):

@@ -92,8 +92,7 @@ def _latency(
     options: Any, checkpoint: Checkpoint, shape: tuple[int, ...], found: Found[Contender], folder: Path
 ) -> dict[str, Any]:
     if options.explain:
-        loadings = Found(explainers(checkpoint, folder), {})
-        loadings |= gpu_explainers(
+        loadings = explainers(checkpoint, folder) | gpu_explainers(
             checkpoint, shape[0], folder, threads=options.threads, peers=not options.no_peers
         )
     else:
