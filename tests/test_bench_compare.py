@@ -178,7 +178,7 @@ def test_peers_that_are_not_installed_are_named_with_what_installs_them(
     digits_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
-    monkeypatch.setattr(torch, "compile", lambda network: network)  # half a minute, and not what is tested
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # half a minute, and not what is tested
     found = contenders(digits_checkpoint, tmp_path, threads=1)
     assert list(found.ready) == [*NAMES, *PEERS[:-1]]
     assert found.missing == {"NNCF PTQ": "pip install 'clearpact[peers]'"}
