@@ -139,7 +139,20 @@ def test_a_live_video_keeps_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         levels.append(round(float(read[1][:200].mean()), -2))
     assert levels == sorted(levels)
     # A pause of more than a second is cut.
-    assert [levels.count(level) for level in (0.0, 100.0, 200.0)] == [10, 21, 1]
+    assert [levels.count(level) for level in (0.0, 100.0, 200.0)] == [5, 11, 1]
+
+
+def test_a_live_video_of_a_fast_source_keeps_the_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("deploy.edge_app.outputs.time.monotonic", lambda: now)
+    film = VideoFile(tmp_path / "live.avi", frames_per_s=60, live=True)
+    for _ in range(120):
+        film.show(picture(0))
+        now += 1 / 60
+    film.close()
+    video = cv2.VideoCapture(str(tmp_path / "live.avi"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    assert abs(video.get(cv2.CAP_PROP_FRAME_COUNT) - 20) <= 1  # two seconds
 
 
 def test_a_video_without_pictures_leaves_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from runtime.files import check_writable
 
 CODECS = {".mp4": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 _USUAL_FRAMES_PER_S = 25.0
+# Of a live source, whose video repeats pictures where none came: a slow processor must not spend its time on them.
+_MOST_LIVE_FRAMES_PER_S = 10.0
 _LONGEST_STILL_S = 1.0  # that a video shows while no frame comes; more is cut
 _LEAST_FREE_BYTES = 64 * 2**20  # of the disk: what a video leaves to others
 _CHECKED_EVERY = 100  # frames
@@ -79,8 +81,9 @@ class VideoFile:
 
     Args:
         path: ends with one of CODECS.
-        frames_per_s: of the film; None takes 25.
-        live: pictures come when they come; otherwise each is one frame.
+        frames_per_s: of the source; None takes 25.
+        live: pictures come when they come, and the video has 10 frames per second at most; otherwise each is one
+            frame.
 
     Raises:
         OptionError: the name ends otherwise, or OpenCV is not installed or cannot write such files.
@@ -93,7 +96,8 @@ class VideoFile:
         self._cv2 = opencv("--save")
         check_writable(path)
         self._path, self._live = path, live
-        self._rate = frames_per_s or _USUAL_FRAMES_PER_S
+        rate = frames_per_s or _USUAL_FRAMES_PER_S
+        self._rate = min(rate, _MOST_LIVE_FRAMES_PER_S) if live else rate
         self._temporary = path.with_name(f".clearpact-{os.urandom(8).hex()}{path.suffix}")
         self._writer: Any = None
         self._last: np.ndarray | None = None
@@ -109,7 +113,11 @@ class VideoFile:
         if pixels.shape[:2] != (height, width):
             pixels = self._cv2.resize(pixels, (width, height))
         if self._live and self._last is not None:
-            self._fill(now)
+            missing = round((now - self._began) * self._rate) - self._count
+            if missing < 0:  # the video has a picture of this moment
+                self._last = pixels
+                return True
+            self._fill(missing)
         if self._count % _CHECKED_EVERY == 0 and shutil.disk_usage(self._path.parent).free < _LEAST_FREE_BYTES:
             raise FileError(f"{self._path}: its disk is full; free space, or choose another folder")
         self._write(pixels)
@@ -143,10 +151,8 @@ class VideoFile:
             raise OptionError(f"--save {self._path}: this OpenCV cannot write such files; try a name with .avi")
         return writer
 
-    def _fill(self, now: float) -> None:
+    def _fill(self, missing: int) -> None:
         """Repeat the last picture for as long as it was the newest."""
-        due = (now - self._began) * self._rate
-        missing = round(due) - self._count
         longest = round(_LONGEST_STILL_S * self._rate)
         if missing > longest:  # the rest of the pause is cut
             self._began += (missing - longest) / self._rate
