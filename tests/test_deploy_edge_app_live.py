@@ -196,6 +196,18 @@ def test_a_process_that_is_told_to_end_while_its_source_is_gone_ends_at_once(
     assert all(line.startswith("note: ") for line in err.splitlines())
 
 
+def test_an_opencv_that_does_not_fit_numpy_is_named(
+    digits_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cv2.py").write_text('raise ImportError("numpy.core.multiarray failed to import")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2")
+    with pytest.raises(
+        OptionError, match=r"^--camera: OpenCV is installed and cannot be imported \(numpy\.core.*<2'$"
+    ):
+        main([str(digits_models["ort"]), "--camera", "0"])
+
+
 def test_a_pipeline_needs_an_opencv_with_gstreamer(digits_models: dict[str, Path]) -> None:
     pipeline = "videotestsrc num-buffers=3 ! videoconvert ! appsink"
     if cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):

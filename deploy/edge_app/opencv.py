@@ -15,12 +15,20 @@ def opencv(option: str) -> Any:
         option: of the command line, which needs it.
 
     Raises:
-        OptionError: OpenCV is not installed.
+        OptionError: OpenCV is not installed, or cannot be imported.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's name for silence; read at the first opening
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read while it is imported
     try:
         import cv2
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "cv2":
+            raise
         raise OptionError(f"{option} needs OpenCV; pip install 'clearpact[camera]'") from None
+    except ImportError as error:  # a distribution's, which was built against another numpy
+        said = " ".join(str(error).split())
+        raise OptionError(
+            f"{option}: OpenCV is installed and cannot be imported ({said}); a distribution's may need "
+            "pip install 'numpy<2'"
+        ) from None
     return cv2
