@@ -18,6 +18,7 @@ from train.quantization.quantizers import (
     SAWB_COEFFICIENTS,
     InputQuantizer,
     WeightQuantizer,
+    _clip_bounds,
     activation_range,
     weight_qmax,
 )
@@ -330,3 +331,27 @@ def test_lsq_is_the_equations_written_out(bits: int, step: float, seed: int) -> 
     assert weight.grad[0].tolist() == gradient_w
     assert quantizer.learned_scale.grad is not None
     assert quantizer.learned_scale.grad.item() == pytest.approx(gradient_s / math.sqrt(50 * q), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_clip_bounds_are_neighbouring_floats(dtype: torch.dtype) -> None:
+    for qmax in range(1, 257):
+        clip = torch.tensor(qmax * (1 - 2 * torch.finfo(torch.float32).eps), dtype=dtype)
+        below = torch.nextafter(clip, torch.zeros_like(clip))
+        assert _clip_bounds(qmax, dtype) == (below.item(), clip.item())
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_pact_compiles_as_one_graph_with_equal_gradients(signed: bool) -> None:
+    layer = PACT(1.0, 4, signed=signed)
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):  # which raises at a break
+        x = torch.linspace(-3, 3, 50, requires_grad=True)
+        layer.zero_grad()
+        y = run(x)
+        y.backward(torch.linspace(1, 2, 50))
+        assert x.grad is not None
+        assert layer.alpha.grad is not None
+        found.append((y.detach(), x.grad, layer.alpha.grad.clone()))
+    assert found[0][2] != 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.cpu_batch_norm import BatchNorm2d
+
 
 def use_fast_layers(model: nn.Module) -> None:
     """Replace, in place, every layer of `model` for which this module has a faster equal; parameters stay."""
@@ -17,6 +19,8 @@ def use_fast_layers(model: nn.Module) -> None:
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.MaxPool2d and not layer.return_indices:
                 setattr(parent, name, _MaxPool2d(layer).train(layer.training))
+            elif type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats:
+                setattr(parent, name, BatchNorm2d(layer))
             elif type(layer) is nn.Dropout and (256 * layer.p).is_integer() and layer.p < 1:
                 setattr(parent, name, _Dropout(layer.p).train(layer.training))
 

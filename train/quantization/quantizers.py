@@ -6,7 +6,6 @@ tensor is always ``scale * codes`` with integer codes held as float32, so that e
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -141,11 +140,16 @@ class _PACT(torch.autograd.Function):
 BELOW_ZERO_STEPS = 2.0**-10
 
 
-@functools.cache
 def _clip_bounds(qmax: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return two neighbouring floats: the smallest that alpha / scale can be rounded to, and the one below it."""
-    clip = torch.tensor(qmax * (1 - 2 * torch.finfo(torch.float32).eps), dtype=dtype)
-    return torch.nextafter(clip, torch.zeros_like(clip)).item(), clip.item()
+    """Return two neighbouring floats: the smallest that alpha / scale can be rounded to, and the one below it.
+
+    By Python's numbers alone: a tensor's `.item()` would break a compiled network in two at each activation.
+    """
+    least = qmax * (1 - 2 * torch.finfo(torch.float32).eps)
+    power = 2.0 ** math.floor(math.log2(least))
+    step = torch.finfo(dtype).eps * power
+    clip = round(least / step) * step
+    return clip - (step if clip > power else step / 2), clip
 
 
 class PACT(nn.Module):
