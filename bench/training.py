@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
     import torch  # torch takes seconds to import: --help does without
 
-    from bench.measure.training_step import step_of
+    from bench.measure.training_step import first_images, step_of
     from train.data import datasets
     from train.data.folders import Reading
     from train.quantization.quantize import QuantSpec
@@ -53,13 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     reading = Reading(default_recipe(options.data).image_size, workers=None)
-    images, quant = datasets.load(options.data, options.data_root, reading), QuantSpec(options.bits)
-    steps = {}
+    command.status("reading the images")
+    # One batch is timed: the other images are let go before the networks take their memory.
+    images = first_images(datasets.load(options.data, options.data_root, reading), options.batch_size)
+    quant, steps = QuantSpec(options.bits), {}
     for method in METHODS:
+        command.status(f"preparing a step of {method}")
         recipe = replace(
             default_recipe(options.data, method), batch_size=options.batch_size, precision=options.precision
         )
         steps[method] = step_of(images, options.arch, quant, recipe)
+    command.status("")
     samples = measure(steps, seconds=options.seconds, label="steps")
     rows = {method: summarize(times) for method, times in samples.items()}
     where = environment()

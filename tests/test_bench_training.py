@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measure.training_step import step_of
+from bench.measure.training_step import first_images, step_of
 from bench.training import main
 from runtime.errors import OptionError
 from train.data.images import ImageData
@@ -26,6 +26,15 @@ def test_command_prints_and_records_every_method(tmp_path: Path, capsys: pytest.
     assert row["step"]["sgt"]["n"] >= 20
     assert f"{row['plain_steps']['sgt']:.2f}" in out
     assert row["environment"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_first_images_hold_no_others_in_memory(digits: ImageData) -> None:
+    few = first_images(digits, 32)
+    assert torch.equal(few.train_images, digits.train_images[:32])
+    assert torch.equal(few.test_labels, digits.test_labels[:32])
+    assert few.classes == digits.classes
+    assert isinstance(few.train_images, torch.Tensor)
+    assert few.train_images.untyped_storage().nbytes() == 32 * 64
 
 
 def test_a_timed_step_leaves_the_network_as_it_was(digits: ImageData) -> None:

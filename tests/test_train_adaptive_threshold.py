@@ -152,6 +152,15 @@ def test_threshold_starts_where_it_masks_the_share(share: float) -> None:
     assert (saliency <= epsilon).double().mean().item() == pytest.approx(share, abs=2 / saliency.numel())
 
 
+def test_a_gradient_that_is_not_differentiable_is_the_same_bit_for_bit() -> None:
+    model, images, labels = toy(4)
+    probe = images.clone().requires_grad_()
+    kept, plain = (loss_gradient(model(probe), probe, labels, differentiable=d) for d in (True, False))
+    assert torch.equal(kept, plain)
+    assert (kept.requires_grad, plain.requires_grad) == (True, False)
+    assert plain.abs().max() > 0
+
+
 def test_threshold_never_becomes_negative() -> None:
     threshold = AdaptiveThreshold(0.5, rate=1.0)
     threshold.epsilon.grad = torch.tensor(1e9)

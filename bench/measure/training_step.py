@@ -17,6 +17,15 @@ from train.recipe import Recipe
 from train.step import compute_gradients, new_optimizer, update
 
 
+def first_images(images: ImageData, count: int) -> ImageData:
+    """Return the first `count` training and test images, in memory; a step is timed on one batch alone."""
+    return ImageData(
+        images.name, images.classes,
+        images.train_images[:count].clone(), images.train_labels[:count].clone(),
+        images.test_images[:count].clone(), images.test_labels[:count].clone(),
+    )  # fmt: skip
+
+
 def step_of(images: ImageData, arch: str, quant: QuantSpec, recipe: Recipe) -> Callable[[], LossTerms]:
     """Return a function that takes one training step on the CPU, always on the same batch of real images.
 

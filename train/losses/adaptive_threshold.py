@@ -109,10 +109,12 @@ class AdaptiveThreshold(nn.Module):
         return (saliency > self.epsilon).to(smooth.dtype) + (smooth - smooth.detach())
 
 
-def loss_gradient(logits: Tensor, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return d CE(f(X), y) / d X of each image's own loss, [N, C, H, W], itself differentiable."""
+def loss_gradient(
+    logits: Tensor, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, differentiable: bool = True
+) -> Tensor:
+    """Return d CE(f(X), y) / d X of each image's own loss, [N, C, H, W]; less memory if not differentiable."""
     total = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
-    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
+    (gradient,) = torch.autograd.grad(total, images, create_graph=differentiable)
     return gradient
 
 
@@ -129,7 +131,7 @@ def start_threshold(model: nn.Module, images: Tensor, labels: Tensor, mask_share
     """
     images = images.detach().requires_grad_()
     with frozen_statistics(model):
-        gradient = loss_gradient(model(images), images, labels)
-    saliency = gradient.detach().abs().amax(1).flatten()
+        gradient = loss_gradient(model(images), images, labels, differentiable=False)
+    saliency = gradient.abs().amax(1).flatten()
     rank = min(max(1, round(mask_share * len(saliency))), len(saliency))
     return max(saliency.kthvalue(rank).values.item(), torch.finfo(torch.float32).tiny)
