@@ -1,7 +1,8 @@
-"""A client of OpenVINO Model Server and Triton: pixels to class and map, with numpy and the standard library.
+"""A client of OpenVINO Model Server: pixels to class and map, with numpy and the standard library.
 
-Both servers speak KServe's protocol, version 2 (https://github.com/kserve/open-inference-protocol), with its
-extension for binary tensors: pixels cross the network as bytes, and maps as float32.
+It speaks KServe's protocol, version 2 (https://github.com/kserve/open-inference-protocol), with its extension for
+binary tensors: pixels cross the network as bytes, and maps as float32. Triton speaks it too, but its plans with an
+open batch take `target` as [N, 1] (deploy/triton.py): ask it for maps with `infer`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def classify(
     map: str | None = None,
     timeout_s: float = 10.0,
 ) -> tuple[str, float, np.ndarray | None]:
-    """Return class, probability and map of one image from a server.
+    """Return class, probability and map of one image from a repository of deploy.ovms.
 
     Args:
         server: address, such as "http://127.0.0.1:8000".
