@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from bench.measure import record
 from bench.measure.environment import describe, environment
+from bench.networks import floating
 from export.choices import TARGETS
 from runtime import command
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from train.input_spec import InputSpec
 
 EXAMPLES = """
-  python -m bench.map_limits my_nets:make --state weights.pt --data cifar10 --size 32
+  python -m bench.map_limits my_nets:make --state weights.pt --data cifar10
   python -m bench.map_limits docs.examples.efficientnet_lite0:imagenet --data folder:photos --mean 0.5 --std 0.5
 """
 _DITHER_LEVELS = (0.5, 1.0)
@@ -35,46 +36,34 @@ _SEED = 0
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the mean Spearman correlation of each variant's maps with the float network's."""
     parser = command.parser("bench.map_limits", "How much can quantized maps agree with float ones?", EXAMPLES)
-    parser.add_argument("network", metavar="MODULE:FACTORY", help="float network, as given to export.onnx")
-    parser.add_argument("--state", metavar="FILE", help="its state dict")
-    parser.add_argument("--data", required=True, metavar="NAME", help="folder:PATH or a data set's name")
-    parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    parser.add_argument("--size", type=int, default=224, help="side of the image (default: 224)")
-    parser.add_argument("--mean", type=float, nargs="+", default=[0.485, 0.456, 0.406], help="default: ImageNet's")
-    parser.add_argument("--std", type=float, nargs="+", default=[0.229, 0.224, 0.225], help="default: ImageNet's")
-    parser.add_argument("--samples", type=int, default=64, help="images that calibrate (default: 64)")
-    parser.add_argument("--images", type=int, default=12, help="images whose maps are compared (default: 12)")
+    floating.add_options(parser, samples=64, images=12)
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="whose grids (default: openvino)")
-    record.add_options(parser, json_line=False)
+    record.add_options(parser)
     options = parser.parse_args(argv)
-    record.check(options)
+    record.check(options, inputs=[options.state])
     # torch takes seconds to import: --help does without
     import torch
 
-    from export.sources.images import real_images
-    from export.sources.own_input import values_of
-    from export.sources.torch_network import load_network
     from runtime.agreement import spearman
-    from train.input_spec import InputSpec
 
-    network = load_network(options.network, options.state)
-    mean, std = (values_of(f"--{n}", getattr(options, n), 3) for n in ("mean", "std"))
-    spec = InputSpec((options.size, options.size), 3, mean, std)
-    images = real_images(options.data, options.data_root, spec, options.samples)
-    x = spec.normalize(images.test[: options.images])
+    loaded = floating.load(options)
+    network, spec, images = loaded.network, loaded.input_spec, loaded.images
+    x = spec.normalize(images.test)
     with torch.no_grad():
         classes = network(x).argmax(1)
     expected = maps(network, x, classes)
     rows = {}
     for name, found in _variants(network, spec, images.calibration, x, classes, options.target):
         rows[name] = float(spearman(found.numpy(), expected.numpy()).mean())
-        print(f"{name:55}{rows[name]:6.3f}", flush=True)
-    found_on = environment()
-    print(describe(found_on))
-    record.deliver(options, {
+        if not options.json:
+            print(f"{name:55}{rows[name]:6.3f}", flush=True)
+    result = {
         "bench": "map limits", "network": options.network, "data": images.name, "images": len(x),
-        "target": options.target, "spearman": rows, "environment": found_on,
-    })  # fmt: skip
+        "target": options.target, "samples": len(images.calibration), "spearman": rows,
+        "environment": environment(),
+    }  # fmt: skip
+    if not record.deliver(options, result):
+        print(describe(result["environment"]))
 
 
 def maps(network: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
@@ -93,7 +82,7 @@ def _variants(
 
     from export.calibration import calibrate_network, spec_of
     from train.quantization.quantize import quantizers
-    from train.quantization.quantizers import PACT
+    from train.quantization.quantizers import PACT, InputQuantizer
 
     level = torch.tensor([1 / 255 / s for s in spec.std]).reshape(1, -1, 1, 1)
     generator = torch.Generator().manual_seed(_SEED)
@@ -128,6 +117,11 @@ def _variants(
         bound = pact.largest_start
         pact.forward = lambda x: x.clamp(-bound if pact.signed else 0, bound)  # type: ignore[method-assign]
 
+    image = copy.deepcopy(quantized)
+    for module in quantizers(image).values():
+        if isinstance(module, InputQuantizer):
+            module.forward = lambda x: x  # type: ignore[method-assign]
+    yield "8 bit, but the image is not rounded", maps(image, x, classes)
     yield "8-bit activations, float weights", changed(None, weights=False)
     yield "8-bit weights, float activations", changed(passes, weights=True)
     yield "float, clipped at the alphas", changed(clips, weights=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.evidence import accuracy_tables as summary
-from bench.evidence import explanation_tables, target_tables
+from bench.evidence import explanation_tables, quantization_tables, target_tables
 from bench.evidence import speed_tables as speed_summary
 from bench.measure import record
 from bench.measure.record import Record
@@ -22,7 +22,7 @@ from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/embed.md")
+PAGES = ("README.md", "docs/results.md", "docs/embed.md", "docs/your-model.md")
 STALE = 1
 
 EXAMPLES = """
@@ -47,6 +47,9 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "targets": target_tables.targets,
     "million": target_tables.million,
     "native-start": target_tables.native_start,
+    "after-training": quantization_tables.after_training,
+    "moved-classes": quantization_tables.moved_classes,
+    "map-limits": quantization_tables.map_limits,
 }
 
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the tables that are stale and name them, or only name them."""
     parser = command.parser("bench.tables", "Write the tables of results anew from the records.", EXAMPLES)
     parser.add_argument("--page", type=Path, action="append", default=[],
-                        help="may be repeated (default: README.md, docs/results.md, docs/embed.md)")  # fmt: skip
+                        help="may be repeated (default: README.md, three of docs/)")  # fmt: skip
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results",
                         help="folder of .jsonl files (default: bench/results)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is stale")

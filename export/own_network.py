@@ -116,8 +116,9 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[Qua
     found_onnx = read_classifier(options.checkpoint, options.size) if is_onnx else None
     layout = "NCHW"
     if found_onnx is not None:
+        check_kept(options, found_onnx)
         layout = found_onnx.layout
-        network, input_spec = _from_onnx(options, found_onnx)
+        network, input_spec = from_onnx(options, found_onnx)
     else:
         network = load_network(options.checkpoint, options.state)
         input_spec = network_input(options, network)
@@ -165,11 +166,15 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[Qua
     return replace(model, facts=replace(model.facts, metrics={"test_accuracy": reached})), layout
 
 
-def _from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.Module, InputSpec]:
-    """Return the float network of an ONNX file and how pixels become what it takes."""
+def from_onnx(options: argparse.Namespace, found: OnnxClassifier) -> tuple[nn.Module, InputSpec]:
+    """Return the float network of an ONNX file and how pixels become what it takes.
+
+    Raises:
+        OptionError: an option does not fit the file.
+        ModelError: it is no network of PyTorch's operators.
+    """
     path = Path(options.checkpoint)
     input_spec = onnx_input(options, found)
-    check_kept(options, found)
     if found.size is None:
         raise OptionError(f"{path}: leaves its image's size open, expected a fixed one; give it with --size")
     try:

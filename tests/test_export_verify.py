@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.verification.forward import _in_float64, run_layer_by_layer
+from export.verification.forward import in_float64, run_layer_by_layer
 from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
 from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
@@ -34,7 +34,7 @@ def check(network: nn.Module, change: dict[int, int]) -> None:
     for value, difference in change.items():
         codes["quantizers._1"][value] += difference
     expected, _ = run_layer_by_layer(network, network, VALUES, codes)
-    exact, _ = run_layer_by_layer(_in_float64(network), network, VALUES.double(), codes)
+    exact, _ = run_layer_by_layer(in_float64(network), network, VALUES.double(), codes)
     check_ties({name: (codes[name] - expected[name]).abs() for name in NAMES}, exact)
 
 
@@ -44,7 +44,7 @@ def test_each_layer_is_given_the_graphs_codes(halves: nn.Module) -> None:
     assert torch.equal(expected["quantizers.input_1_grid"], VALUES)
     assert torch.equal(expected["quantizers._1"], ((VALUES + 2) / 2).round())
     assert torch.allclose(logits, halves.get_submodule("2")(torch.full((127, 1), 6.0)))
-    exact, _ = run_layer_by_layer(_in_float64(halves), halves, VALUES.double(), codes)
+    exact, _ = run_layer_by_layer(in_float64(halves), halves, VALUES.double(), codes)
     assert torch.equal(exact["quantizers._1"], (VALUES.double() + 2) / 2)
 
 
@@ -76,7 +76,7 @@ def test_how_near_a_tie_is(halves: nn.Module) -> None:
 
 
 def test_the_float64_network_has_the_float32_networks_codes(halves: nn.Module) -> None:
-    exact = _in_float64(halves)
+    exact = in_float64(halves)
     for name in ("0", "2"):
         weight = halves.get_submodule(name).weight.detach()
         assert torch.equal(exact.get_submodule(name).weight, weight.double())

@@ -102,7 +102,7 @@ def verify(
     """
     weight_codes = _compare_weights(model, form)
     probed = probe(model, form)
-    exact = _in_float64(network)
+    exact = in_float64(network)
     logits, same_codes, flipped, compared, tied_share = [], [], [], 0, 0.0
     free: list[Tensor] = []
     for part in images.split(_IMAGES_AT_ONCE):
@@ -135,8 +135,8 @@ def verify(
     if changed.any():
         with torch.no_grad():
             parts = images.split(_IMAGES_AT_ONCE)
-            in_float64 = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
-        undecided = nearly_tied(trained, in_float64)
+            doubled = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
+        undecided = nearly_tied(trained, doubled)
     unexplained = ((ours.argmax(1) != of_codes.argmax(1)) | (changed & (flips == 0))) & ~undecided
     many = (changed & ~undecided).sum() > MAX_CHANGED_SHARE * len(images) and tied_share <= MAX_TIED_SHARE
     if unexplained.any() or many:
@@ -198,7 +198,7 @@ class _Constant(nn.Module):
         return self.weight
 
 
-def _in_float64(network: nn.Module) -> nn.Module:
+def in_float64(network: nn.Module) -> nn.Module:
     """Return a copy that computes in float64, with the weights that the network has in float32."""
     copied = copy.deepcopy(network)
     for module in copied.modules():
