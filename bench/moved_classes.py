@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -133,7 +133,6 @@ def moved_classes(model: QuantizedModel, pixels: Tensor, target: str) -> tuple[C
     from export.verification.forward import in_float64, run_layer_by_layer
     from export.verification.probes import probe
     from train.quantization.accumulators import put_biases_on_grid
-    from train.quantization.quantize import quantizers
 
     command.status("exporting ...")
     data = export(model, target=target, saliency=False).data
@@ -163,7 +162,7 @@ def moved_classes(model: QuantizedModel, pixels: Tensor, target: str) -> tuple[C
     codes = probed.codes(inside)
     x = model.input.normalize(pixels[torch.from_numpy(numbers)])
     values, _ = run_layer_by_layer(exact, network, x.double(), codes)
-    grids = quantizers(network)
+    grids: dict[str, Any] = {name: network.get_submodule(name) for name in codes}
     found = []
     for i, number in enumerate(numbers):
         steps = {
