@@ -29,13 +29,10 @@ from bench.measure.chromium import milliseconds, opened, run_all
 from bench.measure.environment import describe, environment
 from bench.measure.statistics import measure
 from bench.networks.codes import Differences, differences, with_codes
-from export.pipeline import export
 from export.reference import reference_run
 from runtime import command
 from runtime.errors import EngineError, OptionError
 from runtime.session import Session, open_session
-from train import checkpoint as checkpoints
-from train.data import datasets
 
 EXAMPLES = """
   python -m bench.targets deploy/models/mnist-cnn2-8bit-sgt.pt
@@ -63,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.images < 1:
         raise OptionError(f"--images {options.images}: expected a whole number from 1")
     record.check(options, inputs=[options.checkpoint])
+    # torch takes seconds to import: --help does without
+    from export.pipeline import export
+    from train import checkpoint as checkpoints
+    from train.data import datasets
+
     checkpoint = checkpoints.load(options.checkpoint)
     data = datasets.load(checkpoint.recipe.data_name, options.data_root)
     images = data.test_images[: options.images].permute(0, 2, 3, 1).contiguous().numpy()
