@@ -12,6 +12,16 @@ from train.choices import FLOAT_BITS
 
 MODELS = sorted((Path(__file__).parents[1] / "deploy" / "models").glob("*.pt"))
 every_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+TARGETS = ("openvino", "ort", "tensorrt")
+# An export of a ResNet-20 takes 10 s: of the three, every target is tried in 8 bits, one in 4 and one in 2.
+QUICK = {"cifar10-resnet20-4bit-sgt-seed1": {"tensorrt"}, "cifar10-resnet20-2bit-sgt": {"ort"}}
+EXPORTS = [
+    pytest.param(
+        path, target, id=f"{target}-{path.stem}",
+        marks=() if target in QUICK.get(path.stem, TARGETS) else pytest.mark.slow,
+    )
+    for path in MODELS for target in TARGETS
+]  # fmt: skip
 
 
 def test_models_are_shipped() -> None:
@@ -29,8 +39,7 @@ def test_a_model_is_small_and_its_card_tells_its_accuracy(path: Path) -> None:
     assert "| masked-accuracy AUC | " in card
 
 
-@every_model
-@pytest.mark.parametrize("target", ["openvino", "ort", "tensorrt"])
+@pytest.mark.parametrize(("path", "target"), EXPORTS)
 def test_a_model_is_exported_exactly(path: Path, target: str) -> None:
     checkpoint = checkpoints.load(path)
     assert checkpoint.quant.bits != FLOAT_BITS
