@@ -181,7 +181,7 @@ def test_what_only_the_engine_does_wrong_ends_the_export(
     assert (found.changed_classes, found.differing, found.batches) == (0, 0, (1, 64))
     assert found.median_difference < 1e-5
     assert exported.verification.tied_share < 0.02
-    monkeypatch.setattr(exporter, "lowerings", lambda target, int8: [])
+    monkeypatch.setattr(exporter, "lowerings", lambda target, *, int8, takes_pixels: [])
     with pytest.raises(ModelError, match=r"openvino .*, batches of 1 and 64: .* computes another network"):
         exporter.export(fresh, target="openvino", saliency=False)
 

@@ -123,9 +123,15 @@ def write_exports(
 def loading_torch(
     checkpoint: Checkpoint, folder: Path, *, way: str = "eager", device: str = "cpu", explain: bool = False
 ) -> Loading:
-    """Return how a fresh process loads the checkpoint that `contenders` wrote, and sets PyTorch up."""
+    """Return how a fresh process loads the checkpoint that `contenders` wrote, and sets PyTorch up.
+
+    Raises:
+        OptionError: its network is code that the user has not named.
+    """
     arch = str(checkpoint.arch["name"])
     own = arch if factory.is_factory(arch) else ""
+    if own:
+        factory.check_named(own)  # the fresh process obeys this name, as it is given by a user
     return Loading("torch", folder / CHECKPOINT_NAME, own, device, explain=explain, way=way)
 
 

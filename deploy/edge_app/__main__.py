@@ -169,7 +169,7 @@ class _App:
         if every_s is not None:
             if now - self._reported >= every_s:
                 self._reported = now
-                print(json.dumps(self._pulse.report) if self._options.json else self._summary(), flush=True)
+                print(json.dumps(self._pulse.reported()) if self._options.json else self._summary(), flush=True)
         elif self._options.json:
             row = {
                 "frame": name, "label": answer.label, "probability": answer.probability,

@@ -82,7 +82,7 @@ class Pulse:
         expected_s = watchdog_s()
         self._every_s = _EVERY_S if expected_s is None else min(_EVERY_S, expected_s / 4)
         self._due = 0.0
-        self.report = self._reported()
+        self.report = self.reported()
 
     def answered(self, times: FrameTimes, label: str, probability: float) -> None:
         """Take the answer to a frame."""
@@ -120,11 +120,12 @@ class Pulse:
             self._write()
 
     def _write(self) -> None:
-        self.report = self._reported()  # a new value, which other threads may read meanwhile
+        self.report = self.reported()  # a new value, which other threads may read meanwhile
         if self._file is not None:
             write_atomically(self._file, json.dumps(self.report) + "\n")
 
-    def _reported(self) -> dict[str, Any]:
+    def reported(self) -> dict[str, Any]:
+        """Return how it goes at this moment; for the app's own thread."""
         times = self._times
         return {
             "time": _now(), "last_frame": self._last_frame, "state": self._state,

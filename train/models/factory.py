@@ -38,6 +38,15 @@ def allow(*names: str) -> None:
         _allowed.add(name)
 
 
+def check_named(arch: str) -> None:
+    """Raise OptionError where the user has not named this factory."""
+    if arch not in _allowed:
+        raise OptionError(
+            f"architecture {arch!r}: is code of its own, which a file alone never runs; if you trust it, name it: "
+            f"--arch {arch} (in Python: train.models.factory.allow)"
+        )
+
+
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Let a command that reads checkpoints take names of factories, a list to be given to `allow`."""
     parser.add_argument("--arch", metavar="MODULE:FACTORY", action="append", default=[],
@@ -54,11 +63,7 @@ def find(arch: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     Raises:
         OptionError: the user has not named it, it is not there, or it takes other arguments.
     """
-    if arch not in _allowed:
-        raise OptionError(
-            f"architecture {arch!r}: is code of its own, which a file alone never runs; if you trust it, name it: "
-            f"--arch {arch} (in Python: train.models.factory.allow)"
-        )
+    check_named(arch)
     module_name, _, name = arch.partition(":")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
