@@ -59,13 +59,13 @@ def test_one_row_brings_those_it_needs() -> None:
 def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> None:
     """What a GPU trains for an hour must not fail in its second half: here one step of every row."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (64, 3, 32, 32), generator=generator).to(torch.uint8)
-    labels = torch.arange(64) % 10
+    images = torch.randint(0, 256, (16, 3, 32, 32), generator=generator).to(torch.uint8)
+    labels = torch.arange(16) % 10
     few = ImageData("cifar10", tuple("abcdefghij"), images, labels, images, labels)
     for row in TABLES[table]:
         arch, quant, recipe = run.settings(training_parser().parse_args(row.arguments(tmp_path)))
         (tmp_path / row.name).mkdir()
-        started = loop.start(arch, few, quant, dataclasses.replace(recipe, epochs=1, batch_size=64))
+        started = loop.start(arch, few, quant, dataclasses.replace(recipe, epochs=1, batch_size=16))
         finished = loop.fit(started, few, tmp_path / row.name / "ckpt.pt")
         assert math.isfinite(finished.history[0]["train_loss"])
         layers = [layer.bits for layer in describe(finished.network()) if layer.kind in ("Conv2d", "Linear")]
