@@ -208,6 +208,7 @@ def test_plans_are_those_of_export_engine(
     assert (tmp_path / "timing.cache").stat().st_size > 0
 
 
+@pytest.mark.slow  # 20 s: six exports, and all contenders at two batches
 def test_compare_measures_plans_beside_the_others(
     unclosed: FakeGpu, built: list[tuple[str, int, str]], digits_checkpoint_path: Path, digits: ImageData,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -195,6 +195,7 @@ def test_names_in_records_cannot_execute(tmp_path: Path) -> None:
     assert HOSTILE in [text.text for text in section(root, "Accuracy against latency").find("text")]
 
 
+@pytest.mark.slow  # 9 s; that the tables can be written from them is tested each time
 def test_the_records_of_this_project_can_be_read(tmp_path: Path) -> None:
     root = report(tmp_path, RESULTS)
     assert len(section(root, "Latency").find("svg")) >= 6

@@ -59,12 +59,14 @@ def deit_tiny(num_classes: int) -> torch.nn.Module:
 
 
 MODELS = torchvision.models
-FAST = [cnn2, resnet20, MODELS.squeezenet1_1, MODELS.mobilenet_v2, vision_transformer, deit]
-SLOW = [deit_tiny, MODELS.resnet18, MODELS.vgg11_bn, MODELS.densenet121, MODELS.efficientnet_b0]
-# Its export takes 9 s: once each time, and in float64 in the slow tests.
-IN_FLOAT64 = [
-    pytest.param(network, marks=pytest.mark.slow) if network in (MODELS.mobilenet_v2, *SLOW) else network
-    for network in (*FAST, *SLOW)
+FAST = [cnn2, resnet20, MODELS.squeezenet1_1, vision_transformer, deit]
+SLOW = [
+    deit_tiny,
+    MODELS.mobilenet_v2,
+    MODELS.resnet18,
+    MODELS.vgg11_bn,
+    MODELS.densenet121,
+    MODELS.efficientnet_b0,
 ]
 EVERY = [*FAST, *(pytest.param(network, marks=pytest.mark.slow) for network in SLOW)]
 # Where a larger image would hardly ever be steady: the more activations, the more of them near a kink.
@@ -176,7 +178,7 @@ def relative_errors(got: np.ndarray, expected: np.ndarray) -> list[float]:
     return [relative_error(*pair) for pair in zip(got, expected, strict=True)]
 
 
-@pytest.mark.parametrize("network", IN_FLOAT64, ids=lambda network: network.__name__)
+@pytest.mark.parametrize("network", EVERY, ids=lambda network: network.__name__)
 def test_in_float64_the_gradient_is_autograds_to_rounding(network: Network) -> None:
     """What is left beyond 1e-14 are attributes such as epsilon, which ONNX stores in float32."""
     x = images(network, 4, seed=2)
