@@ -81,17 +81,23 @@ def test_the_watchdog_is_for_this_process_only(environment: dict[str, str], expe
     assert watchdog_s(environment) == expected_s
 
 
+def watched(manager: socket.socket, model: Path, address: str, *options: str) -> subprocess.Popen[bytes]:
+    """Start the app as systemd does, with a watchdog of 0.4 s."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.edge_app", str(model), "--video", address, *options],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
+    )  # fmt: skip
+
+
 def test_a_service_is_ready_after_its_first_frame_and_then_gives_signs_of_life(
     digits_models: dict[str, Path], tmp_path: Path, manager: socket.socket
 ) -> None:
     pytest.importorskip("cv2", reason="no OpenCV here: pip install 'clearpact[camera]'")
     with LivePictures([np.zeros((64, 64, 3), np.uint8)]) as source:
-        app = subprocess.Popen(
-            [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), "--video", source.address,
-             "--threads", "1", "--report", "60", "--health", str(tmp_path / "run" / "health.json")],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
-        )  # fmt: skip
+        health = str(tmp_path / "run" / "health.json")
+        options = ["--threads", "1", "--report", "60", "--health", health]
+        app = watched(manager, digits_models["ort"], source.address, *options)
         assert manager.recv(1000) == b"READY=1"
         told = [message.decode() for message in receive(manager, 3)]
         assert all(message.startswith("WATCHDOG=1\nSTATUS=") for message in told)
@@ -105,18 +111,11 @@ def test_a_service_is_ready_after_its_first_frame_and_then_gives_signs_of_life(
     assert report["engine"].startswith("ort ")
 
 
-def test_a_source_that_hangs_is_silence(
-    digits_models: dict[str, Path], tmp_path: Path, manager: socket.socket
-) -> None:
+def test_a_source_that_hangs_is_silence(digits_models: dict[str, Path], manager: socket.socket) -> None:
     """Then systemd starts the app again; a timer that says "alive" would hide it."""
     pytest.importorskip("cv2", reason="no OpenCV here: pip install 'clearpact[camera]'")
     with LivePictures([np.zeros((64, 64, 3), np.uint8)]) as source:
-        app = subprocess.Popen(
-            [sys.executable, "-m", "deploy.edge_app", str(digits_models["ort"]), "--video", source.address,
-             "--timeout", "60"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"},
-        )  # fmt: skip
+        app = watched(manager, digits_models["ort"], source.address, "--timeout", "60")
         assert manager.recv(1000) == b"READY=1"
         assert all(message.startswith(b"WATCHDOG=1\n") for message in receive(manager, 3))
         source.silent.set()
