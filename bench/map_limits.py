@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="whose grids (default: openvino)")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    record.check(options, inputs=[options.state])
+    record.check(options, inputs=[options.state, options.network])
     # torch takes seconds to import: --help does without
     import torch
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=tuple(ENGINES), default="openvino", help="engine (default: openvino)")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    record.check(options, inputs=[options.state])
+    record.check(options, inputs=[options.state, options.network])
     # torch takes seconds to import: --help does without
     from export.own_network import quantized_model
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_seconds(options.seconds)
     bits = [int(part) for part in _listed("--bits", options.bits, list(map(str, QUANTIZED_BITS)))]
     engines = _listed("--engines", options.engines, ["openvino", "ort"])
-    record.check(options, inputs=[options.state])
+    record.check(options, inputs=[options.state, options.network])
     # torch takes seconds to import: --help does without
     from bench.peers.after_training import made
 

@@ -33,10 +33,12 @@ from export.reference import reference_run
 from runtime import command
 from runtime.errors import EngineError, OptionError
 from runtime.session import Session, open_session
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.targets deploy/models/mnist-cnn2-8bit-sgt.pt
   python -m bench.targets runs/mnist/ckpt.pt --browser --plan --record bench/results/cpu.jsonl
+  python -m bench.targets runs/mine/ckpt.pt --arch my_project.nets:small_net    # of your own network
 """
 
 ENGINES = {"ort": "ONNX Runtime, x86", "openvino": "OpenVINO, x86"}
@@ -55,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--browser", action="store_true", help="a page of deploy.web in Chromium as well")
     parser.add_argument("--plan", action="store_true", help="build a plan of TensorRT-RTX ahead of time as well")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each target (default: 3)")
+    factory.add_option(parser)
     record.add_options(parser)
     options = parser.parse_args(argv)
+    factory.allow(*options.arch)
     if options.images < 1:
         raise OptionError(f"--images {options.images}: expected a whole number from 1")
     record.check(options, inputs=[options.checkpoint])
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with opened(_page(files["ort"], Path(folder), "plain")) as page:
                 in_browser = [milliseconds(page, images[0], explain=True) for _ in range(_BROWSER_SAMPLES)]
             times[BROWSER] = float(np.median(in_browser))
-        plan = _plan(options.checkpoint, Path(folder)) if options.plan else None
+        plan = _plan(options.checkpoint, options.arch, Path(folder)) if options.plan else None
     command.status("")
     where = environment()
     result = {
@@ -163,9 +167,11 @@ def _page(model: bytes, folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _plan(checkpoint: Path, folder: Path) -> dict[str, Any]:
+def _plan(checkpoint: Path, factories: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return version, bytes and INT8 layers of a plan that TensorRT-RTX builds of a checkpoint, without a GPU."""
-    _run("export.engine", checkpoint.resolve(), "-o", folder / "engine.plan", "--builder", "tensorrt_rtx")
+    named = [word for name in factories for word in ("--arch", name)]
+    plan = folder / "engine.plan"
+    _run("export.engine", checkpoint.resolve(), "-o", plan, "--builder", "tensorrt_rtx", *named)
     sidecar = json.loads((folder / "engine.plan.json").read_text())
     return {
         "version": sidecar["builder_version"],

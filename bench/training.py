@@ -13,13 +13,15 @@ from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.statistics import check_seconds, measure, missing_percentiles, summarize, told
 from runtime import command
 from runtime.errors import OptionError
-from train.choices import ARCHITECTURES, FLOAT_BITS, METHODS, QUANTIZED_BITS, STEP_PRECISIONS
+from train.choices import FLOAT_BITS, METHODS, QUANTIZED_BITS, STEP_PRECISIONS
 from train.data import names
 from train.data.splits import sources_of
+from train.models import factory
 
 EXAMPLES = """
   python -m bench.training --data mnist --data-root data
   python -m bench.training --data cifar10 --arch resnet20 --bits 4
+  python -m bench.training --data cifar10 --arch my_project.nets:small_net    # your own network
   python -m bench.training --data mnist --record bench/results/training.jsonl
 """
 
@@ -31,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data", type=names.check_name, default="mnist", help=f"{names.EXPECTED} (default: mnist)"
     )
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="cnn2", help="default: cnn2")
+    parser.add_argument("--arch", type=factory.named, metavar="NAME", default="cnn2",
+                        help="a network of ours, or your own module:factory, as given to train "
+                             "(default: cnn2)")  # fmt: skip
     parser.add_argument("--bits", type=int, choices=(*QUANTIZED_BITS, FLOAT_BITS), default=8, help="default: 8")
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     parser.add_argument("--precision", choices=STEP_PRECISIONS, default="float32", help="default: float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from torch import Tensor
 from bench import map_limits, moved_classes, ptq
 from bench.evidence import quantization_tables as tables
 from bench.measure import record
+from bench.networks import floating
 from bench.peers.after_training import statements
 from export.own_network import quantized_model
 from export.sources.images import RealImages
 from runtime.errors import OptionError
 from tests import own_nets
+from train import checkpoint as checkpoints
+from train import loop
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.model import QuantizedModel
+from train.quantization.quantize import QuantSpec
+from train.recipe import default_recipe
 
 GREY = ["tests.own_nets:grey", "--data", "digits"]
 
@@ -114,6 +120,25 @@ def test_where_classes_moved_is_told(capsys: pytest.CaptureFixture[str]) -> None
     assert table.splitlines()[2:] == [
         "| own_nets:grey, digits, 8 bit | OpenVINO | 1 of 30 | 9 | 1 | 2e-06 | 2, 8 |"
     ]
+
+
+def test_a_float_checkpoint_is_measured_on_its_own_images(digits: ImageData, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    checkpoints.save(loop.start("cnn2", digits, QuantSpec(32), default_recipe("digits", "plain")), path)
+    parser = argparse.ArgumentParser()
+    floating.add_options(parser, samples=40, images=30)
+    arguments = [str(path), "--data", "digits"]
+    found = floating.load(parser.parse_args(arguments))
+    assert found.images.labels is not None
+    assert torch.equal(found.images.test, digits.test_images[:30])
+    assert torch.equal(found.images.labels, digits.test_labels[:30])
+    assert len(found.images.calibration) == 40
+    assert found.network(found.input_spec.normalize(found.images.test)).shape == (30, 10)
+    with pytest.raises(OptionError, match="--std: is not for a checkpoint"):
+        floating.load(parser.parse_args([*arguments, "--std", "0.5"]))
+    checkpoints.save(loop.start("cnn2", digits, QuantSpec(8), default_recipe("digits", "plain")), path)
+    with pytest.raises(OptionError, match="was trained with 8 bits, expected a float network"):
+        floating.load(parser.parse_args(arguments))
 
 
 def test_maps_agree_more_with_more_bits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,12 @@ from train.recipe import METHODS, default_recipe
 
 def test_command_prints_and_records_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "training.jsonl"
-    main(["--data", "digits", "--batch-size", "32", "--seconds", "0.1", "--allow-dirty", "--record", str(path)])
+    own = "tests.toy_models:small_convnet"
+    main(["--data", "digits", "--arch", own, "--batch-size", "32", "--seconds", "0.1", "--allow-dirty",
+          "--record", str(path)])  # fmt: skip
     out = capsys.readouterr().out
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
-    assert row["batch"] == 32
+    assert (row["arch"], row["batch"]) == (own, 32)
     assert set(row["step"]) == set(METHODS)
     assert row["plain_steps"]["plain"] == 1
     assert 1 < row["plain_steps"]["sgt"] < 10
@@ -47,7 +49,8 @@ def test_a_timed_step_leaves_the_network_as_it_was(digits: ImageData) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--threads", "0"], "--threads 0: expected a whole number from 1"),
-     (["--seconds", "0"], "--seconds 0: expected a number above 0")],
+     (["--seconds", "0"], "--seconds 0: expected a number above 0"),
+     (["--arch", "resnet21"], "--arch resnet21: expected one of cnn2, .*, or package.module:factory of your own")],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):

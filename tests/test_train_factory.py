@@ -12,7 +12,9 @@ import torch
 
 from bench import agreement as bench_agreement
 from bench import compare as bench_compare
+from bench import ptq as bench_ptq
 from bench import saliency as bench_saliency
+from bench import targets as bench_targets
 from export import onnx as export_onnx
 from export.engine import __main__ as export_engine
 from runtime.errors import ModelError, OptionError
@@ -87,6 +89,8 @@ COMMANDS = {
     bench_saliency.main: ("ckpt.pt", "--data", "digits"),
     bench_compare.main: ("ckpt.pt",),
     bench_agreement.main: ("ckpt.pt", "ckpt.pt", "--data", "digits"),
+    bench_targets.main: ("ckpt.pt",),
+    bench_ptq.main: ("ckpt.pt", "--data", "digits"),
 }
 
 

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from export.image_size import size_of
 from runtime.errors import OptionError
+from train.choices import FLOAT_BITS
 from train.data.names import is_folder
+from train.models import factory
 
 if TYPE_CHECKING:
     from torch import nn
 
     from export.sources.images import RealImages
     from train.input_spec import InputSpec
+
+_NOT_OF_CHECKPOINTS = ("state", "size", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser, *, samples: int, images: int) -
         samples: images that calibrate, by default.
         images: others, at most, by default.
     """
-    parser.add_argument("network", metavar="SOURCE", help="float: module:factory, or a .onnx file")
+    parser.add_argument("network", metavar="SOURCE", help="float: module:factory, a .onnx file, or a ckpt.pt")
+    factory.add_option(parser)
     parser.add_argument("--state", metavar="FILE", help="its state dict")
     parser.add_argument("--data", required=True, metavar="NAME", help="folder:PATH or a data set's name")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
@@ -62,6 +67,15 @@ def load(options: argparse.Namespace) -> FloatNetwork:
     Raises:
         OptionError, FileError, ModelError: as `python -m export.onnx` does.
     """
+    factory.allow(*options.arch)
+    if options.images < 1:
+        raise OptionError(f"--images {options.images}: expected a whole number from 1")
+    if factory.is_factory(options.network) or Path(options.network).suffix == ".onnx":
+        return _own(options)
+    return _of_checkpoint(options)
+
+
+def _own(options: argparse.Namespace) -> FloatNetwork:
     import torch
 
     from export.own_network import from_onnx
@@ -71,8 +85,6 @@ def load(options: argparse.Namespace) -> FloatNetwork:
     from export.sources.torch_network import load_network
     from train.data import datasets
 
-    if options.images < 1:
-        raise OptionError(f"--images {options.images}: expected a whole number from 1")
     options = argparse.Namespace(**vars(options), checkpoint=options.network)
     if Path(options.network).suffix == ".onnx":
         network, spec = from_onnx(options, read_classifier(options.network, options.size))
@@ -91,3 +103,27 @@ def load(options: argparse.Namespace) -> FloatNetwork:
     images = labelled(images, classes)
     labels = None if images.labels is None else images.labels[: options.images]
     return FloatNetwork(network, spec, replace(images, test=images.test[: options.images], labels=labels), classes)
+
+
+def _of_checkpoint(options: argparse.Namespace) -> FloatNetwork:
+    """Return a float checkpoint's network, with images of its own split."""
+    from export.calibration import load_images, training_sample
+    from export.sources.images import RealImages
+    from train import checkpoint as checkpoints
+
+    path = Path(options.network)
+    for name in _NOT_OF_CHECKPOINTS:
+        if getattr(options, name) is not None:
+            raise OptionError(f"--{name}: is not for a checkpoint, which {path} is; drop it")
+    checkpoint = checkpoints.load(path)
+    network = checkpoint.network()
+    if checkpoint.quant.bits != FLOAT_BITS:
+        raise OptionError(
+            f"{path}: was trained with {checkpoint.quant.bits} bits, expected a float network (--bits 32)"
+        )
+    data = load_images(checkpoint, path, options.data, options.data_root)
+    images = RealImages(
+        data.name, training_sample(data, options.samples),
+        data.test_images[: options.images], data.test_labels[: options.images], checkpoint.classes,
+    )  # fmt: skip
+    return FloatNetwork(network, checkpoint.input, images, checkpoint.classes)

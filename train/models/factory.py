@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import OptionError
+from train.choices import ARCHITECTURES
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _allowed: set[str] = set()
@@ -51,6 +52,21 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     """Let a command that reads checkpoints take names of factories, a list to be given to `allow`."""
     parser.add_argument("--arch", metavar="MODULE:FACTORY", action="append", default=[],
                         help="the factory of your own network, as given to train")  # fmt: skip
+
+
+def named(arch: str) -> str:
+    """Return the name of an architecture as a command line gives it: one of ours, or a factory, now allowed.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if is_factory(arch):
+        allow(arch)
+    elif arch not in ARCHITECTURES:
+        raise OptionError(
+            f"--arch {arch}: expected one of {', '.join(ARCHITECTURES)}, or package.module:factory of your own"
+        )
+    return arch
 
 
 def find(arch: str, arguments: dict[str, Any]) -> Callable[..., Any]:
