@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.endurance import main, write_repeated
 from bench.measure.data import LabelledImages
 from bench.measure.streams import in_memory, in_npz, watched
+from bench.processes.endurance import main, write_repeated
 from runtime.errors import OptionError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.killed import main
 from bench.measure.kills import differences, tensor_count
+from bench.processes.killed import main
 from runtime.errors import OptionError
 from train.checkpoint import Checkpoint
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import map_limits, moved_classes, ptq
+from bench import ptq
+from bench.causes import map_limits, moved_classes
 from bench.evidence import quantization_tables as tables
 from bench.measure import record
 from bench.networks import floating

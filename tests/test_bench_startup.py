@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.measure.cold_start import ColdStart, Loading, median, start
-from bench.startup import FIRST, SECOND, WITHOUT, main
+from bench.processes.startup import FIRST, SECOND, WITHOUT, main
 from runtime.errors import ModelError, OptionError
 
 

@@ -43,6 +43,8 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "peers": {".", "measure", "networks"},
         "evidence": {"measure", "peers"},
         "report": {".", "layers", "measure", "networks", "pictures"},
+        "causes": {"measure", "networks"},
+        "processes": {".", "measure", "networks"},
     },
     "deploy": {"batch": {"."}, "edge_app": {"."}, "web": {"."}},
 }

@@ -1,4 +1,4 @@
-"""`python -m bench.moved_classes`: why an engine puts an image into another class than the calibrated network.
+"""`python -m bench.causes.moved_classes`: why an engine gives another class than the calibrated network.
 
 The network is taken in float64. Engines, and PyTorch's float32, add up in orders of their own: where a sum lies
 within float32's rounding of the border between two codes, a tie, it may go to either. For every image whose class
@@ -9,7 +9,7 @@ codes before it, is held against the value that it was rounded from: how far tha
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.moved_classes")
+    raise SystemExit("run it as a module: python -m bench.causes.moved_classes")
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from train.model import QuantizedModel
 
 EXAMPLES = """
-  python -m bench.moved_classes my_nets:make --state weights.pt --data cifar10
-  python -m bench.moved_classes my_nets:make --state weights.pt --data cifar10 --bits 4 --target ort
+  python -m bench.causes.moved_classes my_nets:make --state weights.pt --data cifar10
+  python -m bench.causes.moved_classes my_nets:make --state weights.pt --data cifar10 --bits 4 --target ort
 """
 _BATCH = 100
 # Logits that are closer, relative to their norm, are those of equal codes.
@@ -79,7 +79,7 @@ class Counts:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print how many images change class on an engine, and what moved each."""
-    parser = command.parser("bench.moved_classes", "Why does an engine give another class?", EXAMPLES)
+    parser = command.parser("bench.causes.moved_classes", "Why does an engine give another class?", EXAMPLES)
     floating.add_options(parser, samples=CALIBRATION_SAMPLES, images=10_000)
     parser.add_argument("--bits", type=int, choices=QUANTIZED_BITS, default=8, help="default: 8")
     parser.add_argument("--target", choices=tuple(ENGINES), default="openvino", help="engine (default: openvino)")

@@ -1,4 +1,4 @@
-"""`python -m bench.map_limits`: how much a quantized network's maps can agree with the float network's at all.
+"""`python -m bench.causes.map_limits`: how much quantized maps can agree with float ones at all.
 
 A map is an input gradient, and changes with the pixels. What their own rounding, half a level, does to the float
 network's map is the agreement that no quantization needs to exceed. Beside it: the cost of each part of it.
@@ -7,7 +7,7 @@ network's map is the agreement that no quantization needs to exceed. Beside it: 
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.map_limits")
+    raise SystemExit("run it as a module: python -m bench.causes.map_limits")
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from train.input_spec import InputSpec
 
 EXAMPLES = """
-  python -m bench.map_limits my_nets:make --state weights.pt --data cifar10
-  python -m bench.map_limits docs.examples.efficientnet_lite0:imagenet --data folder:photos --mean 0.5 --std 0.5
+  python -m bench.causes.map_limits my_nets:make --state weights.pt --data cifar10
+  python -m bench.causes.map_limits my_nets:make --state weights.pt --data folder:photos --mean 0.5 --std 0.5
 """
 _DITHER_LEVELS = (0.5, 1.0)
 _ACTIVATION_BITS = (9, 10, 12, 14)
@@ -35,7 +35,9 @@ _SEED = 0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the mean Spearman correlation of each variant's maps with the float network's."""
-    parser = command.parser("bench.map_limits", "How much can quantized maps agree with float ones?", EXAMPLES)
+    parser = command.parser(
+        "bench.causes.map_limits", "How much can quantized maps agree with float ones?", EXAMPLES
+    )
     floating.add_options(parser, samples=64, images=12)
     parser.add_argument("--target", choices=TARGETS, default="openvino", help="whose grids (default: openvino)")
     record.add_options(parser)

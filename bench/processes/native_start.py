@@ -1,4 +1,4 @@
-"""`python -m bench.native_start MODEL PICTURE`: one picture by the C++ program and by Python, from start to end.
+"""`python -m bench.processes.native_start MODEL PICTURE`: one picture in C++ and in Python, start to end.
 
 That is what a caller waits for when nothing runs yet: start, libraries, loading and compiling the file, the
 answer, the end. The processes are started in turns, on one thread, without a cache of compiled models.
@@ -7,7 +7,7 @@ answer, the end. The processes are started in turns, on one thread, without a ca
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.native_start")
+    raise SystemExit("run it as a module: python -m bench.processes.native_start")
 
 import sys
 import tempfile
@@ -29,8 +29,8 @@ from runtime.images import load_image, to_batch
 from runtime.manifest import read_manifest
 
 EXAMPLES = """
-  make cpp && python -m bench.native_start model.onnx photo.png
-  python -m bench.native_start model.onnx photo.png --explain --record bench/results/cpu.jsonl
+  make cpp && python -m bench.processes.native_start model.onnx photo.png
+  python -m bench.processes.native_start model.onnx photo.png --explain --record bench/results/cpu.jsonl
 """
 
 _BUILT = Path(__file__).parents[1] / "build" / "cpp"
@@ -39,7 +39,7 @@ NATIVE, PYTHON = "C++", "Python"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print medians of time and peak memory of both, and their ratios."""
-    parser = command.parser("bench.native_start", "Measure the C++ program beside Python.", EXAMPLES)
+    parser = command.parser("bench.processes.native_start", "Measure the C++ program beside Python.", EXAMPLES)
     parser.add_argument("model", type=Path, help="ONNX file of python -m export.onnx")
     parser.add_argument("picture", type=Path, help="image file")
     parser.add_argument(

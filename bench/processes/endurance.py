@@ -1,4 +1,4 @@
-"""`python -m bench.endurance`: does `bench.saliency` end on a million images, and in how much memory.
+"""`python -m bench.processes.endurance`: does `bench.saliency` end on a million images, and in how much memory.
 
 The images of a data set are repeated, each time with other noise, in a file that is read as it is measured.
 """
@@ -6,7 +6,7 @@ The images of a data set are repeated, each time with other noise, in a file tha
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.endurance")
+    raise SystemExit("run it as a module: python -m bench.processes.endurance")
 
 import tempfile
 import time
@@ -31,9 +31,9 @@ from runtime.session import ENGINES
 from train.data.splits import sources_of
 
 EXAMPLES = """
-  python -m bench.endurance ckpt.onnx --data digits
-  python -m bench.endurance ckpt.onnx --data mnist --images 100000 --threads 2
-  python -m bench.endurance ckpt.onnx --data digits --record bench/results/explanations.jsonl
+  python -m bench.processes.endurance ckpt.onnx --data digits
+  python -m bench.processes.endurance ckpt.onnx --data mnist --images 100000 --threads 2
+  python -m bench.processes.endurance ckpt.onnx --data digits --record bench/results/explanations.jsonl
 """
 
 _NOISE_LEVELS = 8
@@ -61,7 +61,9 @@ def write_repeated(path: Path, given: LabelledImages, count: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print how much memory so many images took, and what was measured on them."""
-    parser = command.parser("bench.endurance", "Measure maps of a million images, and the memory.", EXAMPLES)
+    parser = command.parser(
+        "bench.processes.endurance", "Measure maps of a million images, and the memory.", EXAMPLES
+    )
     parser.add_argument("model", help="exported .onnx, ckpt.pt or run folder")
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")

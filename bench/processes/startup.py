@@ -1,4 +1,4 @@
-"""`python -m bench.startup`: how long a fresh process takes to its first prediction, and the memory it then holds.
+"""`python -m bench.processes.startup`: a fresh process's time to its first prediction, and its memory.
 
 What a user waits for is import, load, compile and the first answer together; each of them is also given alone.
 Processes without a cache of compiled models, with an empty one and with a filled one are started in turns.
@@ -7,7 +7,7 @@ Processes without a cache of compiled models, with an empty one and with a fille
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.startup")
+    raise SystemExit("run it as a module: python -m bench.processes.startup")
 
 import tempfile
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from runtime.errors import OptionError
 from runtime.session import ENGINES, open_session
 
 EXAMPLES = """
-  python -m bench.startup model.onnx
-  python -m bench.startup model.onnx --explain --engine ort
-  python -m bench.startup model.onnx --record bench/results/cpu.jsonl
+  python -m bench.processes.startup model.onnx
+  python -m bench.processes.startup model.onnx --explain --engine ort
+  python -m bench.processes.startup model.onnx --record bench/results/cpu.jsonl
 """
 
 WITHOUT, FIRST, SECOND = "without cache", "first, cache empty", "second, from cache"
@@ -49,7 +49,7 @@ def cold_starts(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print time and memory of a cold start with and without a cache of compiled models."""
-    parser = command.parser("bench.startup", "Measure the cold start of an exported model.", EXAMPLES)
+    parser = command.parser("bench.processes.startup", "Measure the cold start of an exported model.", EXAMPLES)
     parser.add_argument("model", help="ONNX file of python -m export.onnx, or plan of export.engine")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", help="default: cpu; cuda for a plan")

@@ -1,4 +1,4 @@
-"""`python -m bench.killed`: does a training run that is killed at random moments end as one that is not.
+"""`python -m bench.processes.killed`: does a training run that is killed at random moments end as one that is not.
 
 A run on some images of a data set is trained once without a kill. The same run is then started, killed by SIGKILL,
 which no program can catch, after a random time, and resumed, until it has been killed as often as asked for; where
@@ -9,7 +9,7 @@ every such run must equal those of the first, bit for bit.
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("run it as a module: python -m bench.killed")
+    raise SystemExit("run it as a module: python -m bench.processes.killed")
 
 import tempfile
 import time
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from train.data.images import ImageData
 
 EXAMPLES = """
-  python -m bench.killed --data digits --arch cnn2 --kills 5 --images 500
-  python -m bench.killed --data cifar10 --kills 100 --record bench/results/training.jsonl
+  python -m bench.processes.killed --data digits --arch cnn2 --kills 5 --images 500
+  python -m bench.processes.killed --data cifar10 --kills 100 --record bench/results/training.jsonl
 """
 
 # A process may live until it has trained its first epoch and this many more.
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         TrainingError: a run ended otherwise.
     """
-    parser = command.parser("bench.killed", "Kill training runs at random moments and resume them.", EXAMPLES)
+    parser = command.parser(
+        "bench.processes.killed", "Kill training runs at random moments and resume them.", EXAMPLES
+    )
     parser.add_argument("--data", type=names.check_name, default="cifar10", help=f"{names.EXPECTED}")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--images", type=int, default=256, help="training images (default: 256)")

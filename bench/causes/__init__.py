@@ -1,0 +1,1 @@
+"""Why an engine or a calibrated network gives another class or another map than the float network."""
