@@ -23,8 +23,8 @@ from bench.networks.agreement import TARGETS, Agreement, compare
 from bench.networks.network import Network, find
 from bench.networks.opened import open_networks, stream_for
 from runtime import command
-from runtime.agreement import MEASURES
 from runtime.errors import OptionError
+from runtime.explanations.agreement import MEASURES
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory

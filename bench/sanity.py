@@ -19,9 +19,9 @@ from bench.networks.network import find
 from bench.networks.opened import open_networks, stream_for
 from bench.networks.randomized import layers_from_the_head, randomized
 from runtime import command
-from runtime.agreement import spearman, ssim
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
+from runtime.explanations.agreement import spearman, ssim
 from runtime.files import read_bytes
 from train.data.splits import sources_of
 from train.models import factory

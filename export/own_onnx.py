@@ -31,8 +31,8 @@ from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixel
 from export.sources.own_input import check_kept, class_names, labelled, onnx_input
 from export.sources.q_operators import has_q_operators
 from export.verification.cams import CamVerification, run_cams
-from runtime.agreement import spearman
 from runtime.errors import EngineError, ModelError, OptionError
+from runtime.explanations.agreement import spearman
 from runtime.files import read_bytes
 from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, ImageInput, Manifest
 from runtime.session import ENGINES, open_session

@@ -3,7 +3,7 @@
 from runtime.batching import Batching
 from runtime.classifier import Classifier
 from runtime.errors import ClearpactError
-from runtime.explanation import Explanation
+from runtime.explanations.explanation import Explanation
 from runtime.monitor import Monitor
 from runtime.prediction import Prediction
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from runtime import command
-from runtime.attribution import attribute
 from runtime.batching import Batching, MicroBatcher
 from runtime.errors import EngineError, OptionError
-from runtime.explanation import Explanation, explanation
-from runtime.image_lists import is_single, singles, stacked
+from runtime.explanations.attribution import attribute
+from runtime.explanations.explanation import Explanation, explanation
+from runtime.explanations.what_to_explain import choose_map, target_classes
 from runtime.images import gpu_interface, to_array, to_batch
+from runtime.images.lists import is_single, singles, stacked
 from runtime.manifest import INPUT_NAME, TARGET_NAME, Manifest
 from runtime.prediction import Prediction, check_top_k, finite, prediction
 from runtime.session import PLAN_ENGINE, Session, open_session
-from runtime.what_to_explain import choose_map, target_classes
 
 if TYPE_CHECKING:
     from runtime.engines.tensorrt.device_array import DeviceView
@@ -164,8 +164,8 @@ class Classifier:
         Args:
             images: one image, a batch, or a list of images of one size, as for `predict`; paths too.
             target: the class to explain, one for all images or one each; None explains the predicted class.
-            method: one of runtime.attribution.METHODS, or of runtime.manifest.CAM_METHODS, whose maps the file
-                must have; None takes the gradient where the file has it, else the first map that it has.
+            method: one of runtime.explanations.attribution.METHODS, or of runtime.manifest.CAM_METHODS, whose
+                maps the file must have; None takes the gradient where the file has it, else the first map.
             layer: of a class activation map, where the file has maps of several; None takes the first.
             samples: noisy copies of each image (smoothgrad).
             noise: standard deviation of the noise, as a share of the image's range of levels (smoothgrad).

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from runtime import command
-from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import FileError, ImageError, OptionError
+from runtime.explanations.attribution import METHODS
+from runtime.explanations.picture import CLOSE, COLORMAPS
 from runtime.images import MAX_PIXELS, folders_in, list_images, load_image
 from runtime.manifest import CAM_METHODS
 from runtime.outputs import check_outputs
-from runtime.picture import CLOSE, COLORMAPS
 from runtime.prediction import Prediction
 from runtime.session import ENGINES
 

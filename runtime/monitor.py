@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import ModelError, OptionError
-from runtime.explanation import Explanation
+from runtime.explanations.explanation import Explanation
 from runtime.manifest import Manifest
 from runtime.prediction import Prediction
 from runtime.reference import BINS, REGIONS, confidence_bins, in_distribution_scores, region_shares

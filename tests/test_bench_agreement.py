@@ -12,8 +12,8 @@ from bench.measure.streams import in_memory
 from bench.networks.agreement import Spread, compare
 from bench.networks.opened import exported_network
 from export.pipeline import export
-from runtime.agreement import spearman, top_overlap
 from runtime.errors import ModelError, OptionError
+from runtime.explanations.agreement import spearman, top_overlap
 from runtime.files import write_atomically
 from tests.code_gate import with_code_gate
 from tests.fake_cuda import FakeGpu

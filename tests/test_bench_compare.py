@@ -18,8 +18,8 @@ from bench.peers.contenders import contenders
 from bench.peers.explainers import explainers
 from bench.peers.names import OURS, OURS_WITH_MAP
 from bench.peers.opening import opened
-from runtime.agreement import spearman
 from runtime.errors import FileError, ModelError, OptionError
+from runtime.explanations.agreement import spearman
 from tests.fake_cuda import FakeGpu
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData

@@ -21,8 +21,8 @@ from bench.networks.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
 from export.pipeline import export
 from export.verification.agreement import export_agreement
-from runtime.agreement import spearman, top_overlap
 from runtime.errors import FileError, ModelError, OptionError
+from runtime.explanations.agreement import spearman, top_overlap
 from runtime.files import write_atomically
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint

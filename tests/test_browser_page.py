@@ -26,7 +26,7 @@ from bench.networks.codes import differences, with_codes
 from deploy.web.page import write_page
 from export.pipeline import export
 from runtime import Classifier
-from runtime.agreement import spearman
+from runtime.explanations.agreement import spearman
 from runtime.images import load_image, to_batch
 from runtime.manifest import ImageInput
 from runtime.session import open_session

@@ -24,7 +24,7 @@ from deploy.batch.parts import Settings, plan
 from deploy.batch.work import Job, Worker, answers, small_maps
 from runtime import Classifier
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
-from runtime.resizing import resize_maps
+from runtime.images.resizing import resize_maps
 from train.data.images import ImageData
 
 ROOT = Path(__file__).parents[1]

@@ -60,7 +60,7 @@ def test_an_answer_with_its_map_is_that_of_predict_and_explain(
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)], ids=["grey", "one channel", "RGB"])
 def test_the_drawn_map_is_the_overlay_of_an_explanation(channels: tuple[int, ...]) -> None:
-    from runtime.picture import blend
+    from runtime.explanations.picture import blend
 
     rng = np.random.default_rng(1)
     frame = rng.integers(0, 256, (240, 320, *channels), dtype=np.uint8)

@@ -25,9 +25,9 @@ from export.verification.cams import transcribed
 from runtime import Classifier
 from runtime.classify import main as classify
 from runtime.errors import ModelError, OptionError
+from runtime.images.resizing import resize_maps
 from runtime.manifest import CAM_METHODS
 from runtime.onnx_bytes import with_outputs
-from runtime.resizing import resize_maps
 from runtime.session import open_session
 from tests.exports import exported
 from train.checkpoint import Checkpoint

@@ -13,8 +13,8 @@ from export.engine.half_precision import cast_image_first, half_precision
 from export.engine.layers import layers
 from export.gradient.walk import append_input_gradient
 from export.reference import reference_run
-from runtime.agreement import spearman
 from runtime.errors import ModelError
+from runtime.explanations.agreement import spearman
 from tests.qdq_models import conv_model, model
 
 

@@ -22,7 +22,7 @@ from export.pipeline import ExportResult, export
 from export.reference import reference_run
 from export.verification.probes import CODES_SUFFIX
 from runtime import Classifier
-from runtime.agreement import spearman
+from runtime.explanations.agreement import spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from tests.code_gate import with_code_gate
 from tests.toy_models import move_alphas, randomize_norms

@@ -22,8 +22,8 @@ from export.pipeline import export
 from export.verification import agreement
 from export.verification.forward import verify
 from runtime import Classifier
-from runtime.agreement import spearman
 from runtime.errors import ModelError, OptionError
+from runtime.explanations.agreement import spearman
 from runtime.manifest import METADATA_KEY, Manifest, read_manifest
 from runtime.onnx_bytes import output_names, without_gradient
 from tests.commands import run_command

@@ -19,7 +19,12 @@ STAGES = {
 }
 # Folder -> the folders of its own stage that it may import; a stage's own modules are ".".
 FOLDERS: dict[str, dict[str, set[str]]] = {
-    "runtime": {"engines": {"."}, "engines/tensorrt": {"."}},
+    "runtime": {
+        "images": {"."},
+        "explanations": {".", "images"},
+        "engines": {"."},
+        "engines/tensorrt": {".", "images"},
+    },
     "train": {
         "quantization": {"."},
         "data": {"."},

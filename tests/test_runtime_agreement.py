@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
-from runtime.agreement import MEASURES, pearson, spearman, ssim, top_20_overlap, top_overlap
+from runtime.explanations.agreement import MEASURES, pearson, spearman, ssim, top_20_overlap, top_overlap
 
 
 @given(st.integers(0, 9999), st.integers(2, 9), st.integers(2, 50))

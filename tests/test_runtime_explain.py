@@ -13,10 +13,10 @@ from torch import nn
 from export.deploy_form import FoldedQuantizer, deploy_form
 from export.pipeline import export
 from runtime import Classifier
-from runtime.agreement import spearman
-from runtime.attribution import noisy_copies, normalize
 from runtime.classify import main as classify
 from runtime.errors import ImageError, ModelError, OptionError
+from runtime.explanations.agreement import spearman
+from runtime.explanations.attribution import noisy_copies, normalize
 from runtime.session import open_session
 from tests.code_gate import with_code_gate
 from train.checkpoint import Checkpoint

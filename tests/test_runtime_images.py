@@ -11,8 +11,8 @@ from PIL import Image
 
 from runtime.errors import FileError, ImageError
 from runtime.images import SUFFIXES, list_images, load_image, to_batch
+from runtime.images.resizing import middle, resize, resize_maps
 from runtime.manifest import ImageInput
-from runtime.resizing import middle, resize, resize_maps
 from train.data.decoding import decode
 
 GREY = ImageInput((6, 5), 1, (0.5,), (0.25,))

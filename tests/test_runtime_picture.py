@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runtime import Explanation
 from runtime.errors import ImageError, OptionError
-from runtime.picture import COLORMAPS, blend, colored, enlarged, levels
+from runtime.explanations.picture import COLORMAPS, blend, colored, enlarged, levels
 
 # Linear RGB as protanopes, deuteranopes and tritanopes see it (Machado et al. 2009, severity 1).
 VISIONS = {

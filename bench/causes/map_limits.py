@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch takes seconds to import: --help does without
     import torch
 
-    from runtime.agreement import spearman
+    from runtime.explanations.agreement import spearman
 
     loaded = floating.load(options)
     network, spec, images = loaded.network, loaded.input_spec, loaded.images

@@ -9,7 +9,7 @@ import numpy as np
 from bench.measure.streams import Batch, ImageStream, in_parallel
 from bench.networks.network import Network
 from runtime import command
-from runtime.agreement import MEASURES, spearman, top_overlap
+from runtime.explanations.agreement import MEASURES, spearman, top_overlap
 
 TARGETS = ("predicted", "true")
 

@@ -22,11 +22,11 @@ from bench.networks.network import Network
 from bench.networks.opened import exported_network
 from bench.networks.removal import area, removal_curves
 from runtime import command
-from runtime.attribution import METHODS
 from runtime.classifier import Classifier
 from runtime.errors import OptionError
+from runtime.explanations.attribution import METHODS
+from runtime.images.resizing import resize
 from runtime.manifest import CAM_METHODS, Manifest
-from runtime.resizing import resize
 
 ALL = "all"
 # The side of a pasted image, as a share of the field's.

@@ -10,8 +10,8 @@ from torch import nn
 
 from bench.measure.data import LabelledImages
 from bench.networks.checkpoint import as_network
-from runtime.agreement import spearman
 from runtime.classifier import MAX_BATCH
+from runtime.explanations.agreement import spearman
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.choices import FLOAT_BITS

@@ -11,7 +11,7 @@ from bench.report.page import Content, Html, Section, join, tag
 from bench.report.sources import HERE, Model, Run, Sources, reading
 from bench.report.speed import is_ours, milliseconds
 from bench.report.subjects import Subject, role
-from runtime.agreement import spearman
+from runtime.explanations.agreement import spearman
 from train.choices import FLOAT_BITS
 
 # Of the contenders of bench.compare, what an image is classified or explained with without this project: on the

@@ -15,8 +15,8 @@ from bench.pictures.maps import one_of_each_class
 from bench.report.page import Content, Html, Section, join, missing, paragraph, table, tag
 from bench.report.subjects import Subject, role
 from runtime import command
-from runtime.agreement import MEASURES, spearman
 from runtime.classifier import MAX_BATCH
+from runtime.explanations.agreement import MEASURES, spearman
 from runtime.prediction import softmax
 
 # The saliency drawn as brightest: single pixels above it would otherwise darken all others.

@@ -15,8 +15,8 @@ from deploy.batch import cluster, processes
 from deploy.batch.parts import PLAN_NAME, Settings, plan, sha256_of
 from deploy.batch.work import Job
 from runtime import command
-from runtime.attribution import METHODS
 from runtime.errors import ModelError, OptionError
+from runtime.explanations.attribution import METHODS
 from runtime.files import remove_leftovers
 from runtime.outputs import check_outputs
 from runtime.session import ENGINES, open_session

@@ -16,10 +16,10 @@ from deploy.batch.reading import images_of
 from runtime import Classifier
 from runtime.errors import ClearpactError
 from runtime.images import to_batch
+from runtime.images.resizing import resize_maps
 from runtime.manifest import Manifest
 from runtime.prediction import softmax
 from runtime.reference import in_distribution_scores
-from runtime.resizing import resize_maps
 
 BATCH = 32  # images in one run of the engine, which are all that is held decoded
 _ONE_RUN = ("", "gradient", "input_x_gradient")  # methods that run the engine once for a batch

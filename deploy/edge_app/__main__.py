@@ -28,8 +28,8 @@ from deploy.edge_app.page import Page
 from deploy.edge_app.service import Pulse
 from deploy.edge_app.times import FrameTimes
 from runtime import Classifier, ClearpactError, command
-from runtime.attribution import METHODS
 from runtime.errors import FileError, ImageError, OptionError
+from runtime.explanations.attribution import METHODS
 from runtime.manifest import CAM_METHODS
 from runtime.session import ENGINES
 

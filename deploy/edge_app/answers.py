@@ -9,8 +9,8 @@ import numpy as np
 from deploy.edge_app.picture import Picture
 from runtime.classifier import Classifier
 from runtime.images import to_batch
+from runtime.images.resizing import middle
 from runtime.prediction import softmax
-from runtime.resizing import middle
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from deploy.edge_app.opencv import opencv
 from runtime.errors import OptionError
-from runtime.picture import blend, levels
+from runtime.explanations.picture import blend, levels
 
 _LONGEST_SIDE, _LEAST_SIDE = 640, 240
 _STRIP, _TEXT = 28, 18  # height of the strip under the frame and of its text, in pixels

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 
 from export.reference import reference_run
-from runtime.agreement import spearman
 from runtime.engines.tensorrt.plan import PlanSidecar, sidecar_path
 from runtime.errors import ModelError
+from runtime.explanations.agreement import spearman
 from runtime.files import write_atomically
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from runtime.session import Session, open_session

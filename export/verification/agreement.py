@@ -14,7 +14,7 @@ from export.deploy_form import deploy_form
 from export.gradient.cam import Cam
 from export.gradient.walk import OUTPUTS, append_input_gradient
 from export.reference import reference_run
-from runtime.agreement import MEASURES, spearman
+from runtime.explanations.agreement import MEASURES, spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
 

@@ -16,7 +16,7 @@ import numpy as np
 from runtime import command
 from runtime.errors import FileError
 from runtime.images import load_image
-from runtime.resizing import middle
+from runtime.images.resizing import middle
 
 _AHEAD = 3  # batches being decoded while one is used
 _SCAN = 64  # images a batch where all are read once

@@ -1,4 +1,4 @@
-// The picture with the map over it, as runtime.explanation draws it, and the map in words.
+// The picture with the map over it, as runtime.explanations.explanation draws it, and the map in words.
 
 import { resizeMap, seenPart } from "./resizing.js";
 

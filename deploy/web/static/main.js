@@ -8,7 +8,7 @@ import { canvasPicture, readPicture } from "./picture.js";
 import { toModel } from "./resizing.js";
 import { classRows, factRows, methodOptions, milliseconds, percent } from "./words.js";
 
-const NOISE = 0.15; // of SmoothGrad, as in runtime.attribution
+const NOISE = 0.15; // of SmoothGrad, as in runtime.explanations.attribution
 const SAMPLES = 32;
 const SPOKEN_MS = 2000; // a screen reader is told of a new class at most so often
 

@@ -127,7 +127,7 @@ function largestMagnitude(gradient, channels) {
   return map;
 }
 
-// As runtime.attribution.noisy_copies, with other random numbers.
+// As runtime.explanations.attribution.noisy_copies, with other random numbers.
 function noisyCopies(image, count, noise, random) {
   const deviation = noise * (image.reduce((a, b) => Math.max(a, b)) - image.reduce((a, b) => Math.min(a, b)));
   const copies = new Uint8Array(count * image.length); // [count, H, W, C]

@@ -1,4 +1,4 @@
-// Any picture to the size and channels of the model: the same arithmetic as runtime/images.py.
+// Any picture to the size and channels of the model: the same arithmetic as runtime/images.
 
 import { PictureError } from "./picture.js";
 

@@ -17,7 +17,7 @@ import numpy as np
 from runtime.engines.tensorrt.cuda import LEGACY_STREAM, stream_handle
 from runtime.engines.tensorrt.device_memory import DevicePool, Piece
 from runtime.errors import ImageError
-from runtime.image_lists import is_single_shape
+from runtime.images.lists import is_single_shape
 from runtime.manifest import ImageInput
 
 

@@ -1,4 +1,4 @@
-"""Images on their way in: files to arrays, any frame to the size and channels of the model."""
+"""What an app holds as its image, to an array: a file, a PIL image, or anything that numpy takes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import FileError, ImageError, OptionError
-from runtime.manifest import ImageInput
-from runtime.resizing import crop_to_shape, resize
 
-SUFFIXES = (
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".dib", ".webp", ".gif", ".tif",
-    ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm",
-)  # fmt: skip
-# Images whose reading depends on how Pillow was built, or needs a plugin: never passed over without a word.
-RARE_SUFFIXES = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo")
-# How files of these kinds begin, whatever they are called.
-_BEGINNINGS = (
-    b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ",
-    b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL ",
-)  # fmt: skip
-_HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-# Folders that systems make beside images, for their own copies of them.
-_SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
 # What is read: no other kind that Pillow knows, some of which start programs. It knows the first ones without
 # loading its plugins; of the others those that are there count.
 _FIRST_KINDS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM")
@@ -44,9 +28,6 @@ _STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda upright: np.rot90(upright, -1),
 }
 _ORIENTATION = 0x0112
-
-# ITU-R BT.601 luma in 16-bit fixed point, as in Pillow's convert("L").
-_LUMA = np.array([19595, 38470, 7471], dtype=np.int64)
 
 
 def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -81,60 +62,6 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         unidentified = isinstance(error, Image.UnidentifiedImageError)
         reason = "not an image file" if unidentified else getattr(error, "strerror", None) or _said(error)
         raise FileError(f"{path}: cannot be read as an image ({reason}); expected PNG, JPEG or the like") from None
-
-
-def is_image_file(path: Path) -> bool:
-    """Return whether a file is meant as an image: by its suffix or, failing that, by how it begins.
-
-    A link to nothing is meant as one too, if its name does not say otherwise: what it stood for must be missed.
-    """
-    if path.exists() and not path.is_file():  # a pipe would wait for its writer
-        return False
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES or suffix in RARE_SUFFIXES:
-        return True
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        return not suffix
-    except OSError:
-        return False
-    riff = start.startswith(b"RIFF") and start[8:12] == b"WEBP"
-    bitmap = start.startswith(b"BM") and start[6:10] == b"\0\0\0\0"
-    return (
-        start.startswith(_BEGINNINGS) or riff or bitmap or (start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS)
-    )
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is a system's or an editor's, not a person's."""
-    return name.startswith(".") or name in _SYSTEM_FOLDERS
-
-
-def list_images(paths: list[str]) -> list[Path]:
-    """Return the files among `paths`, with every folder replaced by the images in it, sorted by name.
-
-    Folders in folders are not looked into; `folders_in` names them.
-
-    Raises:
-        FileError: a folder holds no image or cannot be read.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = [p for p in _entries(path) if not p.is_dir() and is_image_file(p)]
-        if not inside:
-            raise FileError(f"{path}: a folder without images, expected files such as *.png or *.jpg")
-        found += inside
-    return found
-
-
-def folders_in(paths: list[str]) -> list[Path]:
-    """Return the folders, not hidden, in the folders among `paths`, which `list_images` does not look into."""
-    return [inside for path in map(Path, paths) if path.is_dir() for inside in _entries(path) if inside.is_dir()]
 
 
 def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -187,62 +114,6 @@ def gpu_interface(image: Any) -> Mapping[str, Any] | None:
     except Exception:  # PyTorch, of a tensor that requires its gradient
         return None
     return found
-
-
-def to_batch(images: np.ndarray, expected: ImageInput) -> np.ndarray:
-    """Return uint8 [N, H, W, C] as a model wants it.
-
-    Args:
-        images: uint8, one image [H, W] or [H, W, 1 or 3], or a batch [N, H, W, 1 or 3] or [N, H, W], W > 4 and
-            N not 3, which could be the channels of one; or a PIL image. Three channels are RGB.
-        expected: from the manifest; other sizes are resized to it or refused, as it says.
-
-    Raises:
-        ImageError: wrong dtype, shape, or a size that the manifest does not allow to be resized.
-    """
-    images = to_array(images)
-    wanted = f"uint8 [H, W], [H, W, 3] or a batch [N, H, W, {expected.channels}]"
-    if images.dtype != np.uint8:
-        raise ImageError(f"image of dtype {images.dtype}, expected {wanted}; pass pixels 0..255 as np.uint8")
-    if 0 in images.shape:
-        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; it holds no pixel")
-    if images.ndim in (3, 4) and images.shape[-1] in (2, 4):
-        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; drop its alpha channel")
-    if images.ndim == 3 and images.shape[0] == 3 and images.shape[2] not in (1, 3):
-        raise ImageError(
-            f"image of shape {list(images.shape)}, expected {wanted}; put the channels last, or give three grey "
-            f"images as {[*images.shape, 1]}"
-        )
-    if images.ndim == 2:
-        batch = images[None, :, :, None]
-    elif images.ndim == 3:
-        batch = images[None] if images.shape[2] in (1, 3) else images[..., None]
-    else:
-        batch = images
-    if batch.ndim != 4 or batch.shape[3] not in (1, 3):
-        raise ImageError(f"image of shape {list(images.shape)}, expected {wanted}; put the channels last")
-    if batch.shape[1:3] != expected.size:
-        if expected.resize == "none":
-            height, width = expected.size
-            raise ImageError(
-                f"image of {batch.shape[1]}x{batch.shape[2]} pixels, expected {height}x{width}; "
-                "resize it, or export with --resize bilinear"
-            )
-        if expected.resize == "crop":
-            batch = crop_to_shape(batch, expected.size)
-        batch = resize(batch, expected.size)
-    if batch.shape[3] == 3 and expected.channels == 1:
-        batch = ((batch @ _LUMA + 0x8000) >> 16).astype(np.uint8)[..., None]
-    elif batch.shape[3] == 1 and expected.channels == 3:
-        batch = np.repeat(batch, 3, axis=3)
-    return np.ascontiguousarray(batch)
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
-    except OSError as error:
-        raise FileError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
 
 
 def _opened(path: Path) -> Any:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.attribution import Attribution
 from runtime.errors import ImageError, OptionError
+from runtime.explanations.attribution import Attribution
+from runtime.explanations.picture import blend, joined, panels_of
 from runtime.files import write_atomically
-from runtime.picture import blend, joined, panels_of
-from runtime.resizing import middle, resize_maps
+from runtime.images.resizing import middle, resize_maps
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Explanation:
         Args:
             images: to draw on, uint8, of the map's size; None takes the explained ones.
             strength: opacity of the most salient pixels, 0 to 1.
-            colormap: one of runtime.picture.COLORMAPS.
+            colormap: one of runtime.explanations.picture.COLORMAPS.
 
         Raises:
             ImageError: the images are not uint8 of the map's size.
@@ -78,7 +78,7 @@ class Explanation:
             caption: write class, probability and method under it, which needs Pillow.
             side_by_side: show the frame, the map and the overlay.
             runner_up: of the same image for another class, whose overlay is shown beside.
-            colormap: one of runtime.picture.COLORMAPS.
+            colormap: one of runtime.explanations.picture.COLORMAPS.
 
         Raises:
             ImageError: the explanation is of several images.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import ImageError, OptionError
-from runtime.resizing import resize_maps
+from runtime.images.resizing import resize_maps
 
 # Colours at equal distances from 0 to 1, sRGB, of matplotlib's scales of these names (CC0); their lightness rises
 # steadily. cividis differs least between kinds of colour vision (Nunez et al. 2018).

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import ImageError
-from runtime.images import to_array
+from runtime.images.reading import to_array
 
 
 def singles(images: Sequence[Any]) -> list[np.ndarray]:

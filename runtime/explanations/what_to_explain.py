@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.attribution import METHODS
 from runtime.errors import ModelError, OptionError
+from runtime.explanations.attribution import METHODS
 from runtime.manifest import CAM_METHODS, CamOutput, Manifest
 
 
