@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.device import arrange, in_precision, place
+from train.device import arrange, computes_bfloat16_slowly, in_precision, place
 from train.losses.methods import new_guidance
 from train.losses.saliency import filling
 from train.quantization.quantize import QuantSpec
@@ -28,6 +30,17 @@ def test_bfloat16_returns_float32_logits_near_those_of_float32(
     assert float((rounded.argmax(1) == exact.argmax(1)).float().mean()) > 0.98
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(model(images), exact)  # what is evaluated and saved has not changed
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists a processor's instructions there")
+def test_bfloat16_is_called_slow_where_the_processor_lists_no_instructions_for_it() -> None:
+    lines = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.lower().startswith(("flags", "features"))
+    ]
+    assert computes_bfloat16_slowly("cpu") == (not {"avx512_bf16", "amx_bf16", "bf16"} & set(lines[0].split()))
+    assert not computes_bfloat16_slowly("cuda")
 
 
 def test_bfloat16_activations_keep_whole_codes(digits: ImageData, digits_checkpoint: Checkpoint) -> None:

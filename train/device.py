@@ -43,6 +43,17 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     return _Bfloat16(model) if precision == "bfloat16" else model
 
 
+def computes_bfloat16_slowly(device: str) -> bool:
+    """Return whether a device ("cpu" or "cuda") lacks instructions for bfloat16, and so is faster in float32.
+
+    False where PyTorch does not tell what its processor has.
+    """
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def arrange(images: Tensor, model: nn.Module) -> Tensor:
     """Return normalized images [N, C, H, W] in the memory format in which `model` runs fastest on their device."""
     # Crops come in channels_last, and every layer keeps it.

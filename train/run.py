@@ -25,6 +25,7 @@ from train.choices import CHECKPOINT_NAME, FLOAT_BITS
 from train.data import datasets, names, splits
 from train.data.images import ImageData, hold_out
 from train.data.splits import SPLIT_NAME
+from train.device import computes_bfloat16_slowly
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.models import factory
 from train.ownership import owned
@@ -184,9 +185,14 @@ def _print_run(checkpoint: Checkpoint, images: ImageData, folder: Path, device: 
     for layer in describe(network):
         if layer.bits is None and "folded" not in layer.reason and checkpoint.quant.bits != FLOAT_BITS:
             print(f"float    {layer.name} ({layer.kind}): {layer.reason}")
+    done = len(checkpoint.history)
+    if recipe.precision == "bfloat16" and not done and computes_bfloat16_slowly(device):
+        notes = [
+            *notes,
+            "this processor has no bfloat16 instructions: --precision float32 takes about half the time",
+        ]
     for note in notes:
         print(f"note     {note}")
-    done = len(checkpoint.history)
     if done >= recipe.epochs:
         print(f"finished all {done} epochs are done; train on with --resume {folder} --epochs {2 * done}")
     elif done:
