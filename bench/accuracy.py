@@ -26,6 +26,7 @@ EXAMPLES = """
   python -m bench.accuracy ckpt.onnx --data mnist --data-root data
   python -m bench.accuracy ckpt.onnx --data mnist_test.npz --engine ort
   python -m bench.accuracy ckpt.onnx --data mnist --against ckpt.pt    # image by image
+  python -m bench.accuracy ckpt.onnx --data cifar10 --odd-images       # a temperature, on images not fitted
   python -m bench.accuracy ckpt.onnx --data digits --json >> results.jsonl
 """
 
@@ -191,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help=data.HELP)
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
     parser.add_argument("--against", metavar="CKPT", help="count images this checkpoint classifies differently")
+    parser.add_argument("--odd-images", action="store_true",
+                        help="every second image only: which --validation of the export did not fit")  # fmt: skip
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the one the model was exported for")
     parser.add_argument("--device", help="default: cpu; cuda for a plan")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
@@ -216,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--data {options.data}: labels up to {test.labels.max()}, expected below {len(classes)}, the "
                 f"classes of {options.model}; name the data it was trained on"
             )
+        if options.odd_images:
+            test = test.odd()
         against = checkpoint_logits(options.against) if options.against else None
         found = count(classifier.logits, test, len(classes), against=against, workers=workers,
                       temperature=manifest.temperature)  # fmt: skip
@@ -226,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "bench": "accuracy", "model": Path(options.model).name, "arch": classifier.manifest.arch,
         "precision": classifier.manifest.precision, "target": classifier.manifest.target, "engine": engine,
-        "data": test.name, "n": n, "accuracy": scores.accuracy,
+        "bits": min((layer["bits"] for layer in manifest.layers if layer["bits"]), default=None),
+        "data": test.name, "part": "odd" if options.odd_images else None, "n": n, "accuracy": scores.accuracy,
         "sensitivity": scores.sensitivity, "specificity": scores.specificity, "auc": found.auc,
         "temperature": manifest.temperature, "raw": asdict(found.raw), "calibrated": asdict(found.calibrated),
         "checkpoint_accuracy": before, "classified_differently": found.differing if options.against else None,

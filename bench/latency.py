@@ -84,6 +84,12 @@ def _maps(session: Session) -> dict[str, str]:
     return by_gradient | {f"class + {cam.output}": cam.output for cam in session.manifest.cams}
 
 
+def _methods(session: Session) -> dict[str, str]:
+    """Return the method, and of a class activation map its layer, by how the map is named beside the class."""
+    cams = {cam.output: f"{cam.method}:{cam.layer}" for cam in session.manifest.cams}
+    return {name: cams.get(output, "gradient") for name, output in _maps(session).items()}
+
+
 def frame_latency(
     session: Session, frame: tuple[int, int], *, explain: bool, runs: int | None, seconds: float
 ) -> dict[str, Latency]:
@@ -211,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arch": session.manifest.arch,
         "precision": session.manifest.precision,
         "target": session.manifest.target,
+        "data": session.manifest.data,
+        "input": [*session.manifest.input.size, session.manifest.input.channels],
         "file_bytes": Path(options.model).stat().st_size,
         "engine": f"{session.engine} {session.version}",
         "device": session.device,
@@ -219,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             str(batch): {name: asdict(row) for name, row in found.latency.items()}
             for batch, found in measured.items()
         },
+        "maps": _methods(session) if options.explain else {},
         "frame": frame,
         "frame_latency": {name: asdict(row) for name, row in frames.items()},
         "phases": {str(batch): found.phases for batch, found in measured.items()},

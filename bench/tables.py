@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.evidence import accuracy_tables as summary
-from bench.evidence import explanation_tables, quantization_tables, target_tables
+from bench.evidence import explanation_tables, quantization_tables, target_tables, trust_tables
 from bench.evidence import speed_tables as speed_summary
 from bench.measure import record
 from bench.measure.record import Record
@@ -38,12 +38,19 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "saliency": summary.saliency,
     "mask-shares": explanation_tables.mask_shares,
     "methods": explanation_tables.methods,
+    "explanation-cost": explanation_tables.cost,
+    "sanity": trust_tables.sanity,
+    "drift": trust_tables.drift,
+    "calibration": trust_tables.calibration,
+    "outliers": trust_tables.outliers,
+    "robustness": trust_tables.robustness,
     "latency": speed_summary.latency,
     "against-ptq": speed_summary.against_ptq,
     "frames": speed_summary.frames,
     "startup": speed_summary.startup,
     "arm64": speed_summary.arm64,
     "training-step": speed_summary.training_step,
+    "compiled-step": speed_summary.compiled_step,
     "targets": target_tables.targets,
     "million": target_tables.million,
     "native-start": target_tables.native_start,

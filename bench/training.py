@@ -5,8 +5,12 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.training")
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from bench.measure import record
 from bench.measure.environment import describe, environment, peak_memory_bytes
@@ -18,12 +22,20 @@ from train.data import names
 from train.data.splits import sources_of
 from train.models import factory
 
+if TYPE_CHECKING:
+    from train.data.images import ImageData
+    from train.quantization.quantize import QuantSpec
+    from train.recipe import Recipe
+
 EXAMPLES = """
   python -m bench.training --data mnist --data-root data
   python -m bench.training --data cifar10 --arch resnet20 --bits 4
   python -m bench.training --data cifar10 --arch my_project.nets:small_net    # your own network
+  python -m bench.training --data mnist --compile          # plain and sgt beside themselves under torch.compile
   python -m bench.training --data mnist --record bench/results/training.jsonl
 """
+
+COMPILED = ("plain", "sgt")  # asg differentiates its gradients once more, which torch.compile does not offer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=STEP_PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="per method (default: 5)")
+    parser.add_argument("--compile", action="store_true",
+                        help="plain and sgt alone, eager and by torch.compile, which takes minutes")  # fmt: skip
     record.add_options(parser, json_line=False)
     options = parser.parse_args(argv)
     check_seconds(options.seconds)
@@ -61,19 +75,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One batch is timed: the other images are let go before the networks take their memory.
     images = first_images(datasets.load(options.data, options.data_root, reading), options.batch_size)
     quant, steps = QuantSpec(options.bits), {}
-    for method in METHODS:
-        command.status(f"preparing a step of {method}")
-        recipe = replace(
+    recipes = {
+        method: replace(
             default_recipe(options.data, method), batch_size=options.batch_size, precision=options.precision
         )
+        for method in (COMPILED if options.compile else METHODS)
+    }
+    for method, recipe in recipes.items():
+        command.status(f"preparing a step of {method}")
         steps[method] = step_of(images, options.arch, quant, recipe)
     command.status("")
+    if options.compile:
+        _beside_compiled(options, images, quant, recipes, steps)
+        return
     samples = measure(steps, seconds=options.seconds, label="steps")
     rows = {method: summarize(times) for method, times in samples.items()}
     where = environment()
 
-    print(f"{options.arch} on {options.data}, {options.bits} bits, {options.precision}, "
-          f"batches of {options.batch_size}, threads {options.threads}")  # fmt: skip
+    print(_setting(options))
     print("method      p50 ms   p90 ms     ± ms   runs   plain steps")
     for method, row in rows.items():
         print(f"{method:8}{row.p50_ms:10.1f}{told(row.p90_ms, 1):>9}{row.std_ms:9.1f}{row.n:7,}"
@@ -83,13 +102,78 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
     print(describe(where))
     record.deliver(options, {
-        "bench": "training step", "data": options.data, "arch": options.arch, "bits": options.bits,
-        "batch": options.batch_size, "precision": options.precision, "threads": options.threads,
-        "device": "cpu",
+        "bench": "training step", **_recorded(options),
         "step": {method: asdict(row) for method, row in rows.items()},
         "plain_steps": {method: row.p50_ms / rows["plain"].p50_ms for method, row in rows.items()},
         "peak_memory_bytes": peak_memory_bytes(), "environment": where,
     })  # fmt: skip
+
+
+def _beside_compiled(
+    options: argparse.Namespace,
+    images: ImageData,
+    quant: QuantSpec,
+    recipes: Mapping[str, Recipe],
+    eager: Mapping[str, Callable[[], object]],
+) -> None:
+    """Print each step beside itself under torch.compile, in turns, or why that one does not run."""
+    import torch._functorch.config as functorch
+
+    from bench.measure.training_step import first_step, step_of
+
+    steps, firsts = dict(eager), {}
+    # Guided steps go backward through one graph twice: once to the pixels, once to the parameters.
+    with functorch.patch("donated_buffer", False):
+        for method, recipe in recipes.items():
+            command.status(f"compiling a step of {method}")
+            compiled = step_of(images, options.arch, quant, recipe, compiled=True)
+            firsts[method] = first_step(compiled)
+            if not firsts[method].failure:
+                steps[f"{method}, compiled"] = compiled
+        command.status("")
+        samples = measure(steps, seconds=options.seconds, label="steps")
+    rows = {name: summarize(times) for name, times in samples.items()}
+    times_eager = {
+        method: float(np.median(samples[f"{method}, compiled"] / samples[method]))
+        for method in recipes
+        if f"{method}, compiled" in samples
+    }
+    where = environment()
+    print(_setting(options))
+    print("method             p50 ms     ± ms   runs   times eager")
+    for name, row in rows.items():
+        method = name.removesuffix(", compiled")
+        times = f"{times_eager[method]:14.2f}" if name != method else ""
+        print(f"{name:16}{row.p50_ms:9.1f}{row.std_ms:9.1f}{row.n:7,}{times}")
+    for method, first in firsts.items():
+        if first.failure:
+            print(f"{method}, compiled: not measured: {first.failure}")
+            continue
+        breaks = "; ".join(f"{reason} ({n} times)" for reason, n in first.graph_breaks.items())
+        print(f"{method}, compiled: its first step took {first.seconds:.0f} s; "
+              + (f"parts left to Python: {breaks}" if breaks else "nothing is left to Python"))  # fmt: skip
+    print(describe(where))
+    record.deliver(options, {
+        "bench": "compiled step", **_recorded(options),
+        "step": {name: asdict(row) for name, row in rows.items()},
+        "times_eager": times_eager,
+        "first": {method: asdict(first) for method, first in firsts.items()},
+        "peak_memory_bytes": peak_memory_bytes(), "environment": where,
+    })  # fmt: skip
+
+
+def _setting(options: argparse.Namespace) -> str:
+    return (
+        f"{options.arch} on {options.data}, {options.bits} bits, {options.precision}, "
+        f"batches of {options.batch_size}, threads {options.threads}"
+    )
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "data": options.data, "arch": options.arch, "bits": options.bits, "batch": options.batch_size,
+        "precision": options.precision, "threads": options.threads, "device": "cpu",
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

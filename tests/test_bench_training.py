@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measure.training_step import first_images, step_of
+from bench.measure.training_step import first_images, first_step, step_of
 from bench.training import main
 from runtime.errors import OptionError
 from train.data.images import ImageData
@@ -55,3 +55,30 @@ def test_a_timed_step_leaves_the_network_as_it_was(digits: ImageData) -> None:
 def test_options_out_of_range_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         main(["--data", "digits", *options])
+
+
+def test_a_step_that_fails_is_told_in_one_line() -> None:
+    def fails() -> None:
+        raise RuntimeError("no double backward\nlong trace")
+
+    failed = first_step(fails)
+    assert (failed.failure, failed.graph_breaks) == ("RuntimeError: no double backward", {})
+    ran = first_step(lambda: None)
+    assert ran.failure == ""
+    assert 0 <= ran.seconds < 1
+
+
+@pytest.mark.slow  # Inductor compiles both steps, half a minute each
+def test_compiled_steps_stand_beside_eager_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "training.jsonl"
+    arguments = ["--data", "digits", "--batch-size", "32", "--seconds", "0.1", "--compile"]
+    main([*arguments, "--allow-dirty", "--record", str(path)])
+    out = capsys.readouterr().out
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(row["step"]) == ["plain", "sgt", "plain, compiled", "sgt, compiled"]
+    for method, first in row["first"].items():
+        assert first["failure"] == ""
+        assert first["graph_breaks"] == {}
+        assert first["seconds"] > 1e-3 * row["step"][f"{method}, compiled"]["p50_ms"]
+        assert f"{row['times_eager'][method]:14.2f}" in out
+    assert "sgt, compiled: its first step took" in out

@@ -73,14 +73,16 @@ def engines(records: Sequence[Record]) -> str:
     for found in records:
         if found["bench"] == "accuracy" and found.get("classified_differently") is not None:
             engine = found["engine"].split()[0]
-            latest[found["data"], found["arch"], found["precision"], found["target"], engine] = found
+            # Before bits were recorded, all were of 8.
+            bits = found.get("bits", 8) or FLOAT_BITS
+            latest[found["data"], found["arch"], bits, found["precision"], found["target"], engine] = found
     rows = [
-        [marked(f"{arch}, {data}", found),
+        [marked(f"{arch}, {data}, {_bits(bits)}", found),
          f"{precision.upper()} on {ENGINES[engine]}", f"{found['checkpoint_accuracy']:.2f}",
          f"{found['accuracy']:.2f}", f"{found['classified_differently']:,} of {found['n']:,}"]
-        for (data, arch, precision, _, engine), found in latest.items()
+        for (data, arch, bits, precision, _, engine), found in latest.items()
     ]  # fmt: skip
-    header = ["network, data", "file", "checkpoint, %", "file, %", "images classified differently"]
+    header = ["network, data, bits", "file", "checkpoint, %", "file, %", "images classified differently"]
     return markdown(header, rows, "llrrr")
 
 

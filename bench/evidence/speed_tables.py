@@ -167,6 +167,30 @@ def training_step(records: Sequence[Record]) -> str:
     return markdown(["network", "batch", "threads", "precision", *methods], rows, "lrrl" + "r" * len(methods))
 
 
+def compiled_step(records: Sequence[Record]) -> str:
+    """Return what torch.compile makes of a training step, or why it does not run it."""
+    latest = {}
+    for found in records:
+        if found["bench"] == "compiled step":
+            setting = tuple(found[name] for name in ("arch", "data", "bits", "batch", "threads", "precision"))
+            latest[setting] = found
+    rows = []
+    for (arch, data, bits, batch, threads, precision), found in latest.items():
+        for method, first in found["first"].items():
+            compiled = found["step"].get(f"{method}, compiled")
+            times = f"{found['times_eager'][method]:.2f}" if compiled else "-"
+            left = f"{sum(first['graph_breaks'].values())} parts left to Python"
+            rows.append([
+                marked(f"{arch}, {data}, {bits} bit", found), str(batch), str(threads), precision, method,
+                f"{found['step'][method]['p50_ms']:.1f}",
+                f"{compiled['p50_ms']:.1f}" if compiled else "-", times, f"{first['seconds']:.0f}",
+                first["failure"].replace("|", "/") or left,
+            ])  # fmt: skip
+    header = ["network", "batch", "threads", "precision", "method", "eager, ms", "compiled, ms", "times eager",
+              "first step, s", "what became of it"]  # fmt: skip
+    return markdown(header, rows, "lrrllrrrrl")
+
+
 def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
     """Return the latest comparison by (bench, batch) of one network and thread, all on the same processor."""
     fitting = [

@@ -71,6 +71,16 @@ class ImageStream:
             raise OptionError(f"--images {count}: expected a whole number from 1 to {n}")
         return replace(self, positions=np.arange(count) * n // count)
 
+    def odd(self) -> ImageStream:
+        """Return every second image, from the second on: `export.onnx --validation` fits on the others.
+
+        Raises:
+            OptionError: there is one image only.
+        """
+        if len(self.positions) < 2:
+            raise OptionError(f"--odd-images: {self.name} has {len(self.positions)} image, expected two at least")
+        return replace(self, positions=self.positions[1::2])
+
     def renumbered(self, classes: tuple[str, ...]) -> ImageStream:
         """Return the same images, whose labels number `classes`; every name of its own has to be among them."""
         if self.classes in ((), classes):
