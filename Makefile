@@ -37,7 +37,7 @@ web-runtime:
 
 test-browser: $(VENV)/.installed web-runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_browser_page.py
 
 test-arm64: $(VENV)/.installed
 	tests/make_arm64.sh build/arm64 $(BIN)/python
@@ -45,7 +45,7 @@ test-arm64: $(VENV)/.installed
 
 test-ray: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/test_deploy_batch.py
 
 # Without ONNX Runtime's headers there is no classify-ort.
 cpp: $(VENV)/.installed

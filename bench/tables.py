@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "targets": target_tables.targets,
     "million": target_tables.million,
     "native-start": target_tables.native_start,
+    "browser": target_tables.browser,
     "after-training": quantization_tables.after_training,
     "moved-classes": quantization_tables.moved_classes,
     "map-limits": quantization_tables.map_limits,

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.evidence.target_tables import browser as browser_table
 from bench.evidence.target_tables import targets as table
 from bench.networks.codes import differences, with_codes
+from bench.processes.native_start import BUILT
 from bench.targets import main
 from runtime.session import open_session
 from train.data.images import ImageData
@@ -73,3 +75,32 @@ def test_the_command_compares_what_is_here_and_records_it(
     # The same gradient, in floats; OpenVINO's may be in codes.
     assert found["targets"]["ONNX Runtime, x86"]["map_of_equal_codes"] < 1e-5
     assert "| OpenVINO, x86 | 40 of 40 |" in table([found])
+
+
+def test_the_latency_in_a_browser_is_a_row_for_class_and_for_map() -> None:
+    old, new = (
+        {
+            "bench": "browser",
+            "arch": "cnn2",
+            "data": "mnist",
+            "latency": {
+                f"{kind}, {where}": {"p50_ms": each}
+                for kind, each in (("class", ms), ("class and map", 3 * ms))
+                for where in ("browser", "native")
+            },
+            "ratio": {
+                "class": {"ratio": 4.0, "low": 3.5, "high": 4.5, "instances": 8},
+                "class and map": {"ratio": 2.0, "low": None, "high": None, "instances": 1},
+            },
+        }
+        for ms in (1.0, 2.0)
+    )
+    assert browser_table([old, new]).splitlines()[2:] == [
+        "| cnn2, mnist | class | 2.00 | 2.00 | 4.0 (3.5 .. 4.5) |",
+        "| cnn2, mnist | class and map | 6.00 | 6.00 | 2.0 |",
+    ]
+
+
+def test_the_programs_are_sought_where_make_builds_them() -> None:
+    makefile = Path(__file__).parents[1] / "Makefile"
+    assert f"-B {BUILT.relative_to(makefile.parent)} " in makefile.read_text()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from bench.measure.programs import start
+from bench.processes.native_start import main as native_start
 from export.pipeline import export
 from runtime import Classifier
 from runtime.images import load_image, to_batch
@@ -191,6 +192,20 @@ def test_start_measures_one_process_to_its_end(digits_models: dict[str, Path], p
     found = start([program, digits_models["openvino"], photos[0]])
     assert found.wall_ms > 1
     assert 10e6 < found.peak_memory_bytes < 1e9
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("explain", [(), ("--explain",)])
+def test_the_benchmark_starts_both_programs(
+    explain: tuple[str, ...], engine: str, digits_models: dict[str, Path], photos: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    native_start([str(digits_models[engine]), str(photos[0]), *explain, "--starts", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["engine"], found["explain"]) == (engine, bool(explain))
+    # Python imports numpy first; a C++ program that did nothing would not hold an engine's library.
+    assert found["wall"]["Python"]["p50_ms"] > found["wall"]["C++"]["p50_ms"] > 1
+    assert found["peak_memory_bytes"]["Python"] > found["peak_memory_bytes"]["C++"] > 10e6
 
 
 def without_manifest(model: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What the pages show of targets: what each computes beside x86, a million images, and start from C++.
+"""What the pages show of targets: what each computes beside x86, a million images, start from C++, and browsers.
 
 One function a table, from records to Markdown. Of several records of the same thing the last one counts.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 from bench.evidence.markdown import markdown
 from bench.evidence.speed_tables import ENGINES
+from bench.measure.ratios import Ratio
 from bench.measure.record import Record
 
 _IMAGES = 1_000_000
@@ -58,6 +59,19 @@ def native_start(records: Sequence[Record]) -> str:
         rows.append(cells)
     header = ["one picture", "to its", "C++, ms", "Python, ms", "C++, MB at most", "Python, MB at most"]
     return markdown(header, rows, "llrrrr")
+
+
+def browser(records: Sequence[Record]) -> str:
+    """Return milliseconds of the same file in a browser and here, and how many times as long the browser takes."""
+    latest = {(found["arch"], found["data"]): found for found in records if found["bench"] == "browser"}
+    rows = []
+    for (arch, data), found in sorted(latest.items()):
+        for kind, times in found["ratio"].items():
+            cells = [f"{arch}, {data}", kind]
+            cells += [f"{found['latency'][f'{kind}, {where}']['p50_ms']:.2f}" for where in ("browser", "native")]
+            rows.append([*cells, Ratio(**times).told(1)])
+    header = ["network", "answer", "browser, ms", "ONNX Runtime here, ms", "browser / here"]
+    return markdown(header, rows, "llrrr")
 
 
 def targets(records: Sequence[Record]) -> str:

@@ -33,7 +33,7 @@ EXAMPLES = """
   python -m bench.processes.native_start model.onnx photo.png --explain --record bench/results/cpu.jsonl
 """
 
-_BUILT = Path(__file__).parents[1] / "build" / "cpp"
+BUILT = Path(__file__).parents[2] / "build" / "cpp"
 NATIVE, PYTHON = "C++", "Python"
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="ONNX file of python -m export.onnx")
     parser.add_argument("picture", type=Path, help="image file")
     parser.add_argument(
-        "--programs", type=Path, default=_BUILT, help="where make cpp built them (default: build/cpp)"
+        "--programs", type=Path, default=BUILT, help="where make cpp built them (default: build/cpp)"
     )
     parser.add_argument("--explain", action="store_true", help="class and map, each written to a file")
     parser.add_argument("--starts", type=int, default=15, help="processes of each kind (default: 15)")
