@@ -36,8 +36,6 @@ TracedOnnxFunction.function_ir = property(functools.cache(TracedOnnxFunction.fun
 # No deadline: other work on the machine is no defect. No database: tests write nothing into the working directory.
 settings.register_profile("clearpact", deadline=None, database=None)
 settings.load_profile("clearpact")
-# torch parses the source of its 497 translations again in every export: a seventh of the time of a small one.
-TracedOnnxFunction.function_ir = property(functools.cache(TracedOnnxFunction.function_ir.fget))
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from export.pipeline import ExportResult, export
@@ -29,3 +31,15 @@ def exported(checkpoint: Checkpoint, **settings: Any) -> ExportResult:
 def exported_class(checkpoint: Checkpoint, **settings: Any) -> onnx.ModelProto:
     """Return the same without its gradient."""
     return onnx.load_from_string(without_gradient(exported(checkpoint, **settings).data))
+
+
+def class_only(path: Path) -> onnx.ModelProto:
+    """Return the model of a file without its gradient."""
+    model = onnx.load_from_string(without_gradient(path.read_bytes()))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def pixels(checkpoint: Checkpoint, n: int) -> np.ndarray:
+    """Return the first samples of a checkpoint, uint8 [n, H, W, C]."""
+    return checkpoint.samples["images"][:n].permute(0, 2, 3, 1).contiguous().numpy()

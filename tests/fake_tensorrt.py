@@ -5,6 +5,7 @@ A plan is JSON. Its network is linear, logits = W pixels, so that logits and gra
 
 from __future__ import annotations
 
+import abc
 import enum
 import hashlib
 import importlib.machinery
@@ -73,16 +74,16 @@ class TensorIOMode(enum.Enum):
     OUTPUT = 2
 
 
-class ILogger:
+class ILogger(abc.ABC):
     ERROR, INTERNAL_ERROR, WARNING = 1, 0, 2
 
-    def log(self, severity: int, message: str) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def log(self, severity: int, message: str) -> None: ...
 
 
-class IProfiler:
-    def report_layer_time(self, layer_name: str, ms: float) -> None:
-        raise NotImplementedError
+class IProfiler(abc.ABC):
+    @abc.abstractmethod
+    def report_layer_time(self, layer_name: str, ms: float) -> None: ...
 
 
 def weights() -> np.ndarray:

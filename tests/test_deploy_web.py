@@ -1,4 +1,4 @@
-"""The page's folder, as the command writes it; tests/test_browser_page.py opens it in a browser."""
+"""The page's folder, as the command writes it; tests/browser opens it in a browser."""
 
 from __future__ import annotations
 

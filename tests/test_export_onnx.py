@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -16,18 +15,13 @@ from torch import nn
 
 from export.deploy_form import deploy_form, fold_weight, folded_layers
 from export.gradient.joining import NORMALIZED
-from export.gradient.walk import append_input_gradient
 from export.onnx import main
 from export.pipeline import export
-from export.verification import agreement
-from export.verification.forward import verify
-from runtime import Classifier
-from runtime.errors import ModelError, OptionError
-from runtime.explanations.agreement import spearman
+from runtime.errors import OptionError
 from runtime.manifest import METADATA_KEY, Manifest, read_manifest
-from runtime.onnx_bytes import output_names, without_gradient
+from runtime.onnx_bytes import output_names
 from tests.commands import run_command
-from tests.exports import exported
+from tests.exports import class_only, exported, pixels
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
 from train.input_spec import InputSpec
@@ -37,21 +31,11 @@ ROOT = Path(__file__).parents[1]
 SPEC = InputSpec((12, 12), 3, (128 / 255,) * 3, (0.25,) * 3)
 
 
-def pixels(checkpoint: Checkpoint, n: int) -> np.ndarray:
-    return checkpoint.samples["images"][:n].permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def toy(model: nn.Module, bits: int) -> nn.Module:
     torch.manual_seed(1)
     quantized = quantize(randomize_norms(model), QuantSpec(bits), input_scale=SPEC.grid_scale).eval()
     start_alphas(quantized, torch.randn(16, 3, 12, 12))
     return quantized
-
-
-def class_only(path: Path) -> onnx.ModelProto:
-    model = onnx.load_from_string(without_gradient(path.read_bytes()))
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -190,65 +174,6 @@ def test_manifest_travels_in_the_file(digits_models: dict[str, Path], digits_che
     assert {layer["bits"] for layer in manifest.layers} == {8}
 
 
-def with_initializer(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
-    changed = copy.deepcopy(model)
-    for tensor in changed.graph.initializer:
-        if tensor.name == name:
-            values = numpy_helper.to_array(tensor).copy()
-            values.flat[0] += change
-            tensor.CopyFrom(numpy_helper.from_array(values, name))
-    return changed
-
-
-def test_verification_names_the_weight_that_differs(
-    digits_models: dict[str, Path], digits_checkpoint: Checkpoint
-) -> None:
-    network = digits_checkpoint.network()
-    form = deploy_form(network, digits_checkpoint.input)
-    model = class_only(digits_models["openvino"])
-    images = digits_checkpoint.samples["images"][:8]
-    verify(model, form, network, digits_checkpoint.input, images)
-    with pytest.raises(ModelError, match=r"weight conv2\.codes: differs from the checkpoint's"):
-        verify(with_initializer(model, "network.conv2.codes", 1), form, network, digits_checkpoint.input, images)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("network.conv2.bias", r"activation quantizers\.relu2: .* codes differ"),
-        ("network.fc2.bias", "logits: differ"),
-    ],
-)
-def test_verification_names_the_activation_that_differs(
-    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, name: str, message: str
-) -> None:
-    network = digits_checkpoint.network()
-    form = deploy_form(network, digits_checkpoint.input)
-    model = with_initializer(class_only(digits_models["openvino"]), name, 1)
-    with pytest.raises(ModelError, match=message):
-        verify(model, form, network, digits_checkpoint.input, digits_checkpoint.samples["images"][:8])
-
-
-def test_a_failed_check_writes_nothing(
-    digits_checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "model.onnx"
-    output.write_bytes(b"before")
-    original = folded_layers
-
-    def tampered(form: object) -> object:
-        layers = original(form)  # type: ignore[arg-type]
-        codes = layers["conv1"].codes
-        assert codes is not None
-        layers["conv1"].codes = codes + 1
-        return layers
-
-    monkeypatch.setattr("export.verification.forward.folded_layers", tampered)
-    with pytest.raises(ModelError, match=r"weight conv1\.codes"):
-        main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
-    assert output.read_bytes() == b"before"
-
-
 def test_int8_of_a_float_network_is_refused(digits_checkpoint: Checkpoint) -> None:
     floating = dataclasses.replace(digits_checkpoint, quant=QuantSpec(32))
     with pytest.raises(
@@ -311,94 +236,6 @@ def test_the_file_says_nothing_of_the_machine_it_was_made_on(digits_models: dict
         assert str(ROOT).encode() not in data
         assert b"deploy_form.py" not in data
         assert [p.key for p in onnx.load_from_string(data).metadata_props] == [METADATA_KEY]
-
-
-def test_agreement_of_maps_is_reported_and_can_be_required(
-    digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    floating = export(digits_checkpoint, int8=False).agreement
-    assert floating is not None
-    assert floating.maps.spearman > 0.9999
-    assert floating.maps.top_overlap > 0.999
-    assert floating.float_accuracy == floating.exported_accuracy
-    quantized = exported(digits_checkpoint).agreement
-    assert quantized is not None
-    assert 0.9 < quantized.maps.spearman < floating.maps.spearman
-    assert quantized.maps.samples == 256
-    arguments = [str(digits_checkpoint_path), "--int8", "-o", str(tmp_path / "model.onnx"), "--require-agreement"]
-    with pytest.raises(
-        ModelError, match=r"saliency: Spearman 0\.\d+ with the float network's maps, expected 0\.9999"
-    ):
-        main([*arguments, "0.9999"])
-    assert not (tmp_path / "model.onnx").exists()
-    main([*arguments, "0.9"])
-    assert str(quantized.maps) in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(OptionError, match="--require-agreement needs the maps that --no-saliency leaves out"):
-        main([*arguments, "0.9", "--no-saliency"])
-
-
-def test_gradients_are_int8_on_openvino_and_their_price_is_told(
-    digits_checkpoint: Checkpoint, digits_models: dict[str, Path], tmp_path: Path
-) -> None:
-    made = exported(digits_checkpoint)
-    assert made.differentiated is not None
-    price = made.differentiated.int8_agreement
-    assert price is not None
-    assert made.differentiated.int8
-    assert price.samples == 256  # of all samples: training images calibrate
-    assert 0.99 <= price.spearman < 1
-    assert f"gradients in int8; int8's maps against float32's: {price}" == str(made.differentiated)
-    images = pixels(digits_checkpoint, 64)
-    model = made.model.SerializeToString()
-    assert len(model) < len(digits_models["openvino"].read_bytes()) / 2
-    rounded, exact = (Classifier(m, threads=1).explain(images) for m in (model, digits_models["openvino"]))
-    assert 0.99 <= spearman(rounded.map, exact.map).mean() < 1
-    np.testing.assert_array_equal(rounded.logits, exact.logits)
-
-
-def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
-    digits_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agreement, "LEAST_SPEARMAN", 1.01)
-    differentiated = export(digits_checkpoint).differentiated
-    assert differentiated is not None
-    assert not differentiated.int8
-    assert str(differentiated).startswith("gradients in float32; int8's maps against float32's: Spearman 0.99")
-    assert differentiated.int8_agreement is not None
-    assert differentiated.int8_agreement.samples == 256
-    with monkeypatch.context() as large:  # of large images a few decide
-        large.setattr(agreement, "_PIXELS_AT_ONCE", 256 * 8 * 8 - 1)
-        large.setattr(agreement, "_FIRST_SPEARMAN", 1.01)
-        few = export(digits_checkpoint).differentiated
-    assert few is not None
-    assert few.int8_agreement is not None
-    assert few.int8_agreement.samples == 8
-    asked = export(digits_checkpoint, saliency_precision="int8").differentiated
-    assert asked is not None
-    assert asked.int8
-
-
-def test_a_class_for_onnx_runtime_that_pools_codes_is_not_differentiated_later(
-    digits_checkpoint: Checkpoint,
-) -> None:
-    model = export(digits_checkpoint, target="ort", saliency=False).model
-    with pytest.raises(ModelError, match=r"or export a checkpoint with its saliency at once$"):
-        append_input_gradient(model, input=NORMALIZED)
-
-
-def test_gradients_are_float32_elsewhere(digits_checkpoint: Checkpoint) -> None:
-    for options in ({"target": "ort"}, {"int8": False}, {"saliency_precision": "float32"}):
-        exported = export(digits_checkpoint, **options)  # type: ignore[arg-type]
-        assert str(exported.differentiated) == "gradients in float32"
-        backward = [n for n in exported.model.graph.node if n.output[0].startswith("grad/")]
-        assert "QuantizeLinear" not in {n.op_type for n in backward}
-        # What it dequantizes are activations before a pooling: the class has their codes from after it.
-        dequantized = {n.input[0] for n in backward if n.op_type == "DequantizeLinear"}
-        assert dequantized == ({"grad/quantizers.relu2.codes"} if "target" in options else set())
-    with pytest.raises(OptionError, match="int8 gradients of a float32 graph"):
-        export(digits_checkpoint, int8=False, saliency_precision="int8")
-    with pytest.raises(OptionError, match="saliency precision 'int4': expected one of auto, float32, int8"):
-        export(digits_checkpoint, saliency_precision="int4")
 
 
 @pytest.mark.parametrize("int8", [True, False])

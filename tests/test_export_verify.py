@@ -1,14 +1,23 @@
-"""What verification takes for a tie, and what for an error."""
+"""What verification takes for a tie, what for an error, and what it says of one."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
-from export.verification.forward import in_float64, run_layer_by_layer
+from export.deploy_form import deploy_form, folded_layers
+from export.onnx import main
+from export.verification.forward import in_float64, run_layer_by_layer, verify
 from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
+from tests.exports import class_only
+from train.checkpoint import Checkpoint
 from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
 
 
@@ -85,7 +94,66 @@ def test_the_float64_network_has_the_float32_networks_codes(halves: nn.Module) -
     assert torch.allclose(exact(x.double()).float(), halves(x))
 
 
-def test_images_whose_best_logits_nearly_tie_arenearly_tied() -> None:
+def test_images_whose_best_logits_nearly_tie_are_nearly_tied() -> None:
     trained = torch.tensor([[1.0, 0.0], [1.0, 0.9], [0.5, 0.45]], dtype=torch.float64)
     moved = trained + torch.tensor([[0.0, 0.04], [0.0, 0.0], [0.0, 0.0]])
     assert nearly_tied(trained, moved).tolist() == [False, False, True]
+
+
+def with_initializer(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
+    changed = copy.deepcopy(model)
+    for tensor in changed.graph.initializer:
+        if tensor.name == name:
+            values = numpy_helper.to_array(tensor).copy()
+            values.flat[0] += change
+            tensor.CopyFrom(numpy_helper.from_array(values, name))
+    return changed
+
+
+def test_verification_names_the_weight_that_differs(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint
+) -> None:
+    network = digits_checkpoint.network()
+    form = deploy_form(network, digits_checkpoint.input)
+    model = class_only(digits_models["openvino"])
+    images = digits_checkpoint.samples["images"][:8]
+    verify(model, form, network, digits_checkpoint.input, images)
+    with pytest.raises(ModelError, match=r"weight conv2\.codes: differs from the checkpoint's"):
+        verify(with_initializer(model, "network.conv2.codes", 1), form, network, digits_checkpoint.input, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("network.conv2.bias", r"activation quantizers\.relu2: .* codes differ"),
+        ("network.fc2.bias", "logits: differ"),
+    ],
+)
+def test_verification_names_the_activation_that_differs(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, name: str, message: str
+) -> None:
+    network = digits_checkpoint.network()
+    form = deploy_form(network, digits_checkpoint.input)
+    model = with_initializer(class_only(digits_models["openvino"]), name, 1)
+    with pytest.raises(ModelError, match=message):
+        verify(model, form, network, digits_checkpoint.input, digits_checkpoint.samples["images"][:8])
+
+
+def test_a_failed_check_writes_nothing(
+    digits_checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"before")
+    original = folded_layers
+
+    def tampered(form: object) -> object:
+        layers = original(form)  # type: ignore[arg-type]
+        codes = layers["conv1"].codes
+        assert codes is not None
+        layers["conv1"].codes = codes + 1
+        return layers
+
+    monkeypatch.setattr("export.verification.forward.folded_layers", tampered)
+    with pytest.raises(ModelError, match=r"weight conv1\.codes"):
+        main([str(digits_checkpoint_path), "--int8", "-o", str(output)])
+    assert output.read_bytes() == b"before"
