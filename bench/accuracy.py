@@ -201,8 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    if options.threads is not None and options.threads < 1:
-        raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
+    command.check_counts(options, threads=1)
     record.check(options, inputs=[options.model, *sources_of(options.data, options.data_root)])
     workers = options.threads or cores()
     with Classifier(

@@ -42,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print how many images differ in class, how far the logits lie apart, and how much the maps agree."""
     options = _parser().parse_args(argv)
     factory.allow(*options.arch)
-    for name in ("images", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} {value}: expected a whole number from 1")
+    command.check_counts(options, images=1, threads=1)
     if len(options.engine) > 2:
         raise OptionError(f"--engine: given {len(options.engine)} times, expected once for both, or of A and of B")
     inputs = [*map(find, (options.a, options.b)), *sources_of(options.data, options.data_root)]

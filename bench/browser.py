@@ -24,7 +24,7 @@ from bench.measure.environment import describe, environment
 from bench.measure.ratios import ratio
 from bench.measure.statistics import summarize
 from runtime import command
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError
 from runtime.session import Session, open_session
 
 EXAMPLES = """
@@ -75,10 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="browsers, and sessions; from 5 on, with intervals (default: 8)")  # fmt: skip
     record.add_options(parser)
     options = parser.parse_args(argv)
-    if options.rounds < 2:
-        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 2")
-    if options.instances < 1:
-        raise OptionError(f"--instances {options.instances}: expected a whole number from 1")
+    command.check_counts(options, rounds=2, instances=1)
     if not (options.page / "model.json").is_file():
         raise FileError(f"{options.page}: no page; write one with python -m deploy.web")
     record.check(options, inputs=[options.page])

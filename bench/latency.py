@@ -179,13 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     record.add_options(parser)
     options = parser.parse_args(argv)
     batches = batch_sizes(options.batch)
-    if options.runs is not None and options.runs < 1:
-        raise OptionError(f"--runs {options.runs}: expected a whole number from 1")
+    command.check_counts(options, runs=1, requests=0, streams=1)
     check_seconds(options.seconds)
-    if options.requests is not None and options.requests < 0:
-        raise OptionError(f"--requests {options.requests}: expected a whole number from 0")
-    if options.streams is not None and options.streams < 1:
-        raise OptionError(f"--streams {options.streams}: expected a whole number from 1")
     frame = frame_size(options.frame) if options.frame else None
     record.check(options, inputs=[options.model])
     model = str(Path(options.model).resolve())

@@ -16,7 +16,6 @@ from bench.measure.environment import describe, environment
 from bench.networks.network import display_name
 from runtime import command
 from runtime.classifier import Classifier
-from runtime.errors import OptionError
 from runtime.prediction import softmax
 from runtime.reference import in_distribution_scores
 from train.data.splits import sources_of
@@ -59,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    if options.images < 1:
-        raise OptionError(f"--images {options.images}: expected a whole number from 1")
+    command.check_counts(options, images=1)
     sources = [path for name in (options.data, options.against) for path in sources_of(name, options.data_root)]
     record.check(options, inputs=[options.model, *sources])
     with Classifier(options.model, threads=1) as classifier:

@@ -18,7 +18,7 @@ from bench.networks.attacks import fgsm, pgd
 from bench.networks.network import display_name
 from runtime import command
 from runtime.classifier import Classifier
-from runtime.errors import ModelError, OptionError
+from runtime.errors import ModelError
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    if options.images < 1:
-        raise OptionError(f"--images {options.images}: expected a whole number from 1")
+    command.check_counts(options, images=1)
     inputs = [*map(Path, options.models), *sources_of(options.data, options.data_root)]
     record.check(options, inputs=inputs)
     rows: list[dict[str, Any]] = []

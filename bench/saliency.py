@@ -30,7 +30,6 @@ from bench.networks.network import Network, find
 from bench.networks.opened import open_networks, stream_for
 from bench.networks.removal import FILLS, MASKED_PERCENTS, PERCENTS, TARGETS, Curves, area, removal_curves
 from runtime import command
-from runtime.errors import OptionError
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 from train.models import factory
@@ -154,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print one row per network and the agreement of every pair, or one JSON line."""
     options = _parser().parse_args(argv)
     factory.allow(*options.arch)
-    if options.threads is not None and options.threads < 1:
-        raise OptionError(f"--threads {options.threads}: expected a whole number from 1")
+    command.check_counts(options, threads=1)
     inputs = [*map(find, options.models), *sources_of(options.data, options.data_root)]
     record.check(options, inputs=inputs, outputs=[options.plot])
     if options.method:

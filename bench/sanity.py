@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factory.add_option(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    for name in ("images", "stages"):
-        if getattr(options, name) < 1:
-            raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from 1")
+    command.check_counts(options, images=1, stages=1)
     file = find(options.model)
     record.check(options, inputs=[file, *sources_of(options.data, options.data_root)])
     (network, *_) = open_networks(str(file), threads=1, classes_only=True)

@@ -31,7 +31,7 @@ from bench.measure.statistics import measure
 from bench.networks.codes import Differences, differences, with_codes
 from export.reference import reference_run
 from runtime import command
-from runtime.errors import EngineError, OptionError
+from runtime.errors import EngineError
 from runtime.session import Session, open_session
 from train.models import factory
 
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record.add_options(parser)
     options = parser.parse_args(argv)
     factory.allow(*options.arch)
-    if options.images < 1:
-        raise OptionError(f"--images {options.images}: expected a whole number from 1")
+    command.check_counts(options, images=1)
     record.check(options, inputs=[options.checkpoint])
     # torch takes seconds to import: --help does without
     from export.pipeline import export

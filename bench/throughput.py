@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    if options.rounds < 1:
-        raise OptionError(f"--rounds {options.rounds}: expected a whole number from 1")
+    command.check_counts(options, rounds=1)
     if not all(part.isdecimal() and int(part) > 0 for part in options.processes.split(",")):
         raise OptionError(f"--processes {options.processes}: expected whole numbers from 1, comma-separated")
     record.check(options, inputs=[options.model, options.images])

@@ -141,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images of a request (default: 1)")
     parser.add_argument("--streams", type=int, default=1, help="requests that run at a time (default: 1)")
     options = parser.parse_args(argv)
-    for option in ("batch", "streams"):
-        if getattr(options, option) < 1:
-            raise OptionError(f"--{option} {getattr(options, option)}: expected a whole number from 1")
+    command.check_counts(options, batch=1, streams=1)
     name = options.name or Path(options.model).stem
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name == CONFIG_NAME:
         raise OptionError(f"--name {name!r}: expected letters, digits, '.', '_' and '-'")

@@ -129,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     outputs = known if options.outputs is None else tuple(part.strip() for part in options.outputs.split(","))
     if "logits" not in outputs or set(outputs) - set(known) or len(set(outputs)) < len(outputs):
         raise OptionError(f"--outputs {options.outputs}: expected logits, and any of {', '.join(known[1:])}")
-    if options.instances < 1:
-        raise OptionError(f"--instances {options.instances}: expected a whole number from 1")
+    command.check_counts(options, instances=1)
     name = options.name or Path(options.plan).stem
     if not re.fullmatch(r"[\w.-]+", name):
         raise OptionError(f"--name {name!r}: expected letters, digits, '.', '_' and '-'")

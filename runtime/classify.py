@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="of --explain (default: inferno)")  # fmt: skip
     parser.add_argument("--layer", help="of a class activation map, where the file has several")
     options = parser.parse_args(argv)
-    if options.top < 1:
-        raise OptionError(f"--top {options.top}: expected a whole number from 1")
+    command.check_counts(options, top=1)
     paths = list_images(options.images)
     for folder in folders_in(options.images):
         name = command.printable(str(folder))

@@ -55,6 +55,23 @@ def parser(module: str, description: str, examples: str) -> argparse.ArgumentPar
     return made
 
 
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    """Refuse an option below its least value; one that was not given, None, passes.
+
+    Args:
+        options: as parsed.
+        least: by the option's name in `options`: images=1 for --images.
+
+    Raises:
+        OptionError: names the first such option, its value and the least.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            option = name.replace("_", "-")
+            raise OptionError(f"--{option} {value}: expected a whole number from {smallest}")
+
+
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a command's `main` and leave the process with its exit status.
 

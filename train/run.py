@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from runtime import command
 from runtime.errors import EngineError, FileError, OptionError
 from runtime.files import read_bytes, remove_leftovers, write_atomically
 from runtime.outputs import check_outputs
@@ -201,8 +202,7 @@ def _print_run(checkpoint: Checkpoint, images: ImageData, folder: Path, device: 
 
 def _load(recipe: Recipe, options: argparse.Namespace, run: Path | None = None) -> ImageData:
     """Return the images of a recipe; of a run that is resumed, those it began with."""
-    if options.workers is not None and options.workers < 0:
-        raise OptionError(f"--workers {options.workers}: expected a whole number from 0")
+    command.check_counts(options, workers=0)
     reading = replace(
         reading_of(recipe, run),
         strict=options.strict,

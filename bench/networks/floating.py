@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.image_size import size_of
+from runtime import command
 from runtime.errors import OptionError
 from train.choices import FLOAT_BITS
 from train.data.names import is_folder
@@ -68,8 +69,7 @@ def load(options: argparse.Namespace) -> FloatNetwork:
         OptionError, FileError, ModelError: as `python -m export.onnx` does.
     """
     factory.allow(*options.arch)
-    if options.images < 1:
-        raise OptionError(f"--images {options.images}: expected a whole number from 1")
+    command.check_counts(options, images=1)
     if factory.is_factory(options.network) or Path(options.network).suffix == ".onnx":
         return _own(options)
     return _of_checkpoint(options)

@@ -26,7 +26,6 @@ from bench.networks.network import find
 from bench.networks.opened import open_networks, stream_for
 from runtime import command
 from runtime.classifier import MAX_BATCH
-from runtime.errors import OptionError
 from runtime.session import ENGINES
 from train.data.splits import sources_of
 
@@ -72,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="batches at the same time (default: 1)")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    for name, least in (("images", _FEWEST_IMAGES), ("threads", 1)):
-        if getattr(options, name) < least:
-            raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from {least}")
+    command.check_counts(options, images=_FEWEST_IMAGES, threads=1)
     record.check(options, inputs=[find(options.model), *sources_of(options.data, options.data_root)])
     networks = open_networks(options.model, engine=options.engine, threads=1, parallel_runs=options.threads)
     given = collected(stream_for(networks, options.data, options.data_root))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from bench.measure import record
 from bench.measure.environment import describe, environment
 from runtime import command
-from runtime.errors import OptionError, TrainingError
+from runtime.errors import TrainingError
 from train.choices import ARCHITECTURES, METHODS, QUANTIZED_BITS
 from train.data import names
 from train.data.splits import sources_of
@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    for name, least in (("images", 100), ("epochs", 2), ("kills", 1)):
-        if getattr(options, name) < least:
-            raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from {least}")
+    command.check_counts(options, images=100, epochs=2, kills=1)
     record.check(options, inputs=sources_of(options.data, options.data_root))
     # torch takes seconds to import: --help does without
     from bench.measure.kills import Kill, differences, run_killed, run_straight, tensor_count

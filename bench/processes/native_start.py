@@ -23,7 +23,7 @@ from bench.measure.programs import ProgramRun, start
 from bench.measure.ratios import ratio
 from bench.measure.statistics import Percentiles
 from runtime import command
-from runtime.errors import FileError, OptionError
+from runtime.errors import FileError
 from runtime.files import read_bytes
 from runtime.images import load_image, to_batch
 from runtime.manifest import read_manifest
@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--starts", type=int, default=15, help="processes of each kind (default: 15)")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    if options.starts < 2:
-        raise OptionError(f"--starts {options.starts}: expected a whole number from 2")
+    command.check_counts(options, starts=2)
     record.check(options, inputs=[options.model, options.picture])
     manifest = read_manifest(read_bytes(options.model), str(options.model))
     to_batch(load_image(options.picture), manifest.input)

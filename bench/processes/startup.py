@@ -18,7 +18,6 @@ from bench.measure import record
 from bench.measure.cold_start import ColdStart, Loading, median, start
 from bench.measure.environment import describe, environment
 from runtime import command
-from runtime.errors import OptionError
 from runtime.session import ENGINES, open_session
 
 EXAMPLES = """
@@ -58,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--explain", action="store_true", help="to the first saliency map")
     record.add_options(parser)
     options = parser.parse_args(argv)
-    if options.starts < 1:
-        raise OptionError(f"--starts {options.starts}: expected a whole number from 1")
+    command.check_counts(options, starts=1)
     record.check(options, inputs=[options.model])
     model = Path(options.model).resolve()
     session = open_session(model, engine=options.engine, device=options.device, threads=options.threads)

@@ -27,7 +27,6 @@ from bench.report.speed import front_section, latency_section
 from bench.report.subjects import Subject, open_subjects, own_samples
 from bench.report.training import training_section
 from runtime import command
-from runtime.errors import OptionError
 from runtime.files import write_atomically
 from runtime.outputs import check_outputs
 from train.data.splits import sources_of
@@ -43,9 +42,7 @@ EXAMPLES = """
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report and say where it is."""
     options = _parser().parse_args(argv)
-    for name in ("samples", "images"):
-        if getattr(options, name) < 1:
-            raise OptionError(f"--{name} {getattr(options, name)}: expected a whole number from 1")
+    command.check_counts(options, samples=1, images=1)
     check_outputs(
         [options.output], inputs=[*files_of(options.sources), *sources_of(options.data, options.data_root)]
     )

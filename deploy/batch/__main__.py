@@ -55,11 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="work on a Ray cluster: auto, local, ray://HOST:10001")
     parser.add_argument("--json", action="store_true", help="one JSON line in the end")
     options = parser.parse_args(argv)
-    for name in ("map_size", "part", "processes"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise OptionError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: expected a whole number from 1"
-            )
+    command.check_counts(options, map_size=1, part=1, processes=1)
     if len(set(options.images)) < len(options.images):
         raise OptionError("an input is named twice; name it once")
     check_outputs([options.output / PLAN_NAME], inputs=[options.model, *map(Path, options.images)])

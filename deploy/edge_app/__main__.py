@@ -241,8 +241,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [value for value in (options.folder, options.camera, options.video) if value is not None]
     if len(given) != 1:
         raise OptionError("expected either a folder of images, --camera NUMBER or --video SOURCE; see --help")
-    if options.frames is not None and options.frames < 1:
-        raise OptionError(f"--frames {options.frames}: expected a whole number from 1")
+    command.check_counts(options, frames=1)
     if not options.retry >= 0:
         raise OptionError(f"--retry {options.retry:g}: expected a number of seconds from 0")
     for name in ("timeout", "report"):
