@@ -28,6 +28,7 @@ from bench.measure.statistics import (
     told,
 )
 from bench.measure.streams import cores
+from bench.peers import benchmark_app
 from runtime import Classifier, command
 from runtime.engines.tensorrt.session import TensorRTSession
 from runtime.errors import ModelError, OptionError
@@ -42,6 +43,7 @@ EXAMPLES = """
   python -m bench.latency model.onnx --engine ort --json >> results.jsonl
   python -m bench.latency engine.plan --explain --streams 4  # phases, with and without CUDA graph
   python -m bench.latency engine.plan --profile --energy     # per layer; per image, in millijoules
+  python -m bench.latency class_only.onnx --beside-benchmark-app     # its throughput by OpenVINO's own tool, too
   python -m bench.latency model.onnx --engine ort --device tensorrt
 """
 
@@ -168,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frame", metavar="HxW", help="also from an RGB frame of this size to the answer")
     parser.add_argument("--requests", type=int,
                         help="of the throughput, in parallel (default: cores by --threads; 0: none)")  # fmt: skip
+    parser.add_argument("--beside-benchmark-app", action="store_true",
+                        help="its throughput beside OpenVINO's own tool; of a file without maps")  # fmt: skip
     parser.add_argument("--spin", action="store_true", help="plans: wait for the GPU on a busy core, not asleep")
     parser.add_argument("--version-compatible", action="store_true", help="run the code that such a plan carries")
     parser.add_argument("--streams", type=int, help="plans: throughput with so many runs in flight")
@@ -200,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         streams = _streams(session, batches, options)
         requests = _requests(session, options)
         throughput = _throughput(options, batches, requests)
+        beside = _beside_tool(session, options, batches[0], requests) if options.beside_benchmark_app else None
         layers = _profile(session, batches[0]) if options.profile else None
         energy = _energy(session, batches[0], options) if options.energy else None
         cold = None if options.no_cold_start else _cold_start(model, session, options.threads)
@@ -228,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "phases": {str(batch): found.phases for batch, found in measured.items()},
         "requests": requests,
         "throughput_images_per_second": throughput,
+        "benchmark_app": asdict(beside) | {"batch": batches[0], "ratio": beside.ratio} if beside else None,
         "spin": options.spin,
         "plan": _built(session),
         "streams": streams,
@@ -258,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"      throughput, {requests} requests in parallel: {throughput[str(batch)]:,.0f} images/s")
         if str(batch) in streams:
             print(f"      {options.streams} streams: {streams[str(batch)]:,.0f} images/s")
+    if beside:
+        print(f"throughput, batch {batches[0]}: {beside.ratio:.2f} times benchmark_app's "
+              f"{np.median(beside.tool):,.0f} images/s (-hint throughput, in turns)")  # fmt: skip
     for name, row in frames.items():
         print(f"{options.frame:>9} {name:20} {row.p50_ms:9.3f} ms p50 {told(row.p90_ms):>9} p90 {row.n:7,} runs")
     counts = [row.n for found in measured.values() for row in found.latency.values()]
@@ -316,6 +325,26 @@ def _throughput(options: argparse.Namespace, batches: list[int], requests: int) 
         }  # fmt: skip
     finally:
         session.close()
+
+
+def _beside_tool(session: Session, options: argparse.Namespace, batch: int, requests: int) -> benchmark_app.Beside:
+    """Return images a second of ours and of OpenVINO's own tool, in turns.
+
+    Raises:
+        OptionError: another engine, a file with maps, or no throughput asked for.
+    """
+    if session.engine != "openvino" or _maps(session) or not requests:
+        raise OptionError(
+            "--beside-benchmark-app: the tool measures throughput on OpenVINO, of all outputs; expected "
+            "--requests from 1, and a file of export.onnx --target openvino --no-saliency"
+        )
+    shape = random_images(session, batch).shape
+    return benchmark_app.beside(
+        lambda: _throughput(options, [batch], requests)[str(batch)],
+        Path(options.model),
+        shape,
+        seconds=options.seconds,
+    )
 
 
 def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:

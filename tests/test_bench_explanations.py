@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import outliers, robustness, saliency, sanity
+from bench.measure.streams import ImageStream
 from bench.networks.attacks import fgsm, pgd
 from bench.networks.imputation import impute
-from bench.networks.methods import methods_of, pasted
+from bench.networks.methods import measure_methods, methods_of, pasted
 from bench.networks.randomized import layers_from_the_head, randomized
 from export.reference import reference_run
 from runtime import Classifier
@@ -93,6 +97,30 @@ def test_every_method_gets_a_row(model: Path, tmp_path: Path, capsys: pytest.Cap
     (row,) = json.loads(capsys.readouterr().out)["methods"]
     assert row["masked_auc"] == pytest.approx(expected["masked_auc"])
     assert row["deletion_auc"] == pytest.approx(expected["deletion_auc"])
+
+
+def test_methods_keep_no_image_longer_than_its_batch(model: Path, digits: ImageData) -> None:
+    images = digits.test_images[:32].permute(0, 2, 3, 1).contiguous().numpy()
+    labels, batches = digits.test_labels[:32].numpy(), []
+
+    def read(positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in positions.reshape(-1, min(4, len(positions))):
+            batch = images[part]
+            batches.append(weakref.ref(batch))
+            # The first image, whose cost is measured; the batch before, while its successor is made; and that.
+            assert sum(found() is not None for found in batches) <= 3
+            yield batch, labels[part]
+
+    test = ImageStream("digits", (8, 8, 1), labels, np.arange(32), read)
+    asked = "gradient,layercam"
+    rows = measure_methods(model, "digits", test, asked, engine=None, fill="black", canvas="blur")
+    assert len(batches) == 1 + 2 * 8
+    whole = replace(test, read=lambda positions: iter([(images[positions], labels[positions])]))
+    expected = measure_methods(model, "digits", whole, asked, engine=None, fill="black", canvas="blur")
+    for row, other in zip(rows, expected, strict=True):
+        assert row["located_images"] == other["located_images"] > 0
+        for name in ("accuracy", "masked_auc", "deletion_auc", "insertion_auc", "road", "energy", "pointing"):
+            assert row[name] == pytest.approx(other[name]), name
 
 
 def test_methods_that_a_file_does_not_offer(model: Path) -> None:

@@ -16,7 +16,10 @@ import pytest
 from bench.evidence import speed_tables
 from bench.latency import main
 from bench.measure.environment import PACKAGES, _state, commit, describe, environment
+from bench.peers.benchmark_app import Beside, frames_per_second
 from runtime.errors import FileError, OptionError
+from tests.exports import exported
+from train.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,8 +59,11 @@ def test_class_and_map_are_measured_in_turns(
 ) -> None:
     model = str(digits_models["openvino"])
     main([model, "--explain", "--batch", "2", "--runs", "5", "--seconds", "0.05", "--no-cold-start", "--json"])
-    rows = json.loads(capsys.readouterr().out)["latency"]["2"]
+    result = json.loads(capsys.readouterr().out)
+    rows = result["latency"]["2"]
     assert list(rows) == ["class", "class + map"]
+    assert result["maps"] == {"class + map": "gradient"}
+    assert (result["data"], result["input"]) == ("digits", [8, 8, 1])
     assert rows["class + map"]["n"] == 5
     main([model, "--explain", "--runs", "5", "--seconds", "0.05", "--no-cold-start"])
     out = capsys.readouterr().out.splitlines()
@@ -172,3 +178,30 @@ def test_peak_memory_holds_what_was_allocated_and_freed() -> None:
         check=True,
     )
     assert 10**8 < int(done.stdout) < 4 * 10**8
+
+
+def test_the_throughput_that_benchmark_app_prints_is_read() -> None:
+    assert frames_per_second("[ INFO ] Latency:\n[ INFO ] Throughput:   1234.50 FPS\n") == 1234.5
+    assert frames_per_second("[ ERROR ] no such file") is None
+    assert Beside((3.0, 2.0, 9.0), (2.0, 2.0, 10.0)).ratio == 1.0
+
+
+def test_benchmark_app_measures_files_of_openvino_without_maps(digits_models: dict[str, Path]) -> None:
+    for name in ("openvino", "ort"):  # with a map; of another engine
+        with pytest.raises(
+            OptionError, match=r"--beside-benchmark-app: .*, and a file of export.onnx --target openv"
+        ):
+            main([str(digits_models[name]), "--runs", "2", "--seconds", "0.05", "--beside-benchmark-app"])
+
+
+@pytest.mark.slow  # the tool measures whole seconds, three times
+def test_throughput_beside_benchmark_app(
+    digits_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "class.onnx"
+    path.write_bytes(exported(digits_checkpoint, saliency=False).data)
+    main([str(path), "--seconds", "1", "--no-cold-start", "--beside-benchmark-app", "--json"])
+    found = json.loads(capsys.readouterr().out)["benchmark_app"]
+    assert len(found["ours"]) == len(found["tool"]) == 3
+    # Of so small a network Python's part of a run decides: only the order of magnitude is sure.
+    assert 0.1 < found["ratio"] < 10

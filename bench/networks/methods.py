@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure.streams import Batch, ImageStream
+from bench.measure.streams import ImageStream
 from bench.networks.imputation import road_curve
 from bench.networks.network import Network
 from bench.networks.opened import exported_network
@@ -76,6 +76,8 @@ def measure_methods(
 ) -> list[dict[str, Any]]:
     """Return one row for every method of a file: what it is worth on the images, and what it costs.
 
+    Each method reads the images anew, and keeps sums alone: memory does not grow with them.
+
     Args:
         path: exported file.
         name: of the network.
@@ -85,18 +87,18 @@ def measure_methods(
         fill: what removed pixels hold, see `bench.networks.removal`.
         canvas: what pixels are inserted into.
     """
-    batches = list(test.batches())
     with Classifier(path, engine=engine, threads=1) as classifier:
         network = exported_network(path, name, engine=engine, threads=1, classes_only=True)
         methods = methods_of(classifier.manifest, classifier.session.outputs, asked)
-        prices = _prices(classifier, methods, batches[0][0][:1])
+        (image, _), *_ = test.evenly_spaced(1).batches()
+        prices = _prices(classifier, methods, image)
         rows = []
         for method in methods:
             explain = functools.partial(_explain, classifier, method)
             one = replace(network, name=f"{name} {method}", explain=explain, explains=True)
             rows.append({
                 "model": name, "precision": network.precision, "engine": network.engine, "method": str(method),
-                **_faithful(one, batches, fill, canvas), **_located(one, batches), **prices[method],
+                **_worth(one, test, fill, canvas), **prices[method],
             })  # fmt: skip
         network.close()
     return rows
@@ -110,43 +112,33 @@ def _explain(
     return found.logits, found.map
 
 
-def _faithful(network: Network, batches: Iterable[Batch], fill: str, canvas: str) -> dict[str, float]:
-    curves, road, first = [], [], 0
-    for images, labels in command.progress(batches, label=network.name.rpartition(" ")[2]):
+def _worth(network: Network, test: ImageStream, fill: str, canvas: str) -> dict[str, float | None]:
+    """Return means over the images: of the areas under the curves, of ROAD, and of where the maps lie."""
+    sums, located, first = np.zeros(5), np.zeros(4), 0
+    steps = command.progress(test.batches(), label=network.name.rpartition(" ")[2], total=test.batch_count)
+    for images, labels in steps:
         found, maps = removal_curves(network, images, labels, fill=fill, canvas=canvas, first=first)
-        curves.append(found)
-        road.append(road_curve(network, images, labels, maps, first=first))
+        road = road_curve(network, images, labels, maps, first=first)
+        areas = (area(100.0 * found.correct), area(found.deletion), area(found.insertion))
+        sums += [values.sum() for values in (100.0 * found.correct[:, 0], *areas, 100.0 * road.mean(1))]
+        located += _located(network, images, labels, first)
         first += len(labels)
-    masked, deletion, insertion = (
-        np.concatenate([getattr(part, key) for part in curves]) for key in ("correct", "deletion", "insertion")
-    )
-    return {
-        "accuracy": 100 * float(masked[:, 0].mean()),
-        "masked_auc": float(area(100.0 * masked).mean()),
-        "deletion_auc": float(area(deletion).mean()),
-        "insertion_auc": float(area(insertion).mean()),
-        "road": 100 * float(np.concatenate(road).mean()),
-    }
+    names = ("accuracy", "masked_auc", "deletion_auc", "insertion_auc", "road")
+    worth: dict[str, float | None] = dict(zip(names, map(float, sums / first), strict=True))
+    count = int(located[0])
+    means = map(float, located[1:] / count) if count else (None,) * 3
+    return worth | {"located_images": count} | dict(zip(("energy", "pointing", "box_share"), means, strict=True))
 
 
-def _located(network: Network, batches: Iterable[Batch]) -> dict[str, float | None]:
-    """Return energy and hits of the pointing game on small copies in a field, of those that are put right."""
-    energies, hits, shares, first = [], [], [], 0
-    for images, labels in batches:
-        fields, boxes = pasted(images, first=first)
-        logits, maps = network.explain(fields, np.full(len(fields), -1))
-        for right, one, box in zip(logits.argmax(1) == labels, maps, boxes, strict=True):
-            if right and one.max() > 0:
-                energies.append(float(one[box].sum() / one.sum()))
-                hits.append(bool(one[box].max() == one.max()))
-                shares.append(one[box].size / one.size)
-        first += len(labels)
-    if not energies:
-        return {"located_images": 0, "energy": None, "pointing": None, "box_share": None}
-    return {
-        "located_images": len(energies), "energy": float(np.mean(energies)), "pointing": float(np.mean(hits)),
-        "box_share": float(np.mean(shares)),
-    }  # fmt: skip
+def _located(network: Network, images: np.ndarray, labels: np.ndarray, first: int) -> np.ndarray:
+    """Return sums over small copies in a field that are put right: one, energy, pointing game, the box's share."""
+    fields, boxes = pasted(images, first=first)
+    logits, maps = network.explain(fields, np.full(len(fields), -1))
+    sums = np.zeros(4)
+    for right, one, box in zip(logits.argmax(1) == labels, maps, boxes, strict=True):
+        if right and one.max() > 0:
+            sums += [1, one[box].sum() / one.sum(), one[box].max() == one.max(), one[box].size / one.size]
+    return sums
 
 
 def pasted(images: np.ndarray, *, first: int = 0) -> tuple[np.ndarray, list[tuple[slice, slice]]]:
