@@ -31,6 +31,7 @@ EXAMPLES = """
   python -m bench.compare runs/cifar10-resnet20-8bit-sgt/ckpt.pt
   python -m bench.compare ckpt.pt --batch 1,32 --threads 2
   python -m bench.compare ckpt.pt --data cifar10 --data-root data    # accuracy and maps, on the same images
+  python -m bench.compare ckpt.pt --data cifar10 --only-ptq --threads 2     # the ratios to NNCF and ONNX Runtime
   python -m bench.compare ckpt.pt --explain                   # class and map, against Captum and autograd
   python -m bench.compare ckpt.pt --record bench/results/latency.jsonl
 """
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-peers", action="store_true", help="leave torch.compile, bf16, CUDA and others' PTQ out"
     )
+    parser.add_argument("--only-ptq", action="store_true",
+                        help="ours beside each engine's own quantization after training, alone")  # fmt: skip
     parser.add_argument(
         "--explain", action="store_true", help="class and saliency map, against Captum and autograd"
     )
@@ -72,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError("--threads, --map-images, --instances: expected whole numbers from 1; --starts: from 0")
     if options.explain and options.data:
         raise OptionError("--explain with --data: accuracy is compared without --explain; drop one of them")
+    if options.only_ptq and (options.no_peers or options.explain):
+        raise OptionError(
+            "--only-ptq with --no-peers or --explain: these have no such contenders; drop one of them"
+        )
     check_seconds(options.seconds)
     record.check(options, inputs=[options.checkpoint, *sources_of(options.data, options.data_root)])
     checkpoint = checkpoints.load(options.checkpoint)

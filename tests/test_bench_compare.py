@@ -221,6 +221,7 @@ def test_append_adds_lines_and_keeps_the_old_ones(tmp_path: Path) -> None:
             "^--threads, --map-images, --instances: expected whole numbers from 1; --starts: from 0$",
         ),
         (["--seconds", "-1"], "^--seconds -1: expected a number above 0$"),
+        (["--only-ptq", "--explain"], "^--only-ptq with --no-peers or --explain: these have no such contenders"),
     ],
 )
 def test_wrong_options_are_refused(digits_checkpoint_path: Path, arguments: list[str], message: str) -> None:

@@ -191,6 +191,7 @@ def test_contenders_stand_slowest_first_from_the_latest_run_on_one_processor() -
         compared("compare", 32, "another", **names),
         compared("compare-explain", 1, **{"OpenVINO INT8 + map": 0.4, "OpenVINO INT8": 0.2}),
         compared("compare", 1, **names),
+        {**compared("compare", 1, **names), "only_ptq": True, "latency": {}},
     ])  # fmt: skip
     assert table.splitlines()[2:] == [
         "| PyTorch FP32 | 2.000 | - |  | **ours, OpenVINO INT8** | **0.400** | - |",

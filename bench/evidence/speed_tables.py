@@ -192,11 +192,11 @@ def compiled_step(records: Sequence[Record]) -> str:
 
 
 def _compared(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
-    """Return the latest comparison by (bench, batch) of one network and thread, all on the same processor."""
+    """Return the latest comparison of all contenders by (bench, batch), of one network, thread and processor."""
     fitting = [
         found for found in records
         if found["bench"] in ("compare", "compare-explain") and found["arch"] == NETWORK and found["threads"] == 1
-        and found.get("grid", PORTABLE) == PORTABLE
+        and found.get("grid", PORTABLE) == PORTABLE and not found.get("only_ptq")
     ]  # fmt: skip
     latest: dict[tuple[str, int], Record] = {}
     for found in fitting:

@@ -53,9 +53,14 @@ def compared(
     found: Found[Contender] = Found({}, {})
     if not options.explain:
         found = contenders(checkpoint, folder, threads=options.threads, peers=not options.no_peers)
-        found |= gpu_contenders(
-            checkpoint, folder, batches=batches, threads=options.threads, peers=not options.no_peers
-        )
+        if options.only_ptq:
+            asked = {*PTQ, *PTQ.values()}
+            ready = {name: one for name, one in found.ready.items() if name in asked}
+            found = Found(ready, {name: reason for name, reason in found.missing.items() if name in asked})
+        else:
+            found |= gpu_contenders(
+                checkpoint, folder, batches=batches, threads=options.threads, peers=not options.no_peers
+            )
     command.status("")
     latencies = {batch: _latency(options, checkpoint, (batch, *size), found, folder) for batch in batches}
     loadings = {name: contender.loading for name, contender in found.ready.items()} if options.starts else {}
@@ -115,6 +120,7 @@ def _latency(
         "trained_on": checkpoint.recipe.data_name,
         "input": list(shape),
         "threads": options.threads,
+        "only_ptq": options.only_ptq,
         "instances": options.instances,
         "warm_up_seconds": setting.warm_up_seconds,
         "settle_ms": SETTLE_MS,
