@@ -125,7 +125,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[Qua
     status("reading images ...")
     images = real_images(options.data, options.data_root, input_spec, options.samples)
     if found_onnx is not None:
-        _check_the_same(options.checkpoint, found_onnx, network, input_spec, images.test[:_COMPARED_IMAGES])
+        check_the_same(options.checkpoint, found_onnx, network, input_spec, images.test)
     try:
         with torch.no_grad():
             shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
@@ -189,10 +189,19 @@ def difference_of(logits: np.ndarray, expected: np.ndarray) -> float:
     return float(np.median(np.linalg.norm(logits - expected, axis=1) / np.maximum(spread, 1e-9)))
 
 
-def _check_the_same(
+def check_the_same(
     path: str, found: OnnxClassifier, network: nn.Module, input_spec: InputSpec, images: Tensor
 ) -> None:
-    """Raise ModelError unless the network read from a file gives the file's logits, images uint8 [n, C, H, W]."""
+    """Raise ModelError unless the network read from a file gives the file's logits of the first images.
+
+    Args:
+        path: of the file, for the message.
+        found: the file.
+        network: as `from_onnx` made it.
+        input_spec: likewise.
+        images: uint8 [n, C, H, W].
+    """
+    images = images[:_COMPARED_IMAGES]
     mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
     run_file, runner = reference_run(with_pixels(found, input_spec.size, mean, std))
     expected = run_file({INPUT_NAME: images.permute(0, 2, 3, 1).contiguous().numpy()})["logits"]

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from bench import ptq
@@ -19,7 +22,8 @@ from bench.networks import floating
 from bench.peers.after_training import statements
 from export.own_network import quantized_model
 from export.sources.images import RealImages
-from runtime.errors import OptionError
+from export.sources.torch_forms import FORMS
+from runtime.errors import ModelError, OptionError
 from tests import own_nets
 from train import checkpoint as checkpoints
 from train import loop
@@ -140,6 +144,27 @@ def test_a_float_checkpoint_is_measured_on_its_own_images(digits: ImageData, tmp
     checkpoints.save(loop.start("cnn2", digits, QuantSpec(8), default_recipe("digits", "plain")), path)
     with pytest.raises(OptionError, match="was trained with 8 bits, expected a float network"):
         floating.load(parser.parse_args(arguments))
+
+
+def test_what_is_read_of_an_onnx_file_is_compared_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.onnx"
+    graph = "g (float[N,1,8,8] x) => (float[N,10] y) { a = Relu(x) b = Flatten(a) y = MatMul(b, w) }"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {graph}')
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(model, path)
+    parser = argparse.ArgumentParser()
+    floating.add_options(parser, samples=10, images=30)
+    options = parser.parse_args([str(path), "--data", "digits", "--mean", "0.5"])
+    found = floating.load(options)
+    normalized = found.input_spec.normalize(found.images.test)
+    expected = normalized.relu().flatten(1) @ torch.from_numpy(weight)
+    torch.testing.assert_close(found.network(normalized), expected)
+    monkeypatch.setitem(FORMS, "Relu", FORMS["Identity"])
+    with pytest.raises(ModelError, match=r"net\.onnx: as a PyTorch network its logits differ by 1\.3 of their"):
+        floating.load(options)
 
 
 def test_maps_agree_more_with_more_bits(capsys: pytest.CaptureFixture[str]) -> None:

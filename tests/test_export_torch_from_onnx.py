@@ -168,7 +168,7 @@ def test_a_network_of_many_operators_and_computed_shapes(tmp_path: Path) -> None
     np.testing.assert_array_equal(second.bias.detach().numpy(), constants["added"].ravel())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", ["ReduceMin", "ReduceMax", "ReduceSum", "Max", "Min"])
+@pytest.mark.parametrize("kind", ["ReduceMin", "ReduceMax", "ReduceSum", "Max", "Min", "Sum"])
 def test_reductions_and_extremes(kind: str, tmp_path: Path) -> None:
     constants = {"w": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)}
     nodes = [helper.make_node("Conv", ["image", "w"], ["x"])]
@@ -177,8 +177,8 @@ def test_reductions_and_extremes(kind: str, tmp_path: Path) -> None:
         nodes.append(helper.make_node(kind, ["x", "axes"], ["r"]))
         nodes.append(helper.make_node("Sub", ["x", "r"], ["features"]))
     else:
-        constants["bound"] = np.full((4, 1, 1), 0.1, np.float32)
-        nodes.append(helper.make_node(kind, ["x", "bound"], ["features"]))
+        constants |= {"bound": np.full((4, 1, 1), 0.1, np.float32), "row": np.linspace(-1, 1, 7, dtype=np.float32)}
+        nodes.append(helper.make_node(kind, ["x", "bound", "row"], ["features"]))
     compare(tmp_path / "net.onnx", write(tmp_path / "net.onnx", nodes, constants))
 
 
@@ -330,4 +330,7 @@ def test_options_and_data_that_are_missing_are_told(tmp_path: Path, digits: Imag
         main([str(tmp_path / "mine.onnx"), "--int8"])
     with pytest.raises(OptionError, match="--state: is not for an ONNX file"):
         main([str(tmp_path / "mine.onnx"), "--int8", "--data", "digits", "--state", "x.pt"])
+    for option, value, expected in (("std", "0", "numbers above 0"), ("mean", "nan", "finite numbers")):
+        with pytest.raises(OptionError, match=f"--{option} {value}.*: expected {expected}"):
+            main([str(tmp_path / "mine.onnx"), f"--{option}", value])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx"]

@@ -78,7 +78,7 @@ def load(options: argparse.Namespace) -> FloatNetwork:
 def _own(options: argparse.Namespace) -> FloatNetwork:
     import torch
 
-    from export.own_network import from_onnx
+    from export.own_network import check_the_same, from_onnx
     from export.sources.images import real_images
     from export.sources.onnx_file import read_classifier
     from export.sources.own_input import class_names, labelled, network_input
@@ -86,12 +86,15 @@ def _own(options: argparse.Namespace) -> FloatNetwork:
     from train.data import datasets
 
     options = argparse.Namespace(**vars(options), checkpoint=options.network)
-    if Path(options.network).suffix == ".onnx":
-        network, spec = from_onnx(options, read_classifier(options.network, options.size))
+    file = read_classifier(options.network, options.size) if Path(options.network).suffix == ".onnx" else None
+    if file is not None:
+        network, spec = from_onnx(options, file)
     else:
         network = load_network(options.network, options.state)
         spec = network_input(options, network)
     images = real_images(options.data, options.data_root, spec, options.samples)
+    if file is not None:
+        check_the_same(options.network, file, network, spec, images.test)
     if not is_folder(options.data):  # whose test split is read in part
         whole = datasets.load(options.data, options.data_root)
         pixels = whole.test_images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from train.data.names import is_folder
 from train.input_spec import InputSpec
 
 # What torchvision's networks expect of RGB; pixels from 0 to 1 of grey.
-_NORMALIZATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.0,), (1.0,))}
+_USUAL = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.0,), (1.0,))}
 _SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32}
 _PHOTO_SIDE = 224
 
@@ -26,7 +27,7 @@ def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
     """Return how pixels become what an ONNX file takes, as the options tell it.
 
     Raises:
-        OptionError: they do not fit the file.
+        OptionError: they do not fit the file, or no image can be normalized by them.
     """
     size = options.size or found.size
     if size is None or (found.size is not None and size != found.size):
@@ -39,9 +40,8 @@ def onnx_input(options: argparse.Namespace, found: OnnxClassifier) -> InputSpec:
         return InputSpec(
             size, found.channels, (found.integers.mean,) * found.channels, (found.integers.std,) * found.channels
         )
-    mean = values_of("--mean", options.mean, found.channels) or (0.0,) * found.channels
-    std = values_of("--std", options.std, found.channels) or (1.0 / options.pixels,) * found.channels
-    return InputSpec(size, found.channels, mean, std)
+    mean, std = (0.0,) * found.channels, (1.0 / options.pixels,) * found.channels
+    return InputSpec(size, found.channels, *_normalization(options, mean, std))
 
 
 def check_kept(options: argparse.Namespace, found: OnnxClassifier) -> None:
@@ -61,12 +61,20 @@ def network_input(options: argparse.Namespace, network: nn.Module) -> InputSpec:
     kernels = [p for p in network.parameters() if p.ndim == 4]
     channels = 1 if kernels and kernels[0].shape[1] == 1 else 3
     side = _PHOTO_SIDE if is_folder(options.data) else _SIDES[options.data]
-    mean, std = _NORMALIZATION[channels]
-    mean = values_of("--mean", options.mean, channels) or mean
-    std = values_of("--std", options.std, channels) or std
-    if min(std) <= 0:
+    return InputSpec(options.size or (side, side), channels, *_normalization(options, *_USUAL[channels]))
+
+
+def _normalization(
+    options: argparse.Namespace, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return --mean and --std, one number a channel, or what is given here where they are not."""
+    mean = values_of("--mean", options.mean, len(mean)) or mean
+    std = values_of("--std", options.std, len(std)) or std
+    if not all(math.isfinite(value) for value in mean):
+        raise OptionError(f"--mean {' '.join(map(str, mean))}: expected finite numbers")
+    if not all(0 < value < math.inf for value in std):
         raise OptionError(f"--std {' '.join(map(str, std))}: expected numbers above 0")
-    return InputSpec(options.size or (side, side), channels, mean, std)
+    return mean, std
 
 
 def values_of(option: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -293,6 +294,15 @@ def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Reader, onnx.NodeP
     return lambda r, node: r.call(function, r.value(node.input[0]), r.value(node.input[1]))
 
 
+def _folded(function: Callable[[Any, Any], Any]) -> Callable[[Reader, onnx.NodeProto], fx.Node]:
+    """Return the form of an operator that takes any number of inputs, from the left."""
+
+    def form(r: Reader, node: onnx.NodeProto) -> fx.Node:
+        return functools.reduce(lambda left, right: r.call(function, left, right), map(r.value, node.input))
+
+    return form
+
+
 def _activation(make: Callable[[dict[str, Any]], nn.Module]) -> Callable[[Reader, onnx.NodeProto], fx.Node]:
     return lambda r, node: r.layer(node, make(attributes(node)), r.value(node.input[0]))
 
@@ -305,7 +315,8 @@ FORMS: dict[str, Callable[[Reader, onnx.NodeProto], fx.Node]] = {
     "GlobalAveragePool": _pooled(lambda: nn.AdaptiveAvgPool2d(1)),
     "GlobalMaxPool": _pooled(lambda: nn.AdaptiveMaxPool2d(1)),
     "ReduceMean": _mean, "ReduceMax": _reduction(torch.amax), "ReduceMin": _reduction(torch.amin),
-    "ReduceSum": _reduction(torch.sum), "Max": _binary(torch.maximum), "Min": _binary(torch.minimum),
+    "ReduceSum": _reduction(torch.sum), "Max": _folded(torch.maximum), "Min": _folded(torch.minimum),
+    "Sum": _folded(operator.add),
     "Abs": _unary(torch.abs),
     "Relu": _activation(lambda a: nn.ReLU()), "Clip": _clip, "PRelu": _prelu,
     "LeakyRelu": _activation(lambda a: nn.LeakyReLU(a.get("alpha", 0.01))),
