@@ -18,7 +18,8 @@ from torch import fx, nn
 from export.graph import GraphFacts, describe, infer_shapes
 from export.plain_graph import expand_functions, hold_shapes
 from export.sources.onnx_file import OnnxClassifier
-from export.sources.torch_forms import FORMS, REMEDY, SHAPED, as_float32
+from export.sources.torch_forms import FORMS, SHAPED
+from export.sources.torch_reader import REMEDY, as_float32
 from runtime.errors import ModelError
 
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger")
