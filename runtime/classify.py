@@ -54,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"refuse an image of more (default: {MAX_PIXELS:,})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
-    parser.add_argument("--explain-method", "--method", dest="method", choices=(*METHODS, *CAM_METHODS),
-                        help="of --explain (default: gradient, or the map that the file has)")  # fmt: skip
+    methods = (*METHODS, *CAM_METHODS)
+    parser.add_argument("--explain-method", "--method", dest="method", choices=methods, metavar="METHOD",
+                        help=f"of --explain: {', '.join(methods)} (default: gradient, or the file's map)")  # fmt: skip
     parser.add_argument("--side-by-side", action="store_true",
                         help="of --explain: frame, map, overlay; of a close or wrong call two")  # fmt: skip
     parser.add_argument("--no-caption", action="store_true",

@@ -6,12 +6,15 @@ import argparse
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import NoReturn, TypeVar
 from unicodedata import category
 
 from runtime.errors import ClearpactError, OptionError
+
+_HELP_COLUMNS = 78  # argparse breaks the options' help itself, but leaves descriptions and examples as they are
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -47,7 +50,7 @@ def parser(module: str, description: str, examples: str) -> argparse.ArgumentPar
     """Return an argument parser for `python -m MODULE` with --version, whose help ends with examples."""
     made = _Parser(
         prog=f"python -m {module}",
-        description=description,
+        description=textwrap.fill(description, _HELP_COLUMNS),
         epilog=f"examples:\n{examples.strip(chr(10))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,7 +24,10 @@ def clearpact(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
-def test_every_command_is_a_main_with_help_and_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_a_main_with_help_and_version(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     module, _ = console.COMMANDS[name]
     for option, start in (
         ("--help", f"usage: python -m {module.removesuffix('.__main__')} "),
@@ -33,7 +36,11 @@ def test_every_command_is_a_main_with_help_and_version(name: str, capsys: pytest
         with pytest.raises(SystemExit) as raised:
             console.main([name, option])
         assert raised.value.code == 0
-        assert capsys.readouterr().out.startswith(start)
+        said = capsys.readouterr().out
+        assert said.startswith(start)
+        # argparse does not break a usage of options that exclude each other; examples are copied whole.
+        told = said.partition("\nexamples:")[0].partition("\n\n")[2]
+        assert all(len(line) <= 80 for line in told.splitlines())
     assert callable(importlib.import_module(module).main)
 
 
