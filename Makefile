@@ -37,7 +37,7 @@ web-runtime:
 
 test-browser: $(VENV)/.installed web-runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_browser_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 test-arm64: $(VENV)/.installed
 	tests/make_arm64.sh build/arm64 $(BIN)/python

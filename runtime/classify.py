@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--explain", metavar="PATH", type=Path, help="picture to write, or a folder of them")
     methods = (*METHODS, *CAM_METHODS)
-    parser.add_argument("--explain-method", "--method", dest="method", choices=methods, metavar="METHOD",
-                        help=f"of --explain: {', '.join(methods)} (default: gradient, or the file's map)")  # fmt: skip
+    parser.add_argument(
+        "--explain-method", "--method", dest="method", choices=methods, metavar="METHOD",
+        help=f"of --explain: {', '.join(methods)} (default: gradient, or the file's map)",
+    )  # fmt: skip
     parser.add_argument("--side-by-side", action="store_true",
                         help="of --explain: frame, map, overlay; of a close or wrong call two")  # fmt: skip
     parser.add_argument("--no-caption", action="store_true",

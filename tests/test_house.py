@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,12 @@ def test_a_folder_imports_only_what_stands_beside_its_name(stage: str) -> None:
             assert not others, f"{module} imports {others}"
     present = {folder(module) for module in modules() if module.split(".")[0] == stage} - {"."}
     assert present == FOLDERS.get(stage, {}).keys()
+
+
+def test_a_target_of_make_collects_every_test_of_its_marker() -> None:
+    lines = re.findall(r"pytest -m (\w+) (tests/\S+)", (ROOT / "Makefile").read_text())
+    assert {marker for marker, _ in lines} == {"arm64", "browser", "cpp", "ray"}
+    for marker, place in lines:
+        marked = [p for p in (ROOT / "tests").rglob("*.py") if f"pytest.mark.{marker}\n" in p.read_text()]
+        assert marked, marker
+        assert all(path.is_relative_to(ROOT / place) for path in marked), marker
