@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = [runs / row.name / CHECKPOINT_NAME for row in rows]
     record.check(options, inputs=trained, outputs=shipped_files)
     shared = ["--data-root", options.data_root, "--device", options.device]
-    shared += ["--epochs", str(options.epochs)] if options.epochs else []
+    shared += ["--epochs", str(options.epochs)] if options.epochs is not None else []
     where = environment()
     reached = {}
     # What is only there for others to start from, with no aim of its own, is not shipped.

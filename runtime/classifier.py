@@ -175,7 +175,8 @@ class Classifier:
             progress: show a bar on standard error over the images of the methods that run many.
 
         Raises:
-            ModelError: the file was exported without what the method needs, or gives logits that are not finite.
+            ModelError: the file was exported without what the method needs, or gives logits or maps that are not
+                finite.
             ImageError: an image has a dtype, shape or size the model cannot take.
             OptionError: no such method or class, or a number out of range.
         """
@@ -278,11 +279,11 @@ class Classifier:
 
     def _gradient(self, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", "gradient"))
-        return finite(found["logits"]), found["gradient"]
+        return finite(found["logits"]), finite(found["gradient"], "gradients")
 
     def _map(self, output: str, images: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.session.run({INPUT_NAME: images, TARGET_NAME: target}, ("logits", output))
-        return finite(found["logits"]), found[output][:, None]
+        return finite(found["logits"]), finite(found[output][:, None], "maps")
 
     def close(self) -> None:
         """Finish what was submitted, and free the model."""

@@ -55,15 +55,20 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def finite(logits: np.ndarray) -> np.ndarray:
-    """Return logits [N, K] as they are; raise ModelError where one is not finite, which no class could tell."""
-    if not np.isfinite(logits).all():
-        rows = np.flatnonzero(~np.isfinite(logits).all(-1))
+def finite(values: np.ndarray, name: str = "logits") -> np.ndarray:
+    """Return an output [N, ...] as it is; raise ModelError where it is not finite: no class or map could tell.
+
+    Args:
+        values: of N images.
+        name: of the output, for the message.
+    """
+    if not np.isfinite(values).all():
+        rows = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
         raise ModelError(
-            f"image {rows[0]} of {len(logits)}: the model gives logits that are not finite ({len(rows)} such "
+            f"image {rows[0]} of {len(values)}: the model gives {name} that are not finite ({len(rows)} such "
             "images); its weights are damaged or it overflows: train or export it again"
         )
-    return logits
+    return values
 
 
 def check_top_k(top_k: object) -> None:

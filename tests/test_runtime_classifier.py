@@ -244,6 +244,23 @@ def test_a_pil_image_is_classified_as_its_file_is(classifier: Classifier, digits
         classifier.predict(Image.new("I;16", (8, 8)))
 
 
+def test_a_map_that_is_not_finite_raises_instead_of_being_black(
+    digits_models: dict[str, Path], images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a plan whose gradients overflow in half precision."""
+    classifier = Classifier(digits_models["ort"])
+    run = classifier.session.run
+
+    def overflowing(*given: object) -> dict[str, np.ndarray]:
+        found = run(*given)
+        found["gradient"][1, 0, 3, 4] = np.nan
+        return found
+
+    monkeypatch.setattr(classifier.session, "run", overflowing)
+    with pytest.raises(ModelError, match=r"^image 1 of 3: the model gives gradients that are not finite \(1 such"):
+        classifier.explain(images[:3])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_raise_instead_of_being_class_0(value: float) -> None:
     logits = np.zeros((3, 4), np.float32)

@@ -120,6 +120,8 @@ void classify(const Options& options) {
         const auto best = std::max_element(probabilities.begin(), probabilities.end()) - probabilities.begin();
         std::string map;
         if (!map_output.empty()) {
+            for (float value : answer.map)
+                if (!std::isfinite(value)) throw std::runtime_error(picture + ": the model gives maps that are not finite");
             map = (fs::path(options.maps) / fs::path(picture).filename()).string() + ".pfm";
             write_map(map, answer);
         }
