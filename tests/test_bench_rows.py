@@ -125,5 +125,9 @@ def test_a_card_shows_the_newest_area_of_its_row() -> None:
     }  # fmt: skip
     line = "| confidence | ECE 3.00 %, NLL 0.2500, Brier 0.1250; at temperature 1.500 ECE 3.00 %"
     assert line in card(result, [accuracy, {**accuracy, "model": "y.onnx"}], 10)
+    newer = [{**accuracy, "part": "odd"}, {**accuracy, "temperature": 9.0}]
+    assert f"{line}, NLL 0.2500, Brier 0.1250 (int8 on ort 1, 10 images not of the fit) |" in card(
+        result, newer, 10
+    )
     assert "AUC" not in card(result, [], 10)
     assert "starts from" not in card(result, [], 10)

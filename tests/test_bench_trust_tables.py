@@ -48,7 +48,7 @@ def test_calibration_says_where_it_was_measured_on_images_of_the_fit() -> None:
              "temperature": 1.5, "raw": raw, "calibrated": calibrated}  # fmt: skip
     numbers = "| 1.500 | 3.00 -> 1.00 | 0.3000 -> 0.1000 | 0.0300 -> 0.0100 |"
     assert rows(calibration([found])) == [f"| a, int8, mnist | 5,000, those of the fit among them {numbers}"]
-    assert rows(calibration([found, {**found, "part": "odd"}, {**found, "temperature": 1.0}])) == [
+    assert rows(calibration([{**found, "part": "odd"}, found, {**found, "temperature": 1.0}])) == [
         f"| a, int8, mnist | 5,000 {numbers}"
     ]
 

@@ -47,14 +47,18 @@ def card(result: dict[str, Any], records: Sequence[dict[str, Any]], n_bytes: int
 
 
 def _confidence(row: str, records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the line of the newest `bench.accuracy` of a row's exported file, or nothing."""
-    for record in reversed(records):
+    """Return the line of the newest `bench.accuracy` of a row's exported file, or nothing.
+
+    One of the images that its temperature was not fitted on goes before one of all.
+    """
+    for record in sorted(records, key=lambda one: one.get("part") == "odd")[::-1]:
         if record["bench"] == "accuracy" and "raw" in record and record["model"] == f"{row}.onnx":
             raw, calibrated = (
                 f"ECE {found['ece_percent']:.2f} %, NLL {found['nll']:.4f}, Brier {found['brier']:.4f}"
                 for found in (record["raw"], record["calibrated"])
             )
-            engine = f"{record['precision']} on {record['engine']}, {record['n']:,} images"
+            part = "not of the fit" if record.get("part") == "odd" else ""
+            engine = f"{record['precision']} on {record['engine']}, {record['n']:,} images {part}".rstrip()
             return {"confidence": f"{raw}; at temperature {record['temperature']:.3f} {calibrated} ({engine})"}
     return {}
 

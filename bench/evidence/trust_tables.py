@@ -57,12 +57,13 @@ def drift(records: Sequence[Record]) -> str:
 
 def calibration(records: Sequence[Record]) -> str:
     """Return how far a file's probabilities are to be believed, without its temperature and with it."""
-    latest = {}
-    for found in records:
+    latest: dict[tuple[str, str], Record] = {}
+    # Whenever they were measured, images that the temperature was not fitted on say more than all of them.
+    for found in sorted(records, key=lambda one: one.get("part") == "odd"):
         if found["bench"] == "accuracy" and found.get("temperature", 1) != 1:
             latest[found["data"], _file(found["model"], found["precision"])] = found
     rows = []
-    for (data, file), found in sorted(latest.items()):
+    for (data, file), found in sorted(latest.items(), key=lambda item: item[0]):
         raw, calibrated = found["raw"], found["calibrated"]
         images = f"{found['n']:,}" + ("" if found.get("part") == "odd" else ", those of the fit among them")
         rows.append([
