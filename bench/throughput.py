@@ -71,8 +71,12 @@ def alone(model: Path, files: Sequence[Path], *, explain: bool) -> Work:
         return Work(time.perf_counter() - began, time.process_time() - cpu_began)
 
 
-def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray: bool) -> Work:
-    """Let `deploy.batch` answer all files."""
+def by_command(model: Path, folder: Path, count: int, *, explain: bool, processes: int, ray: bool) -> Work:
+    """Let `deploy.batch` answer all files.
+
+    Raises:
+        FileError: it fails, or answers more or fewer than `count` images, so that the rates would be of others.
+    """
     with tempfile.TemporaryDirectory() as results:
         arguments = [str(model), str(folder), "-o", results, "--json", "--processes", str(processes)]
         arguments += ["--explain"] if explain else []
@@ -84,6 +88,11 @@ def by_command(model: Path, folder: Path, *, explain: bool, processes: int, ray:
     if done.returncode:
         raise FileError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
     said = json.loads(done.stdout.splitlines()[-1])
+    if said["images"] != count or said["unreadable"]:
+        raise FileError(
+            f"{folder}: deploy.batch found {said['images']:,} images, {said['unreadable']:,} of them unreadable, "
+            f"expected the {count:,} that lie there as files; name a folder of images alone"
+        )
     return Work(said["seconds"], said["cpu_seconds"], said["start_cpu_seconds"], written)
 
 
@@ -113,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         taken[ALONE].append(alone(options.model, files, explain=options.explain))
         for name, (processes, ray) in counts.items():
             given = {"explain": options.explain, "processes": processes, "ray": ray}
-            taken[name].append(by_command(options.model, options.images, **given))
+            taken[name].append(by_command(options.model, options.images, len(files), **given))
     with Classifier(options.model, threads=1) as classifier:
         manifest, engine = classifier.manifest, f"{classifier.session.engine} {classifier.session.version}"
     where = environment()

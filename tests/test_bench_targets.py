@@ -55,6 +55,9 @@ def test_differences_are_counted_by_image() -> None:
     assert (row.logits_of_equal_codes, row.map_of_equal_codes) == (0.25, 0.0)
     all_moved = differences({**expected, "a.codes": found["a.codes"] + np.uint8(1)}, found)
     assert all_moved.logits_of_equal_codes is all_moved.map_of_equal_codes is None
+    uncompared = differences(expected, {name: found[name] for name in ("logits", "saliency", "b.codes")})
+    assert (uncompared.codes, uncompared.codes_moved, uncompared.images_with_moved_codes) == (0, 0, 0)
+    assert uncompared.logits_of_equal_codes is uncompared.map_of_equal_codes is None
 
 
 def test_the_command_compares_what_is_here_and_records_it(

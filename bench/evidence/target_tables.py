@@ -98,8 +98,9 @@ def targets(records: Sequence[Record]) -> str:
 def _cells(measured: Record) -> list[str]:
     equal = measured["images"] - measured["classes_differing"]
     milliseconds = measured.get("latency_p50_ms")
+    moved = f"{measured['codes_moved'] / measured['codes']:.2g}" if measured["codes"] else "none compared"
     return [
-        f"{equal:,} of {measured['images']:,}", f"{measured['codes_moved'] / measured['codes']:.2g}",
+        f"{equal:,} of {measured['images']:,}", moved,
         str(measured["largest_step"]), _exponent(measured["map_of_equal_codes"]), _exponent(measured["map"]),
         "" if milliseconds is None else f"{milliseconds:.2f}",
     ]  # fmt: skip

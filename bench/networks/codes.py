@@ -32,7 +32,7 @@ class Differences:
 
     Args:
         images: number of images.
-        codes: compared.
+        codes: compared; 0 where both runs have none in common, and none are known to be equal then.
         codes_moved: those that differ.
         largest_step: between two codes.
         images_with_moved_codes: at least one.
@@ -68,16 +68,16 @@ def differences(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarr
         if name.endswith(CODES) and name in found and found[name].shape == codes.shape
     ]  # fmt: skip
     steps = [np.abs(expected[name].astype(np.int32) - found[name]).reshape(n, -1) for name in names]
-    moved = np.concatenate(steps, 1) if steps else np.zeros((n, 1), np.int32)
-    equal = moved.max(1) == 0
+    moved = np.concatenate(steps, 1) if steps else np.zeros((n, 0), np.int32)
+    equal = (moved == 0).all(1) & (moved.size > 0)
     logits = _share(expected["logits"], found["logits"])
     maps = _share(expected["saliency"], found["saliency"])
     return Differences(
         images=n,
         codes=moved.size,
         codes_moved=int(np.count_nonzero(moved)),
-        largest_step=int(moved.max()),
-        images_with_moved_codes=int((~equal).sum()),
+        largest_step=int(moved.max(initial=0)),
+        images_with_moved_codes=int((moved > 0).any(1).sum()),
         classes_differing=int((expected["logits"].argmax(1) != found["logits"].argmax(1)).sum()),
         logits=float(logits.max()),
         logits_of_equal_codes=float(logits[equal].max()) if equal.any() else None,
