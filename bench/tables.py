@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "against-ptq": speed_summary.against_ptq,
     "frames": speed_summary.frames,
     "startup": speed_summary.startup,
+    "throughput": speed_summary.throughput,
     "arm64": speed_summary.arm64,
     "training-step": speed_summary.training_step,
     "compiled-step": speed_summary.compiled_step,

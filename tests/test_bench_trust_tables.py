@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.evidence.accuracy_tables import engines
 from bench.evidence.explanation_tables import cost
-from bench.evidence.speed_tables import compiled_step
+from bench.evidence.speed_tables import compiled_step, throughput
 from bench.evidence.trust_tables import calibration, drift, outliers, robustness, sanity
 
 DIRTY = {"environment": {"commit": "0123456789ab-dirty"}}
@@ -108,4 +108,13 @@ def test_a_step_that_does_not_compile_is_told_with_its_reason() -> None:
     assert rows(compiled_step([found])) == [
         "| cnn2, mnist, 8 bit | 128 | 1 | float32 | plain | 80.0 | 100.0 | 1.25 | 41 | 3 parts left to Python |",
         "| cnn2, mnist, 8 bit | 128 | 1 | float32 | sgt | 200.0 | - | - | 3 | RuntimeError: a / b |",
+    ]
+
+
+def test_throughput_stands_beside_the_tool_of_openvino() -> None:
+    beside = {"batch": 32, "ours": [900.0, 1000.0, 1100.0], "tool": [2000.0, 1999.0, 2500.0], "ratio": 0.5}
+    found = {"bench": "latency", "arch": "cnn2", "data": "mnist", "precision": "int8", "threads": 1, "requests": 2,
+             "benchmark_app": beside}  # fmt: skip
+    assert rows(throughput([{**found, "benchmark_app": None}, found])) == [
+        "| cnn2, mnist, INT8 on OpenVINO | 32 | 2 of 1 | 1,000 | 2,000 | 0.50 |"
     ]

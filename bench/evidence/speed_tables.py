@@ -5,6 +5,7 @@ Of several records of the same thing the last one counts, so that measuring agai
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from bench.evidence.markdown import markdown, marked
@@ -125,6 +126,32 @@ def frames(records: Sequence[Record]) -> str:
         ])  # fmt: skip
     header = ["network", "frame", "threads", *names]
     return markdown(header, rows, "llr" + "r" * len(names))
+
+
+def throughput(records: Sequence[Record]) -> str:
+    """Return images a second with requests in parallel, ours beside OpenVINO's own tool, medians over rounds."""
+    latest = {
+        (
+            found["arch"],
+            found["data"],
+            found["precision"],
+            found["threads"],
+            found["benchmark_app"]["batch"],
+        ): found
+        for found in records
+        if found["bench"] == "latency" and found.get("benchmark_app")
+    }
+    rows = []
+    for (arch, data, precision, threads, batch), found in latest.items():
+        beside = found["benchmark_app"]
+        rates = [f"{statistics.median(beside[by]):,.0f}" for by in ("ours", "tool")]
+        rows.append([
+            marked(f"{arch}, {data}, {precision.upper()} on OpenVINO", found), str(batch),
+            f"{found['requests']} of {threads}", *rates, f"{beside['ratio']:.2f}",
+        ])  # fmt: skip
+    header = ["network", "batch", "requests, threads of each", "ours, images/s", "benchmark_app, images/s",
+              "ours / benchmark_app"]  # fmt: skip
+    return markdown(header, rows, "lrrrrr")
 
 
 def arm64(records: Sequence[Record]) -> str:
