@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export import image_options
 from export.choices import EXPLAIN_HELP, GATES, SALIENCY_PRECISIONS, TARGETS, explanations
-from export.image_size import size_of
 from export.memory import keep_freed_memory
 from runtime import command
 from runtime.errors import OptionError
@@ -255,15 +255,10 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("your own network, PyTorch or ONNX; ONNX without --int8 is taken as it is")
     own.add_argument("--state", metavar="FILE", help="its state dict, from torch.save; nothing in the file is run")
     own.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the folders')")
-    own.add_argument("--size", type=size_of, metavar="PIXELS",
-                     help="side of its image, or HxW (default: the data set's, of photos 224)")  # fmt: skip
-    own.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: ImageNet's; grey: 0)")
-    own.add_argument("--std", type=float, nargs="+", help="likewise (default: ImageNet's; grey: 1)")
+    image_options.add_options(own)
     own.add_argument("--keep-input", action="store_true",
                      help="the file takes normalized floats, as the network did; the runtime makes "
                           "them of pixels")  # fmt: skip
-    own.add_argument("--pixels", type=int, choices=(1, 255), default=1,
-                     help="of a .onnx file: it takes pixels from 0 to 1, or to 255 (default: 1)")  # fmt: skip
     group.add_argument("--qat", metavar="CKPT", help="report the accuracy of this trained one beside it")
 
 

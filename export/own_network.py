@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from export.calibration import CalibrationResult, calibrate_network, spec_of
 from export.reference import reference_run
-from export.sources.images import RealImages, real_images
+from export.sources.images import TEST_IMAGES, RealImages, real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
 from export.sources.own_input import check_kept, class_names, labelled, network_input, onnx_input
 from export.sources.torch_from_onnx import to_torch
@@ -28,7 +28,7 @@ from train.quantization.tracing import copied, cut_softmax, trace
 # The file is verified on so many images, of large ones on fewer: 20 of 224 x 224, 69 million codes.
 _VERIFIED_IMAGES, _VERIFIED_PIXELS = 256, 1 << 20
 _BATCH = 32
-_COMPARED_IMAGES = 8
+COMPARED_IMAGES = 8
 # Of the logits' norm about their mean, median: by so much two programs round floats otherwise.
 LARGEST_DIFFERENCE = 1e-3
 
@@ -80,13 +80,18 @@ def quantized_model(
             learns_rounding=learns_rounding, status=status,
         )  # fmt: skip
         result = found.network
-    count = max(2, min(_VERIFIED_IMAGES, _VERIFIED_PIXELS // (input_spec.size[0] * input_spec.size[1])))
+    count = _verified_count(input_spec)
     labels = None if images.labels is None else images.labels[:count]
     facts = Facts(arch=arch, resize="crop")
     return QuantizedModel(
         result, input_spec, tuple(classes), images.test[:count], labels,
         images.calibration[:count], facts, found.floating if found is not None else None,
     ), found  # fmt: skip
+
+
+def _verified_count(input_spec: InputSpec) -> int:
+    height, width = input_spec.size
+    return max(2, min(_VERIFIED_IMAGES, _VERIFIED_PIXELS // (height * width)))
 
 
 def accuracy(network: nn.Module, input_spec: InputSpec, images: Tensor, labels: Tensor) -> float:
@@ -122,21 +127,28 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[Qua
     else:
         network = load_network(options.checkpoint, options.state)
         input_spec = network_input(options, network)
-    status("reading images ...")
-    images = real_images(options.data, options.data_root, input_spec, options.samples)
-    if found_onnx is not None:
-        check_the_same(options.checkpoint, found_onnx, network, input_spec, images.test)
+    height, width = input_spec.size
     try:
         with torch.no_grad():
-            shape = tuple(network(input_spec.normalize(images.test[:1])).shape)
+            shape = tuple(network(torch.zeros(1, input_spec.channels, height, width)).shape)
     except (RuntimeError, ValueError) as error:
-        height, width = input_spec.size
         raise OptionError(
             f"{options.checkpoint}: does not run on an image of {height}x{width} "
             f"({str(error).splitlines()[0]}); give its size with --size"
         ) from None
     if len(shape) != 2:
         raise OptionError(f"{options.checkpoint}: gives {list(shape)} for one image, expected logits [1, K]")
+
+    def test_count(known: Sequence[str]) -> int:
+        """Return how many images to read besides: to measure accuracy on, or to verify with."""
+        if known and set(known) <= set(class_names(options.classes, known, shape[1])):
+            return TEST_IMAGES
+        return max(_verified_count(input_spec), COMPARED_IMAGES)
+
+    status("reading images ...")
+    images = real_images(options.data, options.data_root, input_spec, options.samples, test_count=test_count)
+    if found_onnx is not None:
+        check_the_same(options.checkpoint, found_onnx, network, input_spec, images.test)
     classes = class_names(options.classes, images.classes, shape[1])
     images = labelled(images, classes)
     bits = FLOAT_BITS if options.fp32 else options.bits
@@ -201,7 +213,7 @@ def check_the_same(
         input_spec: likewise.
         images: uint8 [n, C, H, W].
     """
-    images = images[:_COMPARED_IMAGES]
+    images = images[:COMPARED_IMAGES]
     mean, std = (np.asarray(values, np.float64) for values in (input_spec.mean, input_spec.std))
     run_file, runner = reference_run(with_pixels(found, input_spec.size, mean, std))
     expected = run_file({INPUT_NAME: images.permute(0, 2, 3, 1).contiguous().numpy()})["logits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from export import image_options
 from export.calibration import calibrate_network
 from export.onnx import main
 from export.own_network import quantized_model
@@ -132,7 +134,17 @@ def test_calibration_keeps_mean_outputs_in_one_walk(digits: ImageData) -> None:
         (["grey", "--data", "digits", "--state", "TEXT"], FileError, "cannot be read as parameters alone"),
         (["grey", "--data", "digits", "--state", "OTHER"], ModelError, "'stem.weight' has shape"),
         (["grey", "--data", "digits", "--classes", "TEXT"], FileError, "1 names, expected 10"),
-        (["grey", "--data", "digits", "--mean", "1", "2"], OptionError, "2 numbers, expected 1 or 1"),
+        (["grey", "--data", "digits", "--mean", "1", "2"], OptionError, "--mean: 2 numbers, expected one"),
+        (
+            ["colored", "--data", "cifar10", "--mean", "1,2"],
+            OptionError,
+            "2 numbers, expected 1 or 3, one a channel",
+        ),
+        (
+            ["grey", "--data", "digits", "--std", "1,a"],
+            OptionError,
+            "--std 1,a: expected numbers, one or one a channel",
+        ),
         (["grey", "--data", "digits", "--std", "0"], OptionError, "expected numbers above 0"),
         (["grey", "--data", "digits", "--size", "big"], OptionError, "expected pixels, as in 224"),
         (["grey", "--data", "digits", "--qat", "TEXT"], OptionError, "--qat: is not for a network of your own"),
@@ -170,3 +182,11 @@ class _Trap:
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("words", [["0.1,0.2,0.3"], ["0.1", "0.2", "0.3"], ["0.1,", "0.2,", "0.3"]])
+def test_numbers_of_channels_are_taken_with_spaces_or_commas(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    image_options.add_options(parser)
+    options = parser.parse_args(["--mean", *words])
+    assert (options.mean, options.std, options.size, options.pixels) == ([0.1, 0.2, 0.3], None, None, 1)

@@ -13,7 +13,8 @@ from torch import nn
 
 from export.deploy_form import deploy_form, folded_layers
 from export.onnx import main
-from export.verification.forward import in_float64, run_layer_by_layer, verify
+from export.verification.exact import in_float64, on_codes
+from export.verification.forward import run_layer_by_layer, verify
 from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
 from tests.exports import class_only
@@ -92,6 +93,43 @@ def test_the_float64_network_has_the_float32_networks_codes(halves: nn.Module) -
         assert weight_quantizer(halves.get_submodule(name)) is not None  # the network itself is as it was
     x = torch.arange(127.0).reshape(-1, 1)
     assert torch.allclose(exact(x.double()).float(), halves(x))
+
+
+def test_sums_of_codes_are_exact_wherever_float32_holds_them() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, groups=4, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(392, 1024), nn.ReLU(), nn.Linear(1024, 10),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for norm in (network[1], network[4]):
+            norm.running_var.uniform_(0.5, 2)
+            norm.running_mean.normal_()
+            norm.weight.uniform_(-1, 1)
+        network[10].weight.fill_(1.0)  # 1,024 codes of 255, times 127, leave float32's whole numbers
+    network = quantize(network, QuantSpec(8, full_range=True), input_scale=1 / 32, image_shape=(3, 32, 32)).eval()
+    x = torch.randint(-128, 128, (4, 3, 32, 32)).double() / 32
+    whole = in_float64(network)
+    for name in ("0", "3", "8"):  # weights in float64 are not rounded to float32
+        layer = network.get_submodule(name)
+        quantizer, weight = weight_quantizer(layer), float_weight(layer).detach()
+        assert quantizer is not None
+        scale = quantizer.scale(weight).double().reshape(-1, *[1] * (weight.ndim - 1))
+        whole.get_submodule(name).parametrizations["weight"][0].weight = quantizer.codes(weight) * scale
+    codes = on_codes(network, (3, 32, 32))
+    kinds = {name: codes.get_submodule(name).weight.dtype for name in ("0", "3", "8", "10")}
+    assert kinds == {"0": torch.float32, "3": torch.float32, "8": torch.float32, "10": torch.float64}
+    inside: dict[nn.Module, list[torch.Tensor]] = {whole: [], codes: []}
+    for one, found in inside.items():
+        for module in quantizers(one).values():
+            module.register_forward_pre_hook(lambda module, inputs, found=found: found.append(inputs[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(codes(x), whole(x), rtol=1e-13, atol=1e-13)
+    assert len(inside[codes]) == 4
+    for found, expected in zip(inside[codes], inside[whole], strict=True):
+        assert found.std() > 0.01
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_images_whose_best_logits_nearly_tie_are_nearly_tied() -> None:

@@ -130,7 +130,8 @@ def moved_classes(model: QuantizedModel, pixels: Tensor, target: str) -> tuple[C
 
     from export.deploy_form import deploy_form
     from export.pipeline import export
-    from export.verification.forward import in_float64, run_layer_by_layer
+    from export.verification.exact import on_codes
+    from export.verification.forward import run_layer_by_layer
     from export.verification.probes import probe
     from train.quantization.accumulators import put_biases_on_grid
 
@@ -143,7 +144,7 @@ def moved_classes(model: QuantizedModel, pixels: Tensor, target: str) -> tuple[C
     probed = probe(graph, deploy_form(network, model.input, int8=True))
     frames = pixels.permute(0, 2, 3, 1).contiguous().numpy()
     on_engine = _run(data, target, frames, ("logits",))["logits"]
-    exact = in_float64(network)
+    exact = on_codes(network, model.image_shape)
     with torch.no_grad():
         logits = []
         for part in command.progress(pixels.split(_BATCH), label="in PyTorch"):

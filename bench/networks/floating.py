@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.image_size import size_of
+from export import image_options
 from runtime import command
 from runtime.errors import OptionError
 from train.choices import FLOAT_BITS
@@ -53,11 +53,7 @@ def add_options(parser: argparse.ArgumentParser, *, samples: int, images: int) -
     parser.add_argument("--state", metavar="FILE", help="its state dict")
     parser.add_argument("--data", required=True, metavar="NAME", help="folder:PATH or a data set's name")
     parser.add_argument("--data-root", default="data", help="folder of the data sets' files (default: data)")
-    parser.add_argument("--size", type=size_of, metavar="PIXELS", help="side, or HxW (default: the data's)")
-    parser.add_argument("--mean", type=float, nargs="+", help="of pixels from 0 to 1 (default: export.onnx's)")
-    parser.add_argument("--std", type=float, nargs="+", help="likewise")
-    parser.add_argument("--pixels", type=int, choices=(1, 255), default=1,
-                        help="of a .onnx file: it takes pixels from 0 to 1, or to 255 (default: 1)")  # fmt: skip
+    image_options.add_options(parser)
     parser.add_argument("--samples", type=int, default=samples, help="that calibrate (default: %(default)d)")
     parser.add_argument("--images", type=int, default=images, help="other images, at most (default: %(default)d)")
 
@@ -78,7 +74,7 @@ def load(options: argparse.Namespace) -> FloatNetwork:
 def _own(options: argparse.Namespace) -> FloatNetwork:
     import torch
 
-    from export.own_network import check_the_same, from_onnx
+    from export.own_network import COMPARED_IMAGES, check_the_same, from_onnx
     from export.sources.images import real_images
     from export.sources.onnx_file import read_classifier
     from export.sources.own_input import class_names, labelled, network_input
@@ -92,7 +88,13 @@ def _own(options: argparse.Namespace) -> FloatNetwork:
     else:
         network = load_network(options.network, options.state)
         spec = network_input(options, network)
-    images = real_images(options.data, options.data_root, spec, options.samples)
+    images = real_images(
+        options.data,
+        options.data_root,
+        spec,
+        options.samples,
+        test_count=lambda classes: max(options.images, COMPARED_IMAGES),
+    )
     if file is not None:
         check_the_same(options.network, file, network, spec, images.test)
     if not is_folder(options.data):  # whose test split is read in part

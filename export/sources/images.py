@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from train.data.names import PREFIX, is_folder, place_of, short_name
 from train.input_spec import InputSpec
 
 # Labelled images that accuracy is measured on, at most.
-_TEST_IMAGES = 2_000
+TEST_IMAGES = 2_000
 _VALIDATION_IMAGES = 5_000
 
 
@@ -44,7 +45,15 @@ class RealImages:
     classes: tuple[str, ...] = ()
 
 
-def real_images(data: str, root: str | Path, input_spec: InputSpec, count: int, *, seed: int = 0) -> RealImages:
+def real_images(
+    data: str,
+    root: str | Path,
+    input_spec: InputSpec,
+    count: int,
+    *,
+    test_count: Callable[[Sequence[str]], int] = lambda classes: TEST_IMAGES,
+    seed: int = 0,
+) -> RealImages:
     """Read images for a network.
 
     Args:
@@ -52,6 +61,8 @@ def real_images(data: str, root: str | Path, input_spec: InputSpec, count: int, 
         root: folder of the data sets' files.
         input_spec: size and channels; other images are cropped to its shape and resized.
         count: images to calibrate on, at most; drawn at random.
+        test_count: gives how many other files of a folder are worth reading, by the names of their classes, which
+            are none where nobody told.
         seed: of the draw.
 
     Raises:
@@ -65,8 +76,8 @@ def real_images(data: str, root: str | Path, input_spec: InputSpec, count: int, 
         return RealImages(
             data,
             _sized(_drawn(found.train_images, count, seed), input_spec),
-            _sized(found.test_images[:_TEST_IMAGES], input_spec),
-            found.test_labels[:_TEST_IMAGES],
+            _sized(found.test_images[:TEST_IMAGES], input_spec),
+            found.test_labels[:TEST_IMAGES],
             found.classes,
         )
     place = place_of(data, root)
@@ -76,13 +87,14 @@ def real_images(data: str, root: str | Path, input_spec: InputSpec, count: int, 
             raise FileError(f"{place}: {len(paths)} images, expected four at least, a few hundred for good grids")
         random.Random(seed).shuffle(paths)
         kept = min(count, len(paths) * 4 // 5)
-        test = paths[kept : kept + _TEST_IMAGES]
+        test = paths[kept : kept + TEST_IMAGES][: test_count(())]
         return RealImages(short_name(data), _read(paths[:kept], input_spec), _read(test, input_spec))
     split = splits.find(data, root, seed=seed)
     paths, _ = split.part("train")
     random.Random(seed).shuffle(paths)
     test, labels = split.part("test")
-    order = random.Random(seed).sample(range(len(test)), min(_TEST_IMAGES, len(test)))
+    order = random.Random(seed).sample(range(len(test)), min(TEST_IMAGES, len(test)))
+    order = order[: test_count(split.classes)]
     return RealImages(
         short_name(data),
         _read(paths[:count], input_spec),
@@ -156,7 +168,7 @@ def validation_images(data: str, root: str | Path, input_spec: InputSpec) -> Val
         split = splits.find(data, root)
         for name in ("val", "test"):
             paths, numbers = split.part(name)
-            order = random.Random(0).sample(range(len(paths)), min(_TEST_IMAGES, len(paths)))
+            order = random.Random(0).sample(range(len(paths)), min(TEST_IMAGES, len(paths)))
             parts += [_read([paths[i] for i in order], input_spec), torch.tensor([numbers[i] for i in order])]
         return ValidationImages("validation images", split.classes, *parts)
     found = datasets.load(data, root)

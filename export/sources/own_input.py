@@ -82,7 +82,8 @@ def values_of(option: str, given: Sequence[float] | None, channels: int) -> tupl
     if not given:
         return ()
     if len(given) not in (1, channels):
-        raise OptionError(f"{option}: {len(given)} numbers, expected 1 or {channels}, one a channel")
+        wanted = f"1 or {channels}, one a channel" if channels > 1 else "one"
+        raise OptionError(f"{option}: {len(given)} numbers, expected {wanted}")
     return tuple(given) * (channels // len(given))
 
 

@@ -12,10 +12,8 @@ multiples of the same steps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -25,12 +23,12 @@ from torch import Tensor, nn
 
 from export.deploy_form import DeployForm, folded_layers
 from export.operators import along
+from export.verification.exact import on_codes
 from export.verification.last_layer import logit_step
 from export.verification.probes import probe
 from export.verification.ties import check_ties, largest_tied_share, nearly_tied
 from runtime.errors import ModelError
 from train.input_spec import InputSpec
-from train.quantization.quantize import weight_quantizer
 from train.quantization.quantizers import PACT, InputQuantizer
 
 MAX_LOGIT_STEPS = 1.0
@@ -102,7 +100,7 @@ def verify(
     """
     weight_codes = _compare_weights(model, form)
     probed = probe(model, form)
-    exact = in_float64(network)
+    exact = on_codes(network, (input_spec.channels, *input_spec.size))
     logits, same_codes, flipped, compared, tied_share = [], [], [], 0, 0.0
     free: list[Tensor] = []
     for part in images.split(_IMAGES_AT_ONCE):
@@ -110,13 +108,17 @@ def verify(
         codes = probed.codes(found)
         x = input_spec.normalize(part)
         expected, logits_of_codes = run_layer_by_layer(network, network, x, codes)
-        if not free:
-            few = {name: code[:_IMAGES_FOR_TIES] for name, code in codes.items()}
-            values = run_layer_by_layer(exact, network, x[:_IMAGES_FOR_TIES].double(), few)[0]
-            tied_share = largest_tied_share(network, values)
         difference = {name: (code - expected[name].round()).abs() for name, code in codes.items()}
-        if any(d.any() for d in difference.values()):
-            check_ties(difference, run_layer_by_layer(exact, network, x.double(), codes)[0])
+        differs = any(d.any() for d in difference.values())
+        if differs or not free:
+            count = len(part) if differs else _IMAGES_FOR_TIES
+            given = {name: code[:count] for name, code in codes.items()}
+            values = run_layer_by_layer(exact, network, x[:count].double(), given)[0]
+            if not free:
+                few = {name: value[:_IMAGES_FOR_TIES] for name, value in values.items()}
+                tied_share = largest_tied_share(network, few)
+            if differs:
+                check_ties(difference, values)
         flipped.append(sum((d.flatten(1) > 0).sum(1) for d in difference.values()) + torch.zeros(len(part)))
         compared += sum(d.numel() for d in difference.values())
         logits.append(torch.from_numpy(found["logits"]))
@@ -183,30 +185,6 @@ def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
                 raise ModelError(f"weight {name}.{part}: differs from the checkpoint's; the export is not exact")
         compared += layer.codes.numel()
     return compared
-
-
-class _Constant(nn.Module):
-    """Stands for a weight's quantizer and returns the weight that the quantizer gave."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-
-    def forward(self, original: Tensor) -> Tensor:
-        return self.weight
-
-
-def in_float64(network: nn.Module) -> nn.Module:
-    """Return a copy that computes in float64, with the weights that the network has in float32."""
-    copied = copy.deepcopy(network)
-    for module in copied.modules():
-        if weight_quantizer(module) is not None:
-            weight: Any = module.weight
-            quantizers: Any = module.parametrizations
-            quantizers["weight"][0] = _Constant(weight.detach())
-    return copied.double()
 
 
 @torch.no_grad()

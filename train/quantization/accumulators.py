@@ -34,6 +34,7 @@ class Accumulator:
         call: name of the call, which tells those of one layer apart.
         layer: the layer.
         norm: the BatchNorm that is folded into it, or None.
+        inputs: the quantizer that gives the layer's input its codes.
         step: of each output channel, float64 [O]; 0 where the BatchNorm switches the channel off.
         bias: that is added, BatchNorm folded in, float64 [O].
         largest: the most that products can add up to, in steps, float64 [O].
@@ -43,6 +44,7 @@ class Accumulator:
     call: str
     layer: nn.Module
     norm: nn.Module | None
+    inputs: PACT | InputQuantizer
     step: Tensor
     bias: Tensor
     largest: Tensor
@@ -91,7 +93,7 @@ def accumulators(network: nn.Module, image: tuple[int, int, int]) -> list[Accumu
             factor, mean, shift = _of_norm(norm)
             step, bias = step * factor.abs(), (bias - mean) * factor + shift
         largest = codes * max(-inputs.qmin, inputs.qmax)
-        found.append(Accumulator(str(node.target), node.name, layer, norm, step, bias, largest))
+        found.append(Accumulator(str(node.target), node.name, layer, norm, inputs, step, bias, largest))
     return found
 
 
