@@ -45,15 +45,15 @@ def largest_tied_share(network: nn.Module, exact: Mapping[str, Tensor]) -> float
     for name, values in exact.items():
         quantizer = network.get_submodule(name)
         assert isinstance(quantizer, PACT | InputQuantizer)
-        inside = values[(values > quantizer.qmin - 1) & (values < quantizer.qmax + 1) & (values != 0)]
-        if len(inside):
-            shares.append(float(_tied(inside).double().mean()))
+        inside = (values > quantizer.qmin - 1) & (values < quantizer.qmax + 1) & (values != 0)
+        if count := int(inside.count_nonzero()):
+            shares.append(int((_tied(values) & inside).count_nonzero()) / count)
     return max(shares)
 
 
 def _tied(values: Tensor) -> Tensor:
     """Return which values, in steps, lie at the border between two codes."""
-    return (values - values.floor() - 0.5).abs() < TIE_STEPS
+    return values.frac().abs_().sub_(0.5).abs_() < TIE_STEPS
 
 
 def nearly_tied(trained: Tensor, in_float64: Tensor) -> Tensor:

@@ -60,18 +60,29 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         peaks = maps.max((1, 2), keepdims=True).astype(np.float64)
         scaled.append(maps / np.where(peaks > 0, peaks, 1))
     window = tuple(min(_SSIM_WINDOW, size) for size in a.shape[1:])
-    x, y = (np.lib.stride_tricks.sliding_window_view(maps, window, axis=(1, 2)) for maps in scaled)
-    mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
+    x, y = scaled
+    mean_x, mean_y = _window_means(x, window), _window_means(y, window)
     n = window[0] * window[1]
     unbiased = n / max(n - 1, 1)
-    var_x, var_y = (unbiased * (v.var((-2, -1))) for v in (x, y))
-    cov = unbiased * ((x * y).mean((-2, -1)) - mean_x * mean_y)
+    var_x, var_y = (
+        unbiased * (_window_means(v * v, window) - mean**2).clip(0) for v, mean in ((x, mean_x), (y, mean_y))
+    )
+    cov = unbiased * (_window_means(x * y, window) - mean_x * mean_y)
     c1, c2 = 0.01**2, 0.03**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
     found: np.ndarray = similarity.mean((1, 2))
     return found
+
+
+def _window_means(maps: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    """Return the mean of maps [N, H, W] in every window, [N, H - h + 1, W - w + 1]; rows first, then columns."""
+    height, width = window
+    down, across = (size - length + 1 for size, length in zip(maps.shape[1:], window, strict=True))
+    rows = np.add.reduce([maps[:, i : i + down] for i in range(height)])
+    sums: np.ndarray = np.add.reduce([rows[:, :, i : i + across] for i in range(width)])
+    return sums / (height * width)
 
 
 def top_20_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:

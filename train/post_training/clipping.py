@@ -52,7 +52,8 @@ class _Histogram:
             self.top *= 2
             self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), torch.zeros(_BINS // 2)])
         counts = torch.histc(magnitudes.float(), _BINS, 0, self.top)
-        counts[0] -= (magnitudes == 0).sum()  # picking the others out would take longer than counting them
+        # Picking the others out would take longer than counting them.
+        counts[0] -= magnitudes.numel() - magnitudes.sign().sum(dtype=torch.float64)
         self.counts += counts
 
 
@@ -119,7 +120,7 @@ def _unquantized(look: Callable[[PACT, Tensor], None]) -> Callable[..., Tensor]:
     def hook(pact: PACT, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x,) = inputs
         passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
-        look(pact, passed.abs())
+        look(pact, passed.abs() if pact.signed else passed)
         return passed
 
     return hook
