@@ -6,9 +6,8 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.latency")
 
 import argparse
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +17,25 @@ from bench.measure import gpu_latency, power, record
 from bench.measure.cold_start import ColdStart, Loading, in_turns
 from bench.measure.environment import describe, environment, peak_memory_bytes
 from bench.measure.parallel_requests import images_per_second
+from bench.measure.session_latency import (
+    contenders,
+    frame_latency,
+    maps_of,
+    methods_of,
+    random_images,
+    session_latency,
+)
 from bench.measure.statistics import (
-    Latency,
     batch_sizes,
     check_seconds,
-    measure,
     missing_percentiles,
-    summarize,
     told,
 )
 from bench.measure.streams import cores
 from bench.peers import benchmark_app
-from runtime import Classifier, command
+from runtime import command
 from runtime.engines.tensorrt.session import TensorRTSession
-from runtime.errors import ModelError, OptionError
-from runtime.manifest import INPUT_NAME, TARGET_NAME
+from runtime.errors import OptionError
 from runtime.session import ENGINES, Session, is_plan, open_session
 
 EXAMPLES = """
@@ -48,74 +51,6 @@ EXAMPLES = """
 """
 
 
-@dataclass(frozen=True)
-class BatchLatency:
-    """One batch size: what was timed -> its latency, and -> its phases, None where the engine shows none."""
-
-    latency: dict[str, Latency]
-    phases: dict[str, dict[str, dict[str, float | None]] | None]
-
-
-def random_images(session: Session, batch: int) -> np.ndarray:
-    """Return random pixels uint8 [batch, H, W, C] of the model's size."""
-    shape = (batch, *session.manifest.input.size, session.manifest.input.channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def contenders(session: Session, batch: int, *, explain: bool) -> dict[str, Callable[[], object]]:
-    """Return what is timed: "class", and with `explain` also "class + map" and "class + cam_<layer>".
-
-    Raises:
-        ModelError: the model was exported without maps.
-    """
-    images = random_images(session, batch)
-    found: dict[str, Callable[[], object]] = {"class": functools.partial(session.run, {INPUT_NAME: images})}
-    if explain:
-        maps = _maps(session)
-        if not maps:
-            raise ModelError("--explain: this model gives classes only; export it again without --no-saliency")
-        inputs: dict[str, np.ndarray] = {INPUT_NAME: images, TARGET_NAME: np.full(batch, -1, np.int64)}
-        for name, output in maps.items():
-            found[name] = functools.partial(session.run, inputs, ("logits", output))
-    return found
-
-
-def _maps(session: Session) -> dict[str, str]:
-    """Return the outputs that explain, by how they are named beside the class."""
-    by_gradient = {"class + map": "saliency"} if "saliency" in session.outputs else {}
-    return by_gradient | {f"class + {cam.output}": cam.output for cam in session.manifest.cams}
-
-
-def _methods(session: Session) -> dict[str, str]:
-    """Return the method, and of a class activation map its layer, by how the map is named beside the class."""
-    cams = {cam.output: f"{cam.method}:{cam.layer}" for cam in session.manifest.cams}
-    return {name: cams.get(output, "gradient") for name, output in _maps(session).items()}
-
-
-def frame_latency(
-    session: Session, frame: tuple[int, int], *, explain: bool, runs: int | None, seconds: float
-) -> dict[str, Latency]:
-    """Time the way from one frame of random pixels [H, W, 3] to its answer beside the network alone, in turns.
-
-    The answer is what an app gets: a `Prediction`, and with `explain` an `Explanation` with its map in the frame's
-    size.
-
-    Raises:
-        ModelError: the model was exported without the input gradient.
-    """
-    classifier = Classifier.on(session)
-    pixels = np.random.default_rng(0).integers(0, 256, (*frame, 3), dtype=np.uint8)
-    calls = {"network": contenders(session, 1, explain=False)["class"]}
-    calls["frame to class"] = functools.partial(classifier.predict, pixels)
-    if explain:
-        calls["network + map"] = contenders(session, 1, explain=True)["class + map"]
-        calls["frame to class + map"] = functools.partial(classifier.explain, pixels)
-    label = f"frame {frame[0]}x{frame[1]}"
-    return {
-        name: summarize(times) for name, times in measure(calls, runs=runs, seconds=seconds, label=label).items()
-    }
-
-
 def frame_size(text: str) -> tuple[int, int]:
     """Return height and width of a text such as "1080x1920".
 
@@ -126,34 +61,6 @@ def frame_size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise OptionError(f"--frame {text}: expected HEIGHTxWIDTH in pixels, such as 1080x1920")
     return int(height), int(width)
-
-
-def session_latency(
-    session: Session, batch: int, *, explain: bool, runs: int | None, seconds: float
-) -> BatchLatency:
-    """Time the engine on random pixels, the contenders in turns; a plan with and without a CUDA graph.
-
-    Raises:
-        ModelError: the model was exported without maps.
-    """
-    calls = contenders(session, batch, explain=explain)
-    if not isinstance(session, TensorRTSession):
-        samples = measure(calls, runs=runs, seconds=seconds, label=f"batch {batch}")
-        latency = {name: summarize(times) for name, times in samples.items()}
-        return BatchLatency(latency, dict.fromkeys(samples))
-    asked = {"class": ("logits",), **{name: ("logits", output) for name, output in _maps(session).items()}}
-    ways = {
-        f"{name}{suffix}": (asked[name], graph)
-        for name in calls
-        for suffix, graph in (("", True), (", no graph", False))
-    }
-    found = gpu_latency.phase_samples(
-        session, random_images(session, batch), ways, runs=runs, seconds=seconds, label=f"batch {batch}"
-    )
-    return BatchLatency(
-        {name: summarize(times[:, -1]) for name, times in found.items()},
-        {name: gpu_latency.as_json(times) for name, times in found.items()},
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -227,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             str(batch): {name: asdict(row) for name, row in found.latency.items()}
             for batch, found in measured.items()
         },
-        "maps": _methods(session) if options.explain else {},
+        "maps": methods_of(session) if options.explain else {},
         "frame": frame,
         "frame_latency": {name: asdict(row) for name, row in frames.items()},
         "phases": {str(batch): found.phases for batch, found in measured.items()},
@@ -254,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{batch:5} {name:{width}}{row.p50_ms:9.3f}{told(row.p90_ms):>9}{told(row.p95_ms):>9}"
                   f"{told(row.p99_ms):>9}{row.std_ms:9.3f}{row.n:7,}")  # fmt: skip
         if options.explain:
-            for name in _maps(session):
+            for name in maps_of(session):
                 ratio = found.latency[name].p50_ms / found.latency["class"].p50_ms
                 map_name = name.removeprefix("class + ")
                 print(f"      class and {map_name} together cost {ratio:.2f} times the class alone")
@@ -333,7 +240,7 @@ def _beside_tool(session: Session, options: argparse.Namespace, batch: int, requ
     Raises:
         OptionError: another engine, a file with maps, or no throughput asked for.
     """
-    if session.engine != "openvino" or _maps(session) or not requests:
+    if session.engine != "openvino" or maps_of(session) or not requests:
         raise OptionError(
             "--beside-benchmark-app: the tool measures throughput on OpenVINO, of all outputs; expected "
             "--requests from 1, and a file of export.onnx --target openvino --no-saliency"
@@ -350,7 +257,7 @@ def _beside_tool(session: Session, options: argparse.Namespace, batch: int, requ
 def _streams(session: Session, batches: list[int], options: argparse.Namespace) -> dict[str, float]:
     if options.streams is None:
         return {}
-    first_map = list(_maps(session).values())[:1] if options.explain else []
+    first_map = list(maps_of(session).values())[:1] if options.explain else []
     plan, outputs = _plan(session, "--streams"), ("logits", *first_map)
     return {
         str(batch): gpu_latency.streams_images_per_second(

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from bench.measure.session_latency import frame_latency
 from export.choices import explanations
 from export.deploy_form import deploy_form
 from export.gradient.cam import find_cams
@@ -154,6 +155,15 @@ def test_no_class_gives_a_map_of_zeros(cam_file: Path, images: np.ndarray) -> No
     output = session.manifest.cams[0].output
     found = session.run({"image": images, "target": np.full(8, 10)}, ("logits", output))
     assert not found[output].any()
+
+
+def test_frames_are_timed_to_the_first_map_of_a_file_without_gradient(cam_file: Path) -> None:
+    session = open_session(cam_file, engine="ort", threads=1)
+    found = frame_latency(session, (20, 30), explain=True, runs=2, seconds=0.01)
+    session.close()
+    assert {name: row.n for name, row in found.items()} == dict.fromkeys(
+        ("network", "frame to class", "network + map", "frame to class + map"), 2
+    )
 
 
 def test_one_output_of_a_file_needs_no_other(cam_file: Path, images: np.ndarray) -> None:
