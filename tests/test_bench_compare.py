@@ -16,7 +16,7 @@ from bench.measure.cold_start import in_turns
 from bench.measure.record import append, missing_by_reason
 from bench.peers.contenders import contenders
 from bench.peers.explainers import explainers
-from bench.peers.names import OURS, OURS_WITH_MAP
+from bench.peers.names import OURS, OURS_WITH_MAP, PTQ
 from bench.peers.opening import opened
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.explanations.agreement import spearman
@@ -82,6 +82,19 @@ def test_the_peers_are_set_up_to_classify_as_the_float_network(
     starts = in_turns(loadings, shape=(8, 8, 1), threads=1, starts=1)
     assert list(starts) == [*NAMES, *PEERS]
     assert all(start.first_prediction_ms > 0 and start.peak_memory_bytes > 30e6 for start in starts.values())
+
+
+@pytest.mark.slow  # NNCF and ONNX Runtime quantize
+def test_ratios_to_other_quantization_need_four_contenders_only(
+    digits_checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--only-ptq", "--instances", "1", "--seconds", "0.1", "--starts", "0", "--json"]
+    main([str(digits_checkpoint_path), *options])
+    result = json.loads(capsys.readouterr().out)
+    assert result["latency"].keys() == {*PTQ, *PTQ.values()}
+    assert result["ratio_to_ptq"].keys() == PTQ.keys()
+    assert result["only_ptq"]
+    assert not set(result["missing"]) & set(PEERS[:2])  # what nobody asked for is not missing
 
 
 def test_quality_of_every_contender_on_the_same_images(
