@@ -58,9 +58,13 @@ def alone(model: Path, files: Sequence[Path], *, explain: bool) -> Work:
     """Let a classifier on one thread answer all files."""
     with Classifier(model, threads=1) as classifier:
         first = np.stack([load_image(files[0])] * _BATCH)
-        classifier.predict(first)
-        if explain:
-            classifier.explain(first)
+        for count in {
+            min(len(files), _BATCH),
+            len(files) % _BATCH or _BATCH,
+        }:  # compiled, the last one's size, too
+            classifier.predict(first[:count])
+            if explain:
+                classifier.explain(first[:count])
         began, cpu_began = time.perf_counter(), time.process_time()
         for start in range(0, len(files), _BATCH):
             images = [load_image(path) for path in files[start : start + _BATCH]]
