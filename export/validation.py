@@ -17,7 +17,7 @@ from export.sources.images import validation_images
 from runtime.classifier import MAX_BATCH
 from runtime.errors import EngineError, OptionError
 from runtime.manifest import INPUT_NAME, METADATA_KEY, TARGET_NAME, Manifest
-from runtime.prediction import softmax
+from runtime.prediction import finite, softmax
 from runtime.reference import BINS, Reference, confidence_bins, in_distribution_scores, region_shares
 from runtime.session import Session, open_session
 from train.input_spec import InputSpec
@@ -51,6 +51,7 @@ def validated(
         OptionError: the images have other classes.
         FileError: an image cannot be read.
         EngineError: no engine is installed that runs the file.
+        ModelError: its logits or maps are not finite on an image.
     """
     status("reading validation images ...")
     spec = InputSpec(manifest.input.size, manifest.input.channels, manifest.input.mean, manifest.input.std)
@@ -114,9 +115,9 @@ def _run(session: Session, pixels: np.ndarray, output: str) -> tuple[np.ndarray,
         if output:
             feeds[TARGET_NAME] = np.full(len(part), -1)
         found = session.run(feeds, ("logits", output) if output else ("logits",))
-        logits.append(found["logits"])
+        logits.append(finite(found["logits"]))
         if output:
-            shares.append(region_shares(found[output]))
+            shares.append(region_shares(finite(found[output], "maps")))
     return np.concatenate(logits), np.concatenate(shares) if shares else np.empty((0, 0))
 
 
