@@ -81,7 +81,11 @@ def test_every_image_of_every_source_is_a_row_with_what_the_classifier_says(
     results = tmp_path / "results"
     arguments = [str(digits_models["openvino"]), *sources, "-o", str(results), "--processes", "1"]
     main([*arguments, "--part", str(part), "--explain", "--map-size", "4"])
-    assert ": 60 images, 60 now in " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ": 60 images, 60 now in " in said
+    assert said.endswith(", 4 of them unreadable\n")
+    main([*arguments, "--part", str(part), "--explain", "--map-size", "4"])
+    assert capsys.readouterr().out == f"{results}: 60 images, 0 now, 60 were done before\n"
     found = rows(results)
     assert len(found) == 60
     assert len({row["path"] for row in found}) == 60

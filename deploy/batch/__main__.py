@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         return
     before = f", {total - done:,} were done before" if total > done else ""
-    rate = f" in {seconds:.1f} s, {done / seconds:,.0f} a second" if done else ""
-    print(f"{options.output}: {total:,} images, {done:,} now{rate}, {unreadable:,} of them unreadable{before}")
+    now = f" in {seconds:.1f} s, {done / seconds:,.0f} a second, {unreadable:,} of them unreadable" if done else ""
+    print(f"{options.output}: {total:,} images, {done:,} now{now}{before}")
 
 
 def _cores() -> int:

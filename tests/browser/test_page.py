@@ -38,6 +38,28 @@ def test_a_picture_is_chosen_classified_and_explained(
     page.locator("#times", has_text="ms for class,").wait_for()
 
 
+_TOLD = """() => {
+  const state = document.getElementById("state");
+  window.told = [state.textContent];
+  new MutationObserver(() => window.told.push(state.textContent)).observe(state, { childList: true });
+}"""
+
+
+def test_the_page_says_that_it_works_on_a_large_picture(pages: dict[str, str], opened: Callable[..., Any]) -> None:
+    page = opened(pages["mnist"], bypass_csp=True)
+    page.evaluate(_TOLD)
+    for size in ((40, 30), (2500, 2000)):
+        file = encoded(Image.fromarray(np.full((*size, 3), 90, np.uint8)))
+        page.set_input_files("#file", {"name": "wall.png", "mimeType": "image/png", "buffer": file})
+        if size == (40, 30):
+            shown(page)
+            assert len(page.evaluate("window.told")) == 1
+    page.wait_for_function("window.told.length === 3", timeout=60_000)
+    ready, working, again = page.evaluate("window.told")
+    assert working == "Working on the picture ..."
+    assert again == ready == page.text_content("#state")
+
+
 BAD = {
     "empty.png": (b"", "empty.png is empty: copy it again."),
     "notes.png": (b"no picture", "notes.png is no picture that this browser can read: save it as PNG or JPEG."),

@@ -26,7 +26,7 @@ export function drawnSize({ width, height }) {
 export function drawOverlay(source, into, explained, picture, input, strength) {
   const { width, height } = source;
   [into.width, into.height] = [width, height];
-  const context = into.getContext("2d");
+  const context = into.getContext("2d", { willReadFrequently: true });
   context.drawImage(source, 0, 0);
   if (!explained) return;
   const drawn = context.getImageData(0, 0, width, height);

@@ -11,6 +11,7 @@ import { classRows, factRows, methodOptions, milliseconds, percent } from "./wor
 const NOISE = 0.15; // of SmoothGrad, as in runtime.explanations.attribution
 const SAMPLES = 32;
 const SPOKEN_MS = 2000; // a screen reader is told of a new class at most so often
+const SLOW_PIXELS = 4_000_000; // a phone prepares a picture of more in a second or longer
 
 const $ = (id) => document.getElementById(id);
 const described = await (await fetch("model.json")).json();
@@ -23,11 +24,23 @@ let shown = null; // what was last found in it
 let busy = false;
 let again = false;
 let spoken = 0;
+let settled = ""; // what the state says while nothing works
 const source = document.createElement("canvas");
 
 function problem(text) {
   $("problem").textContent = text;
   $("problem").hidden = !text;
+}
+
+// Tells that a large picture is worked on, and gives the browser the time to draw that.
+function tellWork() {
+  $("state").textContent = "Working on the picture ...";
+  return new Promise((drawn) => setTimeout(drawn, 50));
+}
+
+function settle(text) {
+  settled = text;
+  $("state").textContent = text;
 }
 
 function show(next) {
@@ -70,6 +83,7 @@ async function update() {
     problem(error.message);
   } finally {
     busy = false;
+    if ($("state").textContent !== settled) settle(settled);
   }
 }
 
@@ -115,7 +129,9 @@ function classRow({ label, probability }) {
 async function take(blob) {
   leave();
   try {
-    show(await readPicture(blob));
+    const read = await readPicture(blob);
+    if (read.width * read.height > SLOW_PIXELS && engine) await tellWork();
+    show(read);
     problem("");
   } catch (error) {
     problem(error.message);
@@ -226,13 +242,13 @@ async function start() {
   try {
     engine = await openEngine(described);
   } catch (error) {
-    $("state").textContent = "The network does not run in this browser.";
+    settle("The network does not run in this browser.");
     problem(`This browser ${error.message}. Update it, or take another one.`);
     return;
   }
   const ready = (by, more) => {
     const check = `checked on ${described.check.length} pictures, logits within ${engine.difference.toExponential(0)}`;
-    $("state").textContent = `Ready: ${[by, check, more].filter(Boolean).join("; ")}.`;
+    settle(`Ready: ${[by, check, more].filter(Boolean).join("; ")}.`);
   };
   ready("WebAssembly", "");
   update();
