@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"      {options.streams} streams: {streams[str(batch)]:,.0f} images/s")
     if beside:
         print(f"throughput, batch {batches[0]}: {beside.ratio:.2f} times benchmark_app's "
-              f"{np.median(beside.tool):,.0f} images/s (-hint throughput, in turns)")  # fmt: skip
+              f"{np.median(beside.tool):,.0f} images/s (in turns)")  # fmt: skip
     for name, row in frames.items():
         print(f"{options.frame:>9} {name:20} {row.p50_ms:9.3f} ms p50 {told(row.p90_ms):>9} p90 {row.n:7,} runs")
     counts = [row.n for found in measured.values() for row in found.latency.values()]
