@@ -28,6 +28,7 @@ from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.post_training.bias import correct_biases
 from train.post_training.clipping import search_alphas, to_compare
+from train.post_training.constant_channels import silence_constant_channels
 from train.post_training.equalization import equalize
 from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
@@ -143,6 +144,7 @@ def calibrate_network(
     if rounded:  # what the weights round otherwise, the activations are clipped otherwise
         status("searching alphas again ...")
         errors = search_alphas(quantized, batches, logits, search)
+    silence_constant_channels(quantized, shape)
     uncorrected = None
     if corrects_biases:
         status("correcting biases ...")

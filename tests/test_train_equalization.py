@@ -39,12 +39,18 @@ def uneven(model: nn.Module) -> nn.Module:
     return randomize_norms(model).double().eval()
 
 
-def test_an_equalized_network_computes_the_same_with_equal_ranges() -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_an_equalized_network_computes_the_same_with_equal_ranges(biased: bool) -> None:
     model = uneven(Chain())
+    if not biased:
+        for layer in (model.fc1, model.norm):
+            nn.init.zeros_(layer.bias)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = model(x)
     assert equalize(model) == 4
     assert torch.allclose(model(x), before, rtol=1e-9)
+    if biased:  # of channels with little weight the biases hold the ranges back
+        return
     # The last pair: rows of one, columns of the other.
     r1, r2 = model.fc1.weight.abs().amax(1), model.fc2.weight.abs().amax(0)
     assert torch.allclose(r1, r2, rtol=1e-3)
@@ -74,3 +80,16 @@ def test_layers_called_twice_or_read_by_others_are_left_alone() -> None:
     assert pairs(model) == []
     equalize(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_channel_without_weight_does_not_outgrow_the_others() -> None:
+    """BatchNorm leaves one channel next to no weight, and a bias: alone it would decide alpha for all."""
+    first, norm, second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+    with torch.no_grad():
+        norm.weight[1], norm.bias[:] = 1e-8, torch.tensor([0.5, 1.0, -2.0, 0.1])
+    model = nn.Sequential(first, norm, nn.ReLU(), second).double().eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = model(x)
+    assert equalize(model) == 1
+    assert torch.allclose(model(x), before, rtol=1e-9)
+    assert norm.bias.abs().max().item() == pytest.approx(4 * 2.0)  # of 10,000 times as much

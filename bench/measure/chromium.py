@@ -65,13 +65,37 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Any]:
+def opened(folder: Path, browser: Any = None) -> Iterator[Any]:
     """Give the page in a Chromium, its model open on one thread of WebAssembly.
+
+    Args:
+        folder: of the page.
+        browser: of Playwright's synchronous interface, which a thread has one of at a time; None: started here.
 
     Raises:
         OptionError: Playwright is not installed.
         EngineError: there is no Chromium.
     """
+    with contextlib.ExitStack() as ends:
+        if browser is None:
+            browser = ends.enter_context(_started())
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder))
+        )
+        ends.callback(server.server_close)
+        ends.callback(server.shutdown)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        context = browser.new_context(bypass_csp=True)
+        ends.callback(context.close)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/icon.svg")
+        page.evaluate(_OPEN)
+        yield page
+
+
+@contextlib.contextmanager
+def _started() -> Iterator[Any]:
+    """Give a Chromium."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -79,19 +103,10 @@ def opened(folder: Path) -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise EngineError("no Chromium in PATH; apt-get install chromium")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_context(bypass_csp=True).new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/icon.svg")
-            page.evaluate(_OPEN)
-            yield page
-            browser.close()
-    finally:
-        server.shutdown()
-        server.server_close()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def milliseconds(page: Any, image: np.ndarray, *, explain: bool) -> float:

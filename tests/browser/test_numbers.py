@@ -78,7 +78,9 @@ def test_classes_logits_and_maps_are_those_of_the_same_file_here(
     assert np.abs(probabilities.max(1) - certain)[same].max() < 1e-4
 
 
-def test_logits_and_maps_are_off_only_where_a_code_moved(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_logits_and_maps_are_off_only_where_a_code_moved(
+    exported: dict[str, Path], browser: Any, tmp_path: Path
+) -> None:
     data, names = with_codes(exported["cifar10"].read_bytes())
     model = tmp_path / "codes.onnx"
     model.write_bytes(data)
@@ -88,7 +90,7 @@ def test_logits_and_maps_are_off_only_where_a_code_moved(exported: dict[str, Pat
     outputs = ("logits", "saliency", *names)
     session = open_session(data, engine="ort", threads=1)
     expected = session.run({"image": images, "target": np.full(len(images), -1, np.int64)}, outputs)
-    with opened_page(write_page(model, tmp_path / "page", webgpu=False).folder) as page:
+    with opened_page(write_page(model, tmp_path / "page", webgpu=False).folder, browser) as page:
         parts = [run_all(page, images[start : start + 20], outputs) for start in range(0, len(images), 20)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in outputs}
     row = differences(expected, found)

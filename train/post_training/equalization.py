@@ -21,6 +21,9 @@ from train.quantization.grids import Calls, is_layer, norm_after
 from train.quantization.tracing import NORMS, trace
 
 _ROUNDS = 20  # pairs share layers: one round is not the end
+# A channel with a bias and next to no weight is constant: its weight's range says nothing of its own. So no bias
+# becomes larger than so many times the largest of its layer: one alpha has to hold them all.
+_BIAS_GROWTH = 4.0
 # f(s x) = s f(x) for s > 0, each channel by itself.
 _HOMOGENEOUS = Calls(
     (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
@@ -75,13 +78,14 @@ def equalize(model: nn.Module) -> int:
         ModelError: torch.fx cannot trace it.
     """
     found = pairs(model)
+    bounds = [_BIAS_GROWTH * float(_bias(pair).abs().max()) for pair in found]
     for _ in range(_ROUNDS):
-        for pair in found:
-            _equalize(pair)
+        for pair, bound in zip(found, bounds, strict=True):
+            _equalize(pair, bound)
     return len(found)
 
 
-def _equalize(pair: Pair) -> None:
+def _equalize(pair: Pair, largest_bias: float) -> None:
     first, second = _weight(pair.first), _weight(pair.second)
     columns = _by_input_channel(pair.second, len(first))  # a view: [channels, everything else]
     r1 = first.flatten(1).abs().amax(1)
@@ -91,11 +95,19 @@ def _equalize(pair: Pair) -> None:
     scale = torch.sqrt(r1 / r2)
     scale = torch.where((r1 > 0) & (r2 > 0), scale, torch.ones_like(scale))
     scaled = pair.norm if pair.norm is not None else pair.first
+    if largest_bias > 0:
+        scale = scale.maximum(_bias(pair).abs() / largest_bias)
     weight = _weight(scaled)
     weight.div_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
     if isinstance(scaled.bias, Tensor):
         scaled.bias.div_(scale)
     second.copy_(_to_weight(columns * scale.reshape(-1, *[1] * (columns.ndim - 1)), pair.second))
+
+
+def _bias(pair: Pair) -> Tensor:
+    """Return what the channels of a pair's first layer are moved by, BatchNorm or layer, [channels]."""
+    bias = (pair.norm if pair.norm is not None else pair.first).bias
+    return bias if isinstance(bias, Tensor) else torch.zeros(1)
 
 
 def _next_layer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

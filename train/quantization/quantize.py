@@ -290,14 +290,15 @@ def warnings_of(model: nn.Module) -> list[str]:
 
 
 def all_zero_channels(model: nn.Module) -> dict[str, int]:
-    """Return by layer how many of its output channels have no weight code but 0, where there are any."""
+    """Return by layer how many output channels have weights, but no weight code but 0, where there are any."""
     found = {}
     for name, layer in model.named_modules():
         quantizer = weight_quantizer(layer)
         if quantizer is not None:
-            count = int((quantizer.codes(float_weight(layer)) == 0).flatten(1).all(1).sum())
-            if count:
-                found[name] = count
+            weight = float_weight(layer)
+            lost = (quantizer.codes(weight) == 0).flatten(1).all(1) & (weight != 0).flatten(1).any(1)
+            if lost.any():
+                found[name] = int(lost.sum())
     return found
 
 

@@ -23,7 +23,7 @@ let picture = null; // present one, and what it was made of on screen
 let shown = null; // what was last found in it
 let busy = false;
 let again = false;
-let spoken = 0;
+let spoken = -Infinity; // the first answer does not wait
 let settled = ""; // what the state says while nothing works
 const source = document.createElement("canvas");
 
