@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -88,3 +89,11 @@ def test_what_a_command_writes_beside_the_record_is_checked_with_it(tmp_path: Pa
 
 def test_the_environment_names_the_commit_of_this_code() -> None:
     assert environment.environment()["commit"] == commit()
+
+
+def test_no_record_names_a_place_on_the_machine_that_made_it() -> None:
+    files = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*.jsonl"))
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
+    assert len(lines) > 50
+    places = re.compile(r"/(?:tmp|root|home|work|mnt|Users)/")
+    assert [(name, found[0]) for name, line in lines if (found := places.search(line))] == []
