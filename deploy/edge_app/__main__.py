@@ -170,15 +170,17 @@ class _App:
             if now - self._reported >= every_s:
                 self._reported = now
                 print(json.dumps(self._pulse.reported()) if self._options.json else self._summary(), flush=True)
-        elif self._options.json:
+            return
+        if self._options.json:
             row = {
                 "frame": name, "label": answer.label, "probability": answer.probability,
                 "ms": round(self._times.last_ms, 3),
             }  # fmt: skip
-            print(json.dumps(row), flush=True)
+            line = json.dumps(row)
         else:
             label = command.printable(answer.label)
-            print(f"{name:24}  {label:16} {answer.probability:6.1%}  {self._times.last_ms:8.2f} ms", flush=True)
+            line = f"{name:24}  {label:16} {answer.probability:6.1%}  {self._times.last_ms:8.2f} ms"
+        print(f"{line}\n", end="", flush=True)  # as one write, which no signal divides
 
     def _summary(self) -> str:
         dropped = self._newest.dropped[Frame] if self._newest else 0

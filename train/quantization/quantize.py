@@ -285,20 +285,26 @@ def warnings_of(model: nn.Module) -> list[str]:
     return [
         f"{name}: the weights of {count} of {float_weight(model.get_submodule(name)).shape[0]} channels have all "
         "become code 0; nothing that they read counts any more"
-        for name, count in all_zero_channels(model).items()
+        for name, count in all_zero_channels(model, rounded_away=True).items()
     ]
 
 
-def all_zero_channels(model: nn.Module) -> dict[str, int]:
-    """Return by layer how many output channels have weights, but no weight code but 0, where there are any."""
+def all_zero_channels(model: nn.Module, *, rounded_away: bool = False) -> dict[str, int]:
+    """Return by layer how many of its output channels have no weight code but 0, where there are any.
+
+    Args:
+        model: from `quantize`.
+        rounded_away: only of channels whose weights are not 0 themselves.
+    """
     found = {}
     for name, layer in model.named_modules():
         quantizer = weight_quantizer(layer)
         if quantizer is not None:
-            weight = float_weight(layer)
-            lost = (quantizer.codes(weight) == 0).flatten(1).all(1) & (weight != 0).flatten(1).any(1)
-            if lost.any():
-                found[name] = int(lost.sum())
+            weight = float_weight(layer).flatten(1)
+            zero = (quantizer.codes(float_weight(layer)) == 0).flatten(1).all(1)
+            count = int((zero & (weight != 0).any(1) if rounded_away else zero).sum())
+            if count:
+                found[name] = count
     return found
 
 
