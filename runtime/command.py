@@ -50,7 +50,7 @@ def parser(module: str, description: str, examples: str) -> argparse.ArgumentPar
     """Return an argument parser for `python -m MODULE` with --version, whose help ends with examples."""
     made = _Parser(
         prog=f"python -m {module}",
-        description=textwrap.fill(description, _HELP_COLUMNS),
+        description="\n".join(textwrap.fill(line, _HELP_COLUMNS) for line in description.splitlines()),
         epilog=f"examples:\n{examples.strip(chr(10))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
