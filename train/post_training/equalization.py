@@ -5,8 +5,8 @@ divided by s_i in the first and multiplied by s_i in the second: the network com
 
     s_i = sqrt(r1_i r2_i) / r2_i                                                     (equation 11)
 
-r1_i and r2_i being the largest weights of channel i in both, the ranges become equal. One alpha then suits more of
-the channels that share it.
+r1_i and r2_i being the largest weights of channel i in both, the ranges become equal, but for channels whose bias
+would outgrow all others of the layer. One alpha then suits more of the channels that share it.
 """
 
 from __future__ import annotations
