@@ -183,10 +183,12 @@ def _kind(source: str, *, quantized: bool) -> str:
 def _trained(options: argparse.Namespace) -> tuple[QuantizedModel, Path, str, str]:
     """Return a checkpoint's network, where its export goes, the checkpoint's sha256, and its image's layout."""
     from export import calibration
+    from export.layer_names import check_layers
     from train import checkpoint as checkpoints
 
     source = Path(options.checkpoint)
     checkpoint = checkpoints.load(source)
+    check_layers(checkpoint.network(), (checkpoint.input.channels, *checkpoint.input.size), options.cams)
     inputs = [source]
     if options.calibrate:
         output = Path(options.output or source.with_name(f"{source.stem}_ptq.onnx"))

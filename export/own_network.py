@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.calibration import CalibrationResult, calibrate_network, spec_of
+from export.layer_names import check_layers
 from export.reference import reference_run
 from export.sources.images import TEST_IMAGES, RealImages, real_images
 from export.sources.onnx_file import OnnxClassifier, read_classifier, with_pixels
@@ -138,6 +139,7 @@ def run(options: argparse.Namespace, status: Callable[[str], None]) -> tuple[Qua
         ) from None
     if len(shape) != 2:
         raise OptionError(f"{options.checkpoint}: gives {list(shape)} for one image, expected logits [1, K]")
+    check_layers(network, (input_spec.channels, height, width), options.cams)
 
     def test_count(known: Sequence[str]) -> int:
         """Return how many images to read besides: to measure accuracy on, or to verify with."""

@@ -19,6 +19,7 @@ from export.choices import explanations
 from export.deploy_form import deploy_form
 from export.gradient.cam import find_cams
 from export.gradient.walk import append_input_gradient
+from export.layer_names import check_layers, find_layer
 from export.onnx import main
 from export.pipeline import ExportResult, export
 from export.reference import reference_run
@@ -265,10 +266,16 @@ def test_names_of_layers() -> None:
     found = [find_cams(model, [("gradcam", layer)])[0] for layer in layers]
     assert [cam.output.output for cam in found] == ["cam_stage1.conv2", "cam_stage1.conv1", "cam_stage1", "cam_d"]
     assert [cam.activation for cam in found] == ["d", "r", "d", "d"]
-    with pytest.raises(ModelError, match=r"'stage9': no convolution of this name; the file has stage1.conv1, st"):
+    with pytest.raises(
+        ModelError, match=r"'stage9': no convolution of this name; expected one of stage1.conv1, st"
+    ):
         find_cams(model, [("gradcam", "stage9")])
     with pytest.raises(OptionError, match="a map twice"):
         find_cams(model, [("gradcam", "stage1"), ("gradcam", "stage1")])
+    many = [f"layer{stage}.{block}.conv{i}" for stage in (1, 2) for block in (0, 1) for i in (1, 2)]
+    for asked, near in (("layr2", "layer2"), ("layer2.0.con1", "layer2.0.conv1")):
+        with pytest.raises(ModelError, match=f"near it are {near}, .* of 8 from layer1.0.conv1 to layer2.1.conv2"):
+            find_layer(many, asked)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +322,10 @@ def test_modules_without_a_name_in_the_graph_are_found_by_value(digits: ImageDat
     found = RealImages("digits", calibration=digits.train_images[:32], test=digits.test_images[:32])
     spec = InputSpec(size=(8, 8), channels=1, mean=(0.0,), std=(1.0,))
     model, _ = quantized_model(network, spec, found, [str(n) for n in range(10)], bits=32)
-    result = export(model, int8=False, saliency=False, cams=(("gradcam", "0"), ("hirescam", "")))
+    cams = (("gradcam", "0"), ("hirescam", ""))
+    check_layers(network, (1, 8, 8), cams)
+    with pytest.raises(ModelError, match="layer '1': no convolution of this name; expected one of 0, 3"):
+        check_layers(network, (1, 8, 8), (*cams, ("layercam", "1")))
+    result = export(model, int8=False, saliency=False, cams=cams)
     assert [cam.output for cam in result.manifest.cams] == ["cam_0", "cam_3"]
     assert all(cam.median_error is not None and cam.median_error < 1e-5 for cam in result.cams)

@@ -150,6 +150,12 @@ def test_calibration_keeps_mean_outputs_in_one_walk(digits: ImageData) -> None:
         (["grey", "--data", "digits", "--qat", "TEXT"], OptionError, "--qat: is not for a network of your own"),
         (["square", "--data", "digits", "--size", "7"], OptionError, "does not run on an image of 7x7"),
         (["grey", "--data", "digits", "--samples", "1"], OptionError, "expected a whole number from 2"),
+        # Before an image is read, and before minutes of calibration.
+        (
+            ["colored", "--data", "folder:none", "--explain", "layercam:brunch"],
+            ModelError,
+            "'brunch': no convolution of this name; expected one of stem, branch",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line_and_nothing_is_written(

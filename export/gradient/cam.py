@@ -19,6 +19,7 @@ from onnx import TensorProto
 
 from export.gradient.tape import Tape
 from export.graph import GraphFacts, infer_shapes
+from export.layer_names import find_layer
 from runtime.errors import ModelError, OptionError
 from runtime.manifest import CamOutput
 
@@ -141,11 +142,7 @@ def _layer(layers: dict[str, onnx.NodeProto], asked: str) -> tuple[str, onnx.Nod
     for name, node in layers.items():
         if asked in (name, node.name, node.output[0]):
             return asked, node
-    inside = [node for name, node in layers.items() if name.startswith(f"{asked}.")]
-    if not inside:
-        known = ", ".join(layers)
-        raise ModelError(f"layer {asked!r}: no convolution of this name; the file has {known}")
-    return asked, inside[-1]
+    return asked, layers[find_layer(list(layers), asked)]
 
 
 def _activation(facts: GraphFacts, tensor: str) -> str:
