@@ -14,7 +14,8 @@ from torch import nn
 from export.deploy_form import deploy_form, folded_layers
 from export.onnx import main
 from export.verification.exact import in_float64, on_codes
-from export.verification.forward import run_layer_by_layer, verify
+from export.verification.forward import Verification, run_layer_by_layer, verify
+from export.verification.last_layer import logit_step
 from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
 from tests.exports import class_only
@@ -138,12 +139,12 @@ def test_images_whose_best_logits_nearly_tie_are_nearly_tied() -> None:
     assert nearly_tied(trained, moved).tolist() == [False, False, True]
 
 
-def with_initializer(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
+def with_initializer(model: onnx.ModelProto, name: str, change: float, *, times: float = 1.0) -> onnx.ModelProto:
     changed = copy.deepcopy(model)
     for tensor in changed.graph.initializer:
         if tensor.name == name:
-            values = numpy_helper.to_array(tensor).copy()
-            values.flat[0] += change
+            values = numpy_helper.to_array(tensor) * numpy_helper.to_array(tensor).dtype.type(times)
+            values.flat[0] += values.dtype.type(change)
             tensor.CopyFrom(numpy_helper.from_array(values, name))
     return changed
 
@@ -175,6 +176,33 @@ def test_verification_names_the_activation_that_differs(
     model = with_initializer(class_only(digits_models["openvino"]), name, 1)
     with pytest.raises(ModelError, match=message):
         verify(model, form, network, digits_checkpoint.input, digits_checkpoint.samples["images"][:8])
+
+
+@pytest.mark.parametrize("smaller", [1.0, 2.0**-30])
+def test_what_float32_may_round_otherwise_is_no_difference_of_logits(
+    digits_models: dict[str, Path], digits_checkpoint: Checkpoint, smaller: float
+) -> None:
+    """With next to no weight in the last layer, logits are its bias, and one rounding is many of its steps."""
+    network = digits_checkpoint.network()
+    images, model = digits_checkpoint.samples["images"][:8], class_only(digits_models["openvino"])
+    with torch.no_grad():
+        float_weight(network.get_submodule("fc2")).mul_(smaller)
+        largest = float(network(digits_checkpoint.input.normalize(images)).abs().max())
+    form = deploy_form(network, digits_checkpoint.input)
+    step = float(logit_step(form, torch.zeros(1, 10)).max())
+    eps = largest * torch.finfo(torch.float32).eps
+    model = with_initializer(model, "network.fc2.scale", 0.0, times=smaller)
+
+    def changed(by: float) -> Verification:
+        moved = with_initializer(model, "network.fc2.bias", by)
+        return verify(moved, form, network, digits_checkpoint.input, images)
+
+    assert (step > 8 * eps) == (smaller == 1)
+    assert changed(0.0).max_logit_steps < 1e-3
+    assert changed(2 * eps).max_logit_steps < 1e-3
+    for wrong in (max(1.5 * step, 8 * eps), 0.1):
+        with pytest.raises(ModelError, match="logits: differ"):
+            changed(wrong)
 
 
 def test_a_failed_check_writes_nothing(

@@ -32,6 +32,9 @@ from train.input_spec import InputSpec
 from train.quantization.quantizers import PACT, InputQuantizer
 
 MAX_LOGIT_STEPS = 1.0
+# Float32 rounds a logit to so many units of its own last place, whatever its steps: of the largest logit, in eps.
+# Where the weights of the last layer are next to nothing, logits are their bias, and a unit is many steps.
+ROUNDINGS = 4
 # Running freely, one code that differs changes all that follows: of the images with such a code, this share of all
 # images may change class. Not counted are those whose two best logits lie as close as those of float32 and float64
 # in the trained network itself.
@@ -126,7 +129,7 @@ def verify(
         with torch.no_grad():
             free.append(network(x))
     ours, of_codes, trained, flips = (torch.cat(parts) for parts in (logits, same_codes, free, flipped))
-    steps = float(((ours - of_codes).abs() / logit_step(form, of_codes)).max())
+    steps = largest_steps(ours, of_codes, logit_step(form, of_codes))
     if not steps <= MAX_LOGIT_STEPS:
         raise ModelError(
             f"logits: differ from the trained network's by up to {steps:.1f} steps of the last layer, expected "
@@ -159,6 +162,21 @@ def verify(
         max_logit_difference=float((ours - trained).abs().max()),
         reference=probed.reference,
     )
+
+
+def largest_steps(logits: Tensor, expected: Tensor, step: Tensor) -> float:
+    """Return the largest difference of two networks' logits in steps of the last layer.
+
+    What float32 may round otherwise, `ROUNDINGS` eps of an image's largest logit, counts as equal.
+
+    Args:
+        logits: float32 [n, K].
+        expected: likewise.
+        step: [K] or [].
+    """
+    difference = (logits - expected).abs()
+    rounded = ROUNDINGS * torch.finfo(torch.float32).eps * expected.abs().amax(1, keepdim=True)
+    return float(torch.where(difference <= rounded, 0.0, difference / step).max())
 
 
 def _compare_weights(model: onnx.ModelProto, form: DeployForm) -> int:
