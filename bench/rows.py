@@ -199,7 +199,8 @@ TABLES = {
             for method, weight in (("plain", ""), ("sgt", " --kl-weight 0.05"), ("smoot", " --kl-weight 0.05"))
         ),
         Row("caltech101-128-efficientnet_lite0-4bit-plain",
-            f"{_CALTECH} --bits 4 --weight-quantizer lsq --method plain --epochs 3 --lr 0.01", init=_CALTECH_FLOAT),
+            f"{_CALTECH} --bits 4 --weight-quantizer lsq --method plain --epochs 3 --lr 0.01",
+            init=_CALTECH_FLOAT),
     ),
     "deit": (
         Row("cifar10-deit_tiny-8bit-plain", f"{_DEIT} --method plain"),
