@@ -33,6 +33,7 @@ from train.post_training.equalization import equalize
 from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
 from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantizers import INPUT_QMAX, INPUT_QMIN
 from train.quantization.tracing import copied, cut_softmax, trace
 from train.resuming import reading_of
 
@@ -93,6 +94,7 @@ def calibrate_network(
     images: Tensor,
     quant: QuantSpec | None = None,
     *,
+    target: str = "openvino",
     search: str = "best",
     equalizes: bool = True,
     corrects_biases: bool = True,
@@ -106,6 +108,7 @@ def calibrate_network(
         input_spec: how pixels become what it takes.
         images: uint8 [n, C, H, W], without labels; a few hundred are enough.
         quant: bits; None: 8.
+        target: engine whose grid of the image is chosen, see `input_grid`.
         search: of the alphas, one of train.choices.SEARCHES.
         equalizes: cross-layer equalization (section 4.1).
         corrects_biases: bias correction (section 4.2).
@@ -128,7 +131,8 @@ def calibrate_network(
     if equalizes:
         status("equalizing ...")
         equalized = equalize(floating)
-    quantized = quantize(floating, quant or QuantSpec(), input_scale=input_spec.grid_scale).eval()
+    scale, codes = input_grid(input_spec, target)
+    quantized = quantize(floating, quant or QuantSpec(), input_scale=scale, input_codes=codes).eval()
     search_weight_scales(quantized)
     status("searching alphas ...")
     with torch.no_grad():
@@ -202,6 +206,22 @@ def spec_of(bits: int, target: str = "openvino") -> QuantSpec:
     """
     quantizer = "absmax" if bits == 8 else "lsq"
     return QuantSpec(bits, quantizer, full_range=target != "tensorrt", quantize_adds=target == "ort")
+
+
+def input_grid(input_spec: InputSpec, target: str) -> tuple[float, tuple[int, int]]:
+    """Return the step, and the smallest and largest code, of the image of a network that is not trained on them.
+
+    The pixels themselves are its codes where the engine computes that exactly and as fast: nothing of the image is
+    rounded, and ONNX Runtime, whose zero points are free, leaves out the normalization.
+
+    Args:
+        input_spec: how pixels become what the network takes.
+        target: one of export.choices.TARGETS.
+    """
+    codes = input_spec.pixel_codes
+    if codes is not None and (target == "ort" or (target == "openvino" and codes[0] == 0)):
+        return input_spec.pixel_scale, codes
+    return input_spec.grid_scale, (INPUT_QMIN, INPUT_QMAX)
 
 
 def training_sample(images: ImageData, count: int, seed: int = 0) -> Tensor:

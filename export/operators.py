@@ -82,9 +82,10 @@ def _fake_quantize_openvino(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int
 def _fake_quantize_ort(x: Any, alpha: Any, scale: Any, qmin: int, qmax: int) -> Any:
     """The clip on the codes, between Q and DQ, where it does not break the fusion into QLinearConv.
 
-    Signed codes are moved by 128: its integer kernels take and give unsigned bytes alike, or signed ones alike.
+    Signed codes are moved by 128, and pixels by the one that is 0: its integer kernels take and give unsigned
+    bytes alike, or signed ones alike.
     """
-    shift = 0 if qmin == 0 else 128
+    shift = 0 if qmin == 0 else 128 if qmax - qmin < 255 else -qmin
     zero_point = _constant(np.array(shift, np.uint8))
     codes = opset21.QuantizeLinear(x, scale, zero_point)
     low, high = qmin + shift, qmax + shift

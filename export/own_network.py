@@ -77,7 +77,7 @@ def quantized_model(
     else:
         found = calibrate_network(
             network, input_spec, images.calibration, spec_of(bits, target),
-            search=search, equalizes=equalizes, corrects_biases=corrects_biases,
+            target=target, search=search, equalizes=equalizes, corrects_biases=corrects_biases,
             learns_rounding=learns_rounding, status=status,
         )  # fmt: skip
         result = found.network

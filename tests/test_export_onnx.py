@@ -263,11 +263,11 @@ def test_onnx_runtime_dequantizes_no_weight_while_it_runs(
     digits_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     for checkpoint, products, floats in (
-        (digits_checkpoint, {"QLinearConv": 2, "QGemm": 1}, ["fc2"]),
+        (digits_checkpoint, {"QLinearConv": 2, "QGemm": 2}, []),
         (
             resnet_checkpoint,
-            {"QLinearConv": 10},
-            [f"stage{s}.{b}.conv2" for s in (1, 2, 3) for b in range(3)] + ["fc"],
+            {"QLinearConv": 10, "QGemm": 1},
+            [f"stage{s}.{b}.conv2" for s in (1, 2, 3) for b in range(3)],
         ),
     ):
         model = export(checkpoint, target="ort", saliency=False).model
@@ -281,6 +281,10 @@ def test_onnx_runtime_dequantizes_no_weight_while_it_runs(
             assert layer.scale is not None
             expected = layer.codes * layer.scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
             np.testing.assert_array_equal(stored[f"network.{name}.weight"], expected)
+        last = "fc2" if "fc2" in layers else "fc"
+        codes, scale = (stored[f"network.{last}.bias_{part}"] for part in ("codes", "scale"))
+        assert codes.dtype == np.int32
+        np.testing.assert_allclose(codes * scale, layers[last].bias, rtol=1e-6)
         optimized = optimized_by_ort(model, tmp_path)
         for operator, count in products.items():
             assert [n.op_type for n in optimized.node].count(operator) == count

@@ -24,6 +24,8 @@ from tests.image_folders import write_digits
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.models import factory
+from train.quantization.quantize import quantizers
+from train.quantization.quantizers import InputQuantizer
 
 PREFIX = "tests.own_nets:"
 
@@ -106,6 +108,34 @@ def test_in_python_it_is_one_call_before_export(digits: ImageData) -> None:
         right = (network(spec.normalize(images.test)).argmax(1) == images.labels).double().mean()
     assert exported.agreement is not None
     assert exported.agreement.float_accuracy == pytest.approx(100 * float(right))
+
+
+@pytest.mark.parametrize(
+    ("target", "mean", "std", "codes"),
+    [
+        ("ort", 0.498, 0.502, (-127, 128)),  # TensorFlow's (p - 127) / 128, as people write it
+        ("ort", 0.0, 1.0, (0, 255)),
+        ("openvino", 0.0, 1.0, (0, 255)),
+        ("openvino", 0.498, 0.502, (-128, 127)),
+        ("tensorrt", 0.0, 1.0, (-128, 127)),
+        ("ort", 0.5, 0.5, (-128, 127)),
+    ],
+)
+def test_pixels_are_the_images_codes_where_the_engine_takes_them(
+    target: str, mean: float, std: float, codes: tuple[int, int], digits: ImageData
+) -> None:
+    images = RealImages("digits", digits.train_images[:64], digits.test_images[:32], digits.test_labels[:32])
+    spec = InputSpec((8, 8), 1, (mean,), (std,))
+    model, _ = quantized_model(own_nets.grey().eval(), spec, images, list("0123456789"), target=target)
+    (grid,) = [q for q in quantizers(model.network).values() if isinstance(q, InputQuantizer)]
+    assert (grid.qmin, grid.qmax) == codes
+    exported = export(model, target=target)
+    assert exported.verification.changed_classes == 0
+    whole = codes != (-128, 127)
+    assert (float(grid.scale) == pytest.approx(1 / (255 * std))) == whole
+    # ONNX Runtime's file has no normalization then: the bytes are the codes.
+    normalizes = "Div" in [n.op_type for n in exported.model.graph.node[:4]]
+    assert normalizes != (whole and target == "ort")
 
 
 def test_calibration_keeps_mean_outputs_in_one_walk(digits: ImageData) -> None:

@@ -16,6 +16,7 @@ from train.data import datasets
 from train.data.__main__ import main
 from train.data.images import ImageData, batches, hold_out
 from train.input_spec import InputSpec
+from train.quantization.quantizers import InputQuantizer
 
 
 def test_digits_are_split_without_overlap(digits: ImageData) -> None:
@@ -46,6 +47,24 @@ def test_per_channel_normalization_covers_its_range() -> None:
     assert normalized[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229, rel=1e-6)
     assert normalized[1, 2, 0, 0].item() == pytest.approx((1 - 0.406) / 0.225, rel=1e-6)
     assert normalized.abs().max().item() == pytest.approx(127 * spec.grid_scale, rel=1e-6)
+
+
+@given(zero=st.integers(0, 255), off=st.floats(-0.24, 0.24), std=st.floats(0.05, 300))
+def test_a_mean_near_a_pixel_makes_the_pixels_codes(zero: int, off: float, std: float) -> None:
+    spec = InputSpec((16, 16), 1, ((zero + off) / 255,), (std / 255,))
+    assert spec.pixel_codes == (-zero, 255 - zero)
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    quantizer = InputQuantizer(spec.pixel_scale, spec.pixel_codes)
+    codes = torch.round(quantizer(spec.normalize(pixels)) / quantizer.scale)
+    assert torch.equal(codes, pixels.float() - zero)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.5,), (0.5,)), ((0.0, 0.1, 0.0), (1.0,) * 3), ((0.0,) * 3, (0.2, 0.3, 0.2)), ((1.1,), (1.0,))],
+)
+def test_other_means_have_no_grid_of_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    assert InputSpec((4, 4), len(mean), mean, std).pixel_codes is None
 
 
 def test_batches_visit_every_index_once_and_drop_the_rest() -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How far a mean may lie from a whole pixel: a grid of whole pixels moves by that, half of what any grid rounds by.
+_FROM_A_PIXEL = 0.25
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -33,11 +36,30 @@ class InputSpec:
 
     @property
     def grid_scale(self) -> float:
-        """Step of the int8 grid of the normalized image: its pixels' own where the grid is exact."""
+        """Step of the int8 grid of the normalized image: its pixels' own where that grid is exact."""
         if self.exact:
-            return 1 / (255 * self.std[0])
+            return self.pixel_scale
         ends = [abs(end - m) / s for m, s in zip(self.mean, self.std, strict=True) for end in (0, 1)]
         return max(ends) / 127
+
+    @property
+    def pixel_codes(self) -> tuple[int, int] | None:
+        """Smallest and largest code of the grid whose codes are the pixels themselves, less the one that is 0.
+
+        None where there is no such grid: each channel has a mean or a std of its own, or the mean lies near the
+        middle of two pixels, so that rounding would make one code of both.
+        """
+        if len(set(self.mean)) > 1 or len(set(self.std)) > 1:
+            return None
+        zero = 255 * self.mean[0]
+        if not 0 <= round(zero) <= 255 or abs(zero - round(zero)) > _FROM_A_PIXEL:
+            return None
+        return -round(zero), 255 - round(zero)
+
+    @property
+    def pixel_scale(self) -> float:
+        """Step of that grid: one pixel, normalized."""
+        return 1 / (255 * self.std[0])
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return float32 [N, C, H, W] of uint8 [N, C, H, W], by the arithmetic that the exported graph uses."""

@@ -91,7 +91,7 @@ def _variants(
     for levels in _DITHER_LEVELS:
         dither = (2 * torch.rand(x.shape, generator=generator) - 1) * levels * level
         yield f"float, every pixel moved by up to {levels:g} level", maps(network, x + dither, classes)
-    quantized = calibrate_network(network, spec, calibration, spec_of(8, target)).network
+    quantized = calibrate_network(network, spec, calibration, spec_of(8, target), target=target).network
     yield "8 bit", maps(quantized, x, classes)
 
     def changed(change: Callable[[PACT], None] | None, *, weights: bool) -> Tensor:

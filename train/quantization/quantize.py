@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from runtime.errors import ModelError, OptionError
 from train.choices import FLOAT_BITS, QUANTIZED_BITS, WEIGHT_METHODS
 from train.quantization import grids, signs
-from train.quantization.quantizers import PACT, InputQuantizer, WeightQuantizer
+from train.quantization.quantizers import INPUT_QMAX, INPUT_QMIN, PACT, InputQuantizer, WeightQuantizer
 from train.quantization.tracing import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
 
 Quantizer = PACT | InputQuantizer
@@ -117,6 +117,7 @@ def quantize(
     spec: QuantSpec,
     *,
     input_scale: float | None = None,
+    input_codes: tuple[int, int] = (INPUT_QMIN, INPUT_QMAX),
     image_shape: tuple[int, ...] | None = None,
 ) -> nn.Module:
     """Return the quantized form of a copy of `model`; the model itself stays as it is.
@@ -125,7 +126,8 @@ def quantize(
         model: any module that torch.fx can trace, taking one image tensor [N, C, H, W].
         spec: bits and quantizers; bits = 32 returns the model as it is. A softmax at its end is left out, with a
             warning: a classifier's output are logits.
-        input_scale: step of the input's int8 grid (`InputSpec.grid_scale`); None learns a signed clip instead.
+        input_scale: step of the input's grid (`InputSpec.grid_scale`); None learns a signed clip instead.
+        input_codes: smallest and largest of that grid.
         image_shape: channels, height and width of an image: the graph that is quantized and the model are compared
             once, on two random images. None leaves that out.
 
@@ -156,11 +158,12 @@ def quantize(
     graph_module.add_module("quantizers", nn.ModuleDict())
     expand_attention(graph_module)
     _replace_relus(graph_module, modules, spec)
+    of_input = None if input_scale is None else InputQuantizer(input_scale, input_codes)
     for node in layers:
-        _quantize_operand(graph_module, source(node), spec, input_scale)
+        _quantize_operand(graph_module, source(node), spec, of_input)
     for node in list(graph_module.graph.nodes):
         for operand in grids.matrix_operands(node, modules):
-            _quantize_operand(graph_module, grids.before_views(operand, modules), spec, input_scale)
+            _quantize_operand(graph_module, grids.before_views(operand, modules), spec, of_input)
     _assign_activation_bits(graph_module, bits, spec)
     if spec.quantize_adds:
         _quantize_added(graph_module, spec)
@@ -378,7 +381,7 @@ def _replace_relus(graph_module: fx.GraphModule, modules: dict[str, nn.Module], 
 
 
 def _quantize_operand(
-    graph_module: fx.GraphModule, operand: fx.Node, spec: QuantSpec, input_scale: float | None
+    graph_module: fx.GraphModule, operand: fx.Node, spec: QuantSpec, of_input: InputQuantizer | None
 ) -> None:
     """Put a quantizer after `operand`, where its value is not on a grid already."""
     modules = dict(graph_module.named_modules())
@@ -386,8 +389,8 @@ def _quantize_operand(
         return
     origin = grids.origin(operand, modules)
     quantizer: Quantizer
-    if origin.op == "placeholder" and input_scale is not None:
-        operand, quantizer = origin, InputQuantizer(input_scale)
+    if origin.op == "placeholder" and of_input is not None:
+        operand, quantizer = origin, of_input
     else:
         signed = not signs.never_negative(operand, modules)
         quantizer = PACT(spec.alpha, 8, signed=signed, full_range=spec.full_range)

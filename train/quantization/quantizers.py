@@ -205,21 +205,22 @@ class PACT(nn.Module):
 
 
 class InputQuantizer(nn.Module):
-    """The grid of the input image: int8 codes with a fixed scale.
+    """The grid of the input image: 8-bit codes with a fixed scale.
 
     With normalization (p / 255 - 128 / 255) / s and scale = 1 / (255 s) the codes are p - 128 and nothing is lost.
 
     Args:
         scale: step of the normalized image, > 0.
+        codes: smallest and largest, 255 apart; others than int8's are for engines whose zero point is free.
     """
 
     scale: Tensor
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, codes: tuple[int, int] = (INPUT_QMIN, INPUT_QMAX)) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.bits = 8
-        self.qmin, self.qmax = INPUT_QMIN, INPUT_QMAX
+        self.qmin, self.qmax = codes
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the image on its grid; the gradient passes straight through."""
