@@ -21,7 +21,7 @@ from PIL import Image
 
 from deploy.batch.__main__ import main
 from deploy.batch.parts import Settings, plan
-from deploy.batch.work import Job, Worker, answers, small_maps
+from deploy.batch.work import Job, Worker, answers, levels
 from runtime import Classifier
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
 from runtime.images.resizing import resize_maps
@@ -242,12 +242,14 @@ def test_what_starts_a_worker_is_told_apart_from_its_work(
 
 def test_equal_logits_and_dark_maps_have_numbers_too(digits_models: dict[str, Path]) -> None:
     manifest = Classifier(digits_models["ort"]).manifest
-    (answer,) = answers(np.zeros((1, 10), np.float32), manifest)
-    assert answer["probability"] == pytest.approx(0.1)
-    assert answer["margin"] == 0
-    assert answer["score"] == pytest.approx(np.log(10))
-    ((levels, largest),) = small_maps(np.zeros((1, 8, 8), np.float32), 4)
-    assert (levels.max(), largest) == (0, 0)
+    answer = answers(np.zeros((2, 10), np.float32), manifest)
+    assert answer["probability"] == pytest.approx([0.1, 0.1])
+    assert answer["margin"].tolist() == [0, 0]
+    assert answer["score"] == pytest.approx([np.log(10)] * 2)
+    maps = np.stack([np.zeros((4, 4)), np.eye(4)]).astype(np.float32)
+    found = levels(maps)
+    assert found["map_max"].tolist() == [0, 1]
+    assert found["map"].tolist() == [[0] * 16, (np.eye(4) * 255).astype(int).ravel().tolist()]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

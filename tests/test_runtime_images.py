@@ -74,9 +74,12 @@ def test_a_frame_is_resized_without_a_whole_copy_of_it_in_floats() -> None:
 def test_maps_are_resized_as_pillow_resizes_floats(
     size: tuple[int, int], other: tuple[int, int], seed: int
 ) -> None:
-    values = np.random.default_rng(seed).random(size, dtype=np.float32)
-    expected = Image.fromarray(values).resize(other[::-1], Image.Resampling.BILINEAR)
-    assert np.abs(resize_maps(values[None], other)[0] - np.asarray(expected)).max() < 2e-6
+    maps = np.random.default_rng(seed).random((3, *size), dtype=np.float32)
+    found = resize_maps(maps, other)
+    for values, resized in zip(maps, found, strict=True):
+        expected = Image.fromarray(values).resize(other[::-1], Image.Resampling.BILINEAR)
+        assert np.abs(resized - np.asarray(expected)).max() < 2e-6
+        assert (resized == resize_maps(values[None], other)[0]).all()  # whatever stands beside it
 
 
 def test_halving_averages_with_a_triangle() -> None:

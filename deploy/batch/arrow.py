@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from runtime.errors import FileError, OptionError
 from runtime.files import write_atomically
@@ -93,12 +95,22 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]], *, described: dict[str, str], map_pixels: int) -> None:
+def write_results(
+    path: Path,
+    names: Sequence[str],
+    reasons: Sequence[str | None],
+    answers: Mapping[str, np.ndarray],
+    *,
+    described: dict[str, str],
+    map_pixels: int,
+) -> None:
     """Write results as one Parquet file, whole or not at all.
 
     Args:
         path: to write.
-        rows: one an image.
+        names: of all images.
+        reasons: why an image has no answer; None where it has one.
+        answers: columns, [N, ...] of the N images that have answers.
         described: the file's metadata.
         map_pixels: number of pixels of a map; 0 where there are none.
     """
@@ -111,10 +123,23 @@ def write_rows(path: Path, rows: list[dict[str, Any]], *, described: dict[str, s
     if map_pixels:
         fields += [("map", arrow.list_(arrow.uint8(), map_pixels)), ("map_max", arrow.float32())]
     schema = arrow.schema([*fields, ("reason", arrow.string())], metadata=described)
-    columns = [[row.get(name) for row in rows] for name in schema.names]
-    table = arrow.table([arrow.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    has_answer = np.array([reason is None for reason in reasons])
+    rows = None if has_answer.all() else arrow.array(np.cumsum(has_answer) - 1, mask=~has_answer)  # of `answers`
+
+    def column(name: str, kind: Any) -> Any:
+        if name not in answers:
+            return arrow.nulls(len(names), kind)
+        values = answers[name]
+        if values.ndim == 2:
+            found = arrow.FixedSizeListArray.from_arrays(arrow.array(values.ravel()), type=kind)
+        else:
+            found = arrow.array(values, kind)
+        return found if rows is None else found.take(rows)
+
+    said = {"path": names, "reason": reasons}
+    arrays = [arrow.array(said[f.name], f.type) if f.name in said else column(f.name, f.type) for f in schema]
     buffer = io.BytesIO()
-    arrow.parquet.write_table(table, buffer, compression="zstd")
+    arrow.parquet.write_table(arrow.table(arrays, schema=schema), buffer, compression="zstd")
     write_atomically(path, buffer.getvalue())
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from deploy.batch.arrow import import_arrow, write_rows
+from deploy.batch.arrow import import_arrow, write_results
 from deploy.batch.parts import Part, Settings
 from deploy.batch.reading import images_of
 from runtime import Classifier
@@ -76,51 +74,58 @@ class Worker:
         if result.exists():
             return Done(0, 0, 0.0)
         began, started_before = time.process_time(), self._start_cpu_seconds
-        rows: list[dict[str, Any]] = []  # one an image, in the order of the plan
-        waiting: list[dict[str, Any]] = []  # rows of the images that the next run of the engine takes
-        images: list[np.ndarray] = []
+        names: list[str] = []  # of all images, in the order of the plan
+        reasons: list[str | None] = []  # why an image cannot be read
+        images: list[np.ndarray] = []  # that the next run of the engine takes
+        answered: list[tuple[np.ndarray, ...]] = []  # logits and small maps, of one run each
         for name, image in images_of(part, settings.column):
-            rows.append({"path": name})
+            names.append(name)
             try:
                 if isinstance(image, ClearpactError):
                     raise image
-                batch = to_batch(image, self._classifier.manifest.input)
+                images.append(to_batch(image, self._classifier.manifest.input))
             except ClearpactError as error:
-                rows[-1]["reason"] = str(error)
+                reasons.append(str(error))
                 continue
-            waiting.append(rows[-1])
-            images.append(batch)
+            reasons.append(None)
             if len(images) == BATCH:
-                self._fill(waiting, np.concatenate(images))
-                waiting, images = [], []
+                answered.append(self._answer(np.concatenate(images)))
+                images = []
         if images:
-            self._fill(waiting, np.concatenate(images))
+            answered.append(self._answer(np.concatenate(images)))
+        # For a whole part at once: in numpy, an array of a thousand images costs little more than one of a batch.
+        columns: dict[str, np.ndarray] = {}
+        if answered:
+            logits, *maps = map(np.concatenate, zip(*answered, strict=True))
+            columns = answers(logits, self._classifier.manifest)
+            for small in maps:
+                columns |= levels(small)
         described = {"clearpact.model": settings.model, "clearpact.map": f"{settings.explain} {settings.map_size}"}
         pixels = settings.map_size**2 if settings.explain else 0
-        write_rows(result, rows, described=described, map_pixels=pixels)
+        write_results(result, names, reasons, columns, described=described, map_pixels=pixels)
         taken = time.process_time() - began - (self._start_cpu_seconds - started_before)
         start, self._start_cpu_seconds = self._start_cpu_seconds, 0.0
-        return Done(len(rows), sum("reason" in row for row in rows), taken, start)
+        return Done(len(names), len(names) - reasons.count(None), taken, start)
 
-    def _fill(self, rows: list[dict[str, Any]], batch: np.ndarray) -> None:
+    def _answer(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return logits [N, K] of a batch and, where maps are wanted, small ones [N, size, size], float32."""
+        count = len(batch)
         one_run = self._job.settings.explain in _ONE_RUN
-        if one_run and len(batch) == BATCH and not self._full_runs:
+        if one_run and count == BATCH and not self._full_runs:
             began = time.process_time()
-            self._answer(batch)  # compiles
+            self._run(batch)  # compiles
             self._start_cpu_seconds += time.process_time() - began
             self._full_runs = True
-        if self._full_runs:
+        if self._full_runs and count < BATCH:
             # Compiling for the number that is left over would cost more than to run some images again.
-            batch = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
-        logits, maps = self._answer(batch)
-        if maps is not None:
-            small = small_maps(maps[: len(rows)], self._job.settings.map_size)
-            for row, (levels, largest) in zip(rows, small, strict=True):
-                row |= {"map": levels, "map_max": largest}
-        for row, answer in zip(rows, answers(logits[: len(rows)], self._classifier.manifest), strict=True):
-            row |= answer
+            batch = np.concatenate([batch, np.repeat(batch[-1:], BATCH - count, axis=0)])
+        logits, maps = self._run(batch)
+        if maps is None:
+            return (logits[:count],)
+        size = self._job.settings.map_size
+        return logits[:count], resize_maps(maps[:count], (size, size))
 
-    def _answer(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return logits and, where they are wanted, maps of a batch."""
         method = self._job.settings.explain
         if not method:
@@ -129,37 +134,37 @@ class Worker:
         return found.logits, found.map
 
 
-def answers(logits: np.ndarray, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Yield what is said of every image: class, index, probability, margin, score and whether that is usual.
+def answers(logits: np.ndarray, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return what is said of images, as columns: class, index, probability, margin, score, in_distribution.
 
     Args:
         logits: float32 [N, K].
         manifest: of the model, with its temperature and reference.
 
     The margin is `runtime.Prediction`'s. The score is that of `runtime.reference` (Liu et al. 2020); an image that
-    reaches the reference's threshold is in distribution, and None is said where the file has no reference.
+    reaches the reference's threshold is in distribution. There is no margin where the file is in float or has one
+    class, and no `in_distribution` where it has no reference.
     """
+    best = logits.argmax(1)
     probabilities = softmax(logits / manifest.temperature)
     scores = in_distribution_scores(logits)
-    ordered = np.sort(logits, axis=1)
-    stepped = manifest.logit_step is not None and logits.shape[1] > 1
-    margins = (ordered[:, -1] - ordered[:, -2]) / manifest.logit_step if stepped else [None] * len(logits)
-    reference = manifest.reference
-    for index, row, margin, score in zip(logits.argmax(1), probabilities, margins, scores, strict=True):
-        yield {
-            "class": manifest.classes[index],
-            "index": int(index),
-            "probability": float(row[index]),
-            "margin": None if margin is None else float(margin),
-            "score": float(score),
-            "in_distribution": None if reference is None else bool(score >= reference.threshold),
-        }
+    found = {
+        "class": np.array(manifest.classes, object)[best],
+        "index": best,
+        "probability": probabilities[np.arange(len(best)), best],
+        "score": scores,
+    }
+    if manifest.logit_step is not None and logits.shape[1] > 1:
+        ordered = np.sort(logits, axis=1)
+        found["margin"] = (ordered[:, -1] - ordered[:, -2]) / manifest.logit_step
+    if manifest.reference is not None:
+        found["in_distribution"] = scores >= manifest.reference.threshold
+    return found
 
 
-def small_maps(maps: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield maps float32 [N, H, W] as uint8 [size * size], 255 being the largest value of each, and that value."""
-    small = resize_maps(maps, (size, size)).reshape(len(maps), -1)
-    largest = small.max(1)
+def levels(maps: np.ndarray) -> dict[str, np.ndarray]:
+    """Return maps float32 [N, H, W] as columns: `map`, uint8 [N, H * W], whose 255 is `map_max`."""
+    flat = maps.reshape(len(maps), -1)
+    largest = flat.max(1)
     factors = np.divide(255, largest, out=np.zeros_like(largest), where=largest > 0)
-    levels = np.rint(small * factors[:, None]).astype(np.uint8)
-    yield from zip(levels, largest.tolist(), strict=True)
+    return {"map": np.rint(flat * factors[:, None]).astype(np.uint8), "map_max": largest}

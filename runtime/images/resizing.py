@@ -67,9 +67,11 @@ def resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return float32 [N, H', W'] of float32 maps [N, H, W], bilinear with antialiasing."""
     rows, columns = _blocks(maps.shape[1], size[0], 1), _blocks(maps.shape[2], size[1], 1)
+    # All maps in one call of numpy, which makes the products one by one: those of a small map are done sooner than
+    # Python comes to the next one.
+    lowered = _along_rows(maps.astype(np.float32, copy=False), rows, size[0], np.float32)
     resized = np.empty((len(maps), *size), np.float32)
-    for values, out in zip(maps.astype(np.float32, copy=False), resized, strict=True):
-        _along_columns(_along_rows(values, rows, size[0], np.float32), columns, out)
+    _along_columns(lowered, columns, resized)
     return resized
 
 
@@ -85,17 +87,17 @@ class _Block:
 
 
 def _along_columns(values: np.ndarray, blocks: tuple[_Block, ...], out: np.ndarray) -> None:
-    """Resize float32 [H, W * C] to `out` [H, W' * C]."""
+    """Resize float32 [..., H, W * C] to `out` [..., H, W' * C]."""
     for block in blocks:
-        np.matmul(values[:, block.start : block.stop], block.weights, out=out[:, block.first : block.last])
+        np.matmul(values[..., block.start : block.stop], block.weights, out=out[..., block.first : block.last])
 
 
 def _along_rows(values: np.ndarray, blocks: tuple[_Block, ...], height: int, dtype: type) -> np.ndarray:
-    """Return float32 [H, W] resized to [H', W], computed in float32 or float64."""
-    out: np.ndarray = np.empty((height, values.shape[1]), dtype)
+    """Return float32 [..., H, W] resized to [..., H', W], computed in float32 or float64."""
+    out: np.ndarray = np.empty((*values.shape[:-2], height, values.shape[-1]), dtype)
     for block in blocks:
-        taken: np.ndarray = values[block.start : block.stop].astype(dtype, copy=False)
-        np.matmul(block.weights.T, taken, out=out[block.first : block.last])
+        taken: np.ndarray = values[..., block.start : block.stop, :].astype(dtype, copy=False)
+        np.matmul(block.weights.T, taken, out=out[..., block.first : block.last, :])
     return out
 
 
