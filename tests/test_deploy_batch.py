@@ -20,7 +20,9 @@ import pytest
 from PIL import Image
 
 from deploy.batch.__main__ import main
-from deploy.batch.parts import Settings, plan
+from deploy.batch.arrow import image_rows
+from deploy.batch.parts import Part, Settings, plan
+from deploy.batch.reading import images_of
 from deploy.batch.work import Job, Worker, answers, levels
 from runtime import Classifier
 from runtime.errors import ClearpactError, FileError, ModelError, OptionError
@@ -198,6 +200,25 @@ def test_a_source_that_vanishes_is_a_reason_in_every_row(
     found = rows(tmp_path / "results")
     assert len(found) == len({row["path"] for row in found}) == 40
     assert all(row["reason"] for row in found)
+
+
+@pytest.mark.parametrize("row_group", [7, 20, 100])
+def test_rows_of_parquet_are_found_whatever_the_row_groups_are(
+    row_group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "more.parquet"
+    pq.write_table(pa.table({"image": [b"%d" % row for row in range(60)]}), path, row_group_size=row_group)
+    monkeypatch.setattr("deploy.batch.arrow._MOST_ROWS", 4)
+    for first, count in ((0, 60), (0, 9), (7, 14), (13, 1), (40, 20), (59, 1)):
+        found = list(image_rows(path, first, count, ""))
+        assert found == [(f"{path}#{row}", b"%d" % row) for row in range(first, first + count)]
+    os.utime(path, ns=(1, 1))  # as another file of this name would be
+    monkeypatch.setattr("deploy.batch.arrow._BYTES_AT_ONCE", 1)
+    assert [value for _, value in image_rows(path, 20, 3, "image")] == [b"20", b"21", b"22"]
+    # A file that has lost rows since it was listed gives a reason for each of them.
+    lost = list(images_of(Part(0, "parquet", str(path), 4, first=58), ""))
+    assert [name for name, _ in lost] == [f"{path}#{row}" for row in range(58, 62)]
+    assert "holds 60 rows, expected 62" in str(lost[2][1])
 
 
 def test_mistakes_are_told_before_any_work(

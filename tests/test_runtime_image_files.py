@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from runtime.errors import FileError, ImageError
-from runtime.images import folders_in, is_hidden, is_image_file, list_images, load_image, to_array
+from runtime.images import decode_image, folders_in, is_hidden, is_image_file, list_images, load_image, to_array
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "TGA", "PPM", "JPEG2000", "AVIF", "PCX", "ICO", "DIB")
 
@@ -31,6 +31,15 @@ def contents(kind: str) -> bytes:
     exif[0x010F] = "a maker"
     picture().save(buffer, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
     return buffer.getvalue()
+
+
+def test_contents_are_read_as_files_are(tmp_path: Path) -> None:
+    for kind in FORMATS:
+        (tmp_path / "photo").write_bytes(contents(kind))
+        assert (decode_image(contents(kind), "photo") == load_image(tmp_path / "photo")).all()
+    # Pillow would start Ghostscript.
+    with pytest.raises(FileError, match=r"^photo: cannot be read as an image \(not an image file\)"):
+        decode_image(contents("EPS"), "photo")
 
 
 @pytest.mark.parametrize("kind", FORMATS)

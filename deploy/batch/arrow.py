@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import numpy as np
 
 from runtime.errors import FileError, OptionError
 from runtime.files import write_atomically
+
+# Rows of a Parquet file that are in memory together, encoded; of large images as many as have so many bytes.
+_MOST_ROWS = 1024
+_BYTES_AT_ONCE = 2**23
 
 
 def import_arrow() -> Any:
@@ -28,41 +34,77 @@ def import_arrow() -> Any:
     return pyarrow
 
 
-def parquet_row_counts(path: Path) -> list[int]:
-    """Return the number of rows of each row group.
+def parquet_row_count(path: Path) -> int:
+    """Return the number of rows.
 
     Raises:
         FileError: no Parquet file.
     """
-    metadata = _opened(path).metadata
-    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    return int(_opened(path).metadata.num_rows)
 
 
-def image_rows(
-    path: Path, row_group: int, first: int, count: int, column: str
-) -> Iterator[tuple[str, bytes | None]]:
+def image_rows(path: Path, first: int, count: int, column: str) -> Iterator[tuple[str, bytes | None]]:
     """Yield name and encoded image of some rows; None where a row has no image.
 
     Args:
         path: of the file.
-        row_group: in which the rows are.
-        first: of them.
+        first: row of the file, whatever its row groups are.
         count: of rows.
         column: of images: bytes, or structs of `bytes` and `path` as Hugging Face writes them; see `image_column`.
 
     Raises:
-        FileError: the file cannot be read, or holds no such column.
+        FileError: the file cannot be read, holds no such column, or holds fewer rows.
     """
+    arrow = import_arrow()
+    try:
+        source = _images(path, column, path.stat().st_mtime_ns)
+        last = first + count
+        groups = np.flatnonzero((source.ends > first) & (source.ends - source.rows < last))
+        row = int((source.ends - source.rows)[groups[0]]) if len(groups) else last
+        for batch in source.file.iter_batches(source.rows_at_once, groups.tolist(), columns=[source.column]):
+            values = batch.column(0)
+            wanted = values.slice(max(0, first - row), max(0, last - max(first, row)))
+            for index, found in enumerate(wanted.to_pylist(), max(first, row)):
+                named = found.get("path") if isinstance(found, dict) else None
+                encoded = found.get("bytes") if isinstance(found, dict) else found
+                yield f"{path}#{index} {named}" if named else f"{path}#{index}", encoded
+            row += len(values)
+            if row >= last:
+                return
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+    raise FileError(f"{path}: holds {row:,} rows, expected {last:,} as when it was listed; name another folder")
+
+
+@dataclass(frozen=True)
+class _Images:
+    """An open Parquet file.
+
+    Args:
+        file: pyarrow's.
+        column: of the images.
+        rows: of each row group.
+        ends: the row after each row group.
+        rows_at_once: so many are in memory, encoded.
+    """
+
+    file: Any
+    column: str
+    rows: np.ndarray
+    ends: np.ndarray
+    rows_at_once: int
+
+
+@functools.lru_cache(
+    maxsize=1
+)  # with thousands of row groups, to open a file takes longer than to read a part of it
+def _images(path: Path, column: str, changed_ns: int) -> _Images:
     file = _opened(path)
-    before = sum(file.metadata.row_group(index).num_rows for index in range(row_group))
-    name = image_column(path, column)
-    values = file.read_row_group(row_group, columns=[name]).column(0).slice(first, count)
-    for offset, value in enumerate(values):
-        found = value.as_py()
-        named = found.get("path") if isinstance(found, dict) else None
-        encoded = found.get("bytes") if isinstance(found, dict) else found
-        number = f"{path}#{before + first + offset}"
-        yield f"{number} {named}" if named else number, encoded
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    rows = np.array([group.num_rows for group in groups], int)
+    row_bytes = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
+    at_once = min(_MOST_ROWS, max(1, _BYTES_AT_ONCE // max(1, row_bytes)))
+    return _Images(file, _column(path, file.schema_arrow, column), rows, np.cumsum(rows), at_once)
 
 
 def image_column(path: Path, wanted: str = "") -> str:
@@ -75,7 +117,10 @@ def image_column(path: Path, wanted: str = "") -> str:
     Raises:
         FileError: there is none.
     """
-    schema = _opened(path).schema_arrow
+    return _column(path, _opened(path).schema_arrow, wanted)
+
+
+def _column(path: Path, schema: Any, wanted: str) -> str:
     found = [str(field.name) for field in schema if _holds_bytes(field.type)]
     if not (wanted in found if wanted else found):
         named = (
@@ -148,6 +193,8 @@ def _opened(path: Path) -> Any:
     try:
         return arrow.parquet.ParquetFile(path, memory_map=True)
     except (arrow.ArrowException, OSError) as error:
-        raise FileError(
-            f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); copy it again"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> FileError:
+    return FileError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); copy it again")

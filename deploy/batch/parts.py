@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from deploy.batch.arrow import image_column, parquet_row_counts
+from deploy.batch.arrow import image_column, parquet_row_count
 from runtime.errors import FileError
 from runtime.files import read_bytes, write_atomically
 from runtime.images import RARE_SUFFIXES, SUFFIXES, is_hidden, is_image_file
@@ -21,7 +21,7 @@ from runtime.images import RARE_SUFFIXES, SUFFIXES, is_hidden, is_image_file
 PLAN_NAME = "plan.jsonl"
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_COMPRESSED = (".gz", ".tgz")  # which can be read from the start only
+COMPRESSED = (".gz", ".tgz")  # which can be read from the start only
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Part:
         kind: "files", "tar" or "parquet".
         source: the tar or Parquet file; the folder of the files.
         members: of a tar, as (name, offset in bytes, size in bytes); files, as (path, 0, 0).
-        row_group: of the Parquet file.
-        first: row of the row group that the part begins with.
+        first: row of the Parquet file that the part begins with.
         count: number of images.
     """
 
@@ -64,7 +63,6 @@ class Part:
     source: str
     count: int
     members: tuple[tuple[str, int, int], ...] = ()
-    row_group: int = 0
     first: int = 0
 
     def to_json(self) -> str:
@@ -144,9 +142,9 @@ def _parts_of(given: Path, most: int, column: str) -> Iterator[Part]:
         yield from _parts_of_tar(given, most)
     elif given.name.endswith(PARQUET_SUFFIXES):
         image_column(given, column)
-        for row_group, rows in enumerate(parquet_row_counts(given)):
-            for first in range(0, rows, most):
-                yield Part(0, "parquet", str(given), min(most, rows - first), row_group=row_group, first=first)
+        rows = parquet_row_count(given)
+        for first in range(0, rows, most):
+            yield Part(0, "parquet", str(given), min(most, rows - first), first=first)
     else:
         yield Part(0, "files", str(given.parent), 1, members=((str(given), 0, 0),))
 
@@ -180,7 +178,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _parts_of_tar(path: Path, most: int) -> Iterator[Part]:
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:gz" if path.name.endswith(COMPRESSED) else "r:") as tar:
             found = [
                 (member.name, member.offset_data, member.size)
                 for member in tar
@@ -188,7 +186,7 @@ def _parts_of_tar(path: Path, most: int) -> Iterator[Part]:
             ]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise FileError(f"{path}: cannot be read as a tar file ({error}); copy it again") from None
-    size = max(1, len(found)) if path.name.endswith(_COMPRESSED) else most
+    size = max(1, len(found)) if path.name.endswith(COMPRESSED) else most
     for start in range(0, len(found), size):
         some = tuple(found[start : start + size])
         yield Part(0, "tar", str(path), len(some), members=some)

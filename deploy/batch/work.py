@@ -13,7 +13,7 @@ from deploy.batch.parts import Part, Settings
 from deploy.batch.reading import images_of
 from runtime import Classifier
 from runtime.errors import ClearpactError
-from runtime.images import to_batch
+from runtime.images import load_readers, to_batch
 from runtime.images.resizing import resize_maps
 from runtime.manifest import Manifest
 from runtime.prediction import softmax
@@ -64,6 +64,7 @@ class Worker:
         self._job = job
         self._classifier = Classifier(job.model, engine=job.engine, threads=1)
         import_arrow().array([0])  # at its first array Arrow imports pandas, where that is installed
+        load_readers()
         self._start_cpu_seconds = time.process_time()
         self._full_runs = False  # the engine is ready for BATCH images at a time
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,26 +43,32 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         FileError: missing, too large, or not an image that Pillow can read; nothing else, whatever the file holds.
         OptionError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise OptionError("reading image files needs Pillow; pip install 'clearpact[tools]'") from None
     path = Path(path)
-    try:
-        with _opened(path) as image:
-            return _pixels(image, max_pixels)
-    except ImageError as error:
-        raise FileError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise FileError(f"{path}: no such file; check the path") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise FileError(
-            f"{path}: has more pixels than Pillow takes ({Image.MAX_IMAGE_PIXELS:,}); make it smaller"
-        ) from None
-    except Exception as error:  # Pillow's plugins let anything through that a damaged file makes them do
-        unidentified = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image file" if unidentified else getattr(error, "strerror", None) or _said(error)
-        raise FileError(f"{path}: cannot be read as an image ({reason}); expected PNG, JPEG or the like") from None
+    return _decoded(path, str(path), max_pixels)
+
+
+def decode_image(encoded: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the pixels of what an image file holds, as `load_image` does of the file.
+
+    Args:
+        encoded: contents of the file.
+        name: which errors call it by.
+        max_pixels: an image of more is refused before it is decoded.
+
+    Raises:
+        FileError: too large, or not an image that Pillow can read; nothing else, whatever the bytes are.
+        OptionError: Pillow is not installed.
+    """
+    return _decoded(io.BytesIO(encoded), name, max_pixels)
+
+
+def load_readers() -> None:
+    """Load Pillow with its readers of the usual kinds of files, which the first image would else wait for.
+
+    Raises:
+        OptionError: Pillow is not installed.
+    """
+    _pillow().preinit()
 
 
 def to_array(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -116,15 +123,41 @@ def gpu_interface(image: Any) -> Mapping[str, Any] | None:
     return found
 
 
-def _opened(path: Path) -> Any:
-    """Return a file as a PIL image that is not decoded yet."""
-    from PIL import Image
-
+def _pillow() -> Any:
     try:
-        return Image.open(path, formats=_FIRST_KINDS)
-    except Image.UnidentifiedImageError:
-        Image.init()
-        return Image.open(path, formats=[kind for kind in _MORE_KINDS if kind in Image.OPEN])
+        from PIL import Image
+    except ImportError:
+        raise OptionError("reading image files needs Pillow; pip install 'clearpact[tools]'") from None
+    return Image
+
+
+def _decoded(source: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
+    pillow = _pillow()
+    try:
+        with _opened(source) as image:
+            return _pixels(image, max_pixels)
+    except ImageError as error:
+        raise FileError(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise FileError(f"{name}: no such file; check the path") from None
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
+        raise FileError(
+            f"{name}: has more pixels than Pillow takes ({pillow.MAX_IMAGE_PIXELS:,}); make it smaller"
+        ) from None
+    except Exception as error:  # Pillow's plugins let anything through that a damaged file makes them do
+        unidentified = isinstance(error, pillow.UnidentifiedImageError)
+        reason = "not an image file" if unidentified else getattr(error, "strerror", None) or _said(error)
+        raise FileError(f"{name}: cannot be read as an image ({reason}); expected PNG, JPEG or the like") from None
+
+
+def _opened(source: Path | io.BytesIO) -> Any:
+    """Return a file as a PIL image that is not decoded yet."""
+    pillow = _pillow()
+    try:
+        return pillow.open(source, formats=_FIRST_KINDS)
+    except pillow.UnidentifiedImageError:
+        pillow.init()
+        return pillow.open(source, formats=[kind for kind in _MORE_KINDS if kind in pillow.OPEN])
 
 
 def _pixels(image: Any, max_pixels: int) -> np.ndarray:
