@@ -74,11 +74,8 @@ def _quiet_exporter() -> Iterator[None]:
 
 def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
     """Name what later passes and readers look for: the normalized image, and every grid with its codes."""
-    names: dict[str, str] = {}
-    front = list(model.graph.node[:4])
-    if [node.op_type for node in front] not in (["Transpose", "Cast", "Sub", op] for op in ("Mul", "Div")):
-        raise ModelError(f"exported graph: starts with {[n.op_type for n in front]}, expected the normalization")
-    names[front[-1].output[0]] = NORMALIZED
+    facts = GraphFacts(model)
+    names = {_normalized(facts): NORMALIZED}
     # Quantizers stand in the graph in the order of their calls; their values are told apart by what they compute,
     # since the exporter merges equal constants.
     calls = [
@@ -87,7 +84,6 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
         if node.op == "call_module" and isinstance(form.network.get_submodule(str(node.target)), FoldedQuantizer)
     ]
     weights = {t.name for t in model.graph.initializer}
-    facts = GraphFacts(model)
     dequantized = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in weights]
     if len(dequantized) != len(calls) * int(any(m.rounds for m in _folded_quantizers(form))):
         raise ModelError(f"exported graph: {len(dequantized)} activation grids, expected {len(calls)}")
@@ -108,6 +104,18 @@ def _name_values(model: onnx.ModelProto, form: DeployForm) -> None:
                  *model.graph.output):  # fmt: skip
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+def _normalized(facts: GraphFacts) -> str:
+    """Return the name of the normalized image; what asks the image for its batch alone is passed over."""
+    name, kinds = INPUT_NAME, []
+    for expected in (("Transpose",), ("Cast",), ("Sub",), ("Mul", "Div")):
+        readers = [node for node in facts.consumers[name] if node.op_type != "Shape"]
+        kinds.append(" or ".join(node.op_type for node in readers))
+        if len(readers) != 1 or readers[0].op_type not in expected:
+            raise ModelError(f"exported graph: starts with {', '.join(kinds)}, expected the normalization")
+        name = readers[0].output[0]
+    return str(name)
 
 
 def _folded_quantizers(form: DeployForm) -> list[FoldedQuantizer]:

@@ -113,6 +113,22 @@ class OwnNormalization(Net):
         return super().forward((x - 0.5) / 0.25 * torch.tensor(0.5))
 
 
+class OwnToken(nn.Module):
+    """Asks the image for its batch, and puts as many tokens before the patches, as torchvision's ViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(1, 8, 4, stride=4), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, _, height, width = x.shape
+        torch._assert(height == width, "expected a square")
+        patches = self.patches(x).reshape(images, 8, -1).permute(0, 2, 1)
+        x = torch.cat([self.token.expand(images, -1, -1), patches], dim=1)
+        return self.head(F.gelu(self.mix(x)).mean(1))
+
+
 class ConvOfAnotherName(nn.Conv2d):
     pass
 
@@ -131,6 +147,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "two_norms": TwoNorms,
     "zero_residual": ZeroResidual,
     "own_normalization": OwnNormalization,
+    "own_token": OwnToken,
     "group_norm": lambda: Net(nn.GroupNorm(2, 8)),
     "instance_norm": lambda: Net(nn.InstanceNorm2d(8, affine=True)),
     "norm_without_affine": lambda: Net(nn.BatchNorm2d(8, affine=False)),
