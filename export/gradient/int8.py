@@ -19,13 +19,12 @@ from onnx import numpy_helper
 
 from export.gradient.tape import Tape
 from export.graph import attributes
-from export.reference import reference_run
+from export.reference import images_at_once, reference_run
 
 # Share of a layer's gradients that the grid is to hold unclipped. Most gradients are small: of the shares 0.9995,
 # 0.9999, 0.99999 and 1, this one gave the maps that agree best with float32's (bench/results/README.md).
 HELD_SHARE = 0.9999
 _LARGEST_CODE = 127
-_IMAGES_AT_ONCE = 32
 
 
 def factors(
@@ -75,19 +74,21 @@ def calibrate(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> None
     if not steps:
         return
     run, _ = reference_run(_without_grids(model), list(steps.values()))
-    count = len(next(iter(samples.values())))
+    images = max(samples.values(), key=lambda value: value.size)
+    count, size = len(images), images_at_once(images[0].size // 3)
     largest: dict[str, np.ndarray] = {step: np.empty(0) for step in steps}
-    for start in range(0, count, _IMAGES_AT_ONCE):
-        found = run({name: value[start : start + _IMAGES_AT_ONCE] for name, value in samples.items()})
+    for start in range(0, count, size):
+        found = run({name: value[start : start + size] for name, value in samples.items()})
         for step, gradient in steps.items():
             sizes = np.abs(found[gradient]).reshape(-1)
             # Of all images together, only so many can be beyond the grid.
-            beyond = int((1 - HELD_SHARE) * sizes.size / min(_IMAGES_AT_ONCE, count - start) * count) + 1
-            largest[step] = np.sort(np.concatenate([largest[step], sizes]))[-beyond:]
+            beyond = int((1 - HELD_SHARE) * sizes.size / min(size, count - start) * count) + 1
+            both = np.concatenate([largest[step], sizes])
+            largest[step] = np.partition(both, len(both) - min(beyond, len(both)))[-beyond:]
     for tensor in graph.initializer:
         if tensor.name in steps:
             kind = numpy_helper.to_array(tensor).dtype
-            held = float(largest[tensor.name][0])
+            held = float(largest[tensor.name].min())
             # A layer without gradient on any sample: the grid of the others' unit is as good as any.
             value = np.asarray(held / _LARGEST_CODE if held > 0 else 1.0, kind)
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 from export.deploy_form import deploy_form
 from export.gradient.cam import Cam
 from export.gradient.walk import OUTPUTS, append_input_gradient
-from export.reference import reference_run
+from export.reference import images_at_once, reference_run, run_in_parts
 from runtime.explanations.agreement import MEASURES, spearman
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
@@ -120,7 +121,7 @@ def differentiate(
     def tried(count: int | None) -> tuple[onnx.ModelProto, MapAgreement]:
         few, others = ({name: value[:count] for name, value in half.items()} for half in (seen, unseen))
         rounded = append(int8_samples=few)
-        maps = (reference_run(m)[0](others)["saliency"] for m in (rounded, exact))
+        maps = (run_in_parts(reference_run(m)[0], others, ["saliency"])["saliency"] for m in (rounded, exact))
         return rounded, _agreement(*maps)
 
     images = unseen[INPUT_NAME]
@@ -181,19 +182,28 @@ def export_agreement(graph: onnx.ModelProto, model: QuantizedModel) -> ExportAgr
         model: it was exported from; its samples are compared.
     """
     network = model.original or deploy_form(model.evaluated(), model.input, int8=False).network
-    x = model.input.normalize(model.samples).requires_grad_()
-    logits = network(x)
-    truth = logits.argmax(1) if model.labels is None else model.labels
-    (gradient,) = torch.autograd.grad(logits.gather(1, truth.unsqueeze(1)).sum(), x)
-    found = reference_run(graph)[0](_feeds(replace(model, labels=truth)))
+    floats: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for part in model.samples.split(images_at_once(math.prod(model.input.size))):
+        x = model.input.normalize(part).requires_grad_()
+        logits = network(x)
+        done = sum(map(len, floats))
+        known = logits.argmax(1) if model.labels is None else model.labels[done : done + len(part)]
+        gradients += torch.autograd.grad(logits.gather(1, known.unsqueeze(1)).sum(), x)
+        floats.append(logits.detach())
+    floating, gradient = torch.cat(floats), torch.cat(gradients)
+    truth = floating.argmax(1) if model.labels is None else model.labels
+    feeds = _feeds(replace(model, labels=truth))
+    found = run_in_parts(reference_run(graph)[0], feeds, ["logits", "saliency"])
     right = {name: (values.argmax(1) == truth.numpy()).mean() for name, values in
-             (("float", logits.detach().numpy()), ("exported", found["logits"]))}  # fmt: skip
+             (("float", floating.numpy()), ("exported", found["logits"]))}  # fmt: skip
     maps, expected = found["saliency"], gradient.abs().amax(1).numpy()
-    same = found["logits"].argmax(1) == logits.detach().numpy().argmax(1)
+    same = found["logits"].argmax(1) == floating.numpy().argmax(1)
+    agreement = _agreement(maps, expected)
     return ExportAgreement(
         reference="the trained network without rounding" if model.original is None else "the float network",
-        maps=_agreement(maps, expected),
-        same_class=_agreement(maps[same], expected[same]) if same.any() else None,
+        maps=agreement,
+        same_class=agreement if same.all() else _agreement(maps[same], expected[same]) if same.any() else None,
         worst=tuple(map(int, spearman(maps, expected).argsort()[:_WORST])),
         float_accuracy=None if model.labels is None else 100 * float(right["float"]),
         exported_accuracy=100 * float(right["exported"]),

@@ -12,6 +12,7 @@ multiples of the same steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from export.deploy_form import DeployForm, folded_layers
 from export.operators import along
+from export.reference import images_at_once
 from export.verification.exact import on_codes
 from export.verification.last_layer import logit_step
 from export.verification.probes import probe
@@ -43,7 +45,7 @@ MAX_CHANGED_SHARE = 0.02
 # the steps before them, many more of one quantizer's do: every engine rounds those otherwise, and nothing counts
 # but the comparison layer by layer.
 MAX_TIED_SHARE = 0.02
-_IMAGES_AT_ONCE, _IMAGES_FOR_TIES = 32, 8
+_IMAGES_FOR_TIES = 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def verify(
     exact = on_codes(network, (input_spec.channels, *input_spec.size))
     logits, same_codes, flipped, compared, tied_share = [], [], [], 0, 0.0
     free: list[Tensor] = []
-    for part in images.split(_IMAGES_AT_ONCE):
+    parts = images.split(images_at_once(math.prod(input_spec.size)))
+    for part in parts:
         found = probed.run({"image": part.permute(0, 2, 3, 1).contiguous().numpy()})
         codes = probed.codes(found)
         x = input_spec.normalize(part)
@@ -128,7 +131,7 @@ def verify(
         same_codes.append(logits_of_codes)
         with torch.no_grad():
             free.append(network(x))
-    ours, of_codes, trained, flips = (torch.cat(parts) for parts in (logits, same_codes, free, flipped))
+    ours, of_codes, trained, flips = (torch.cat(found) for found in (logits, same_codes, free, flipped))
     steps = largest_steps(ours, of_codes, logit_step(form, of_codes))
     if not steps <= MAX_LOGIT_STEPS:
         raise ModelError(
@@ -139,7 +142,6 @@ def verify(
     undecided = torch.zeros_like(changed)
     if changed.any():
         with torch.no_grad():
-            parts = images.split(_IMAGES_AT_ONCE)
             doubled = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
         undecided = nearly_tied(trained, doubled)
     unexplained = ((ours.argmax(1) != of_codes.argmax(1)) | (changed & (flips == 0))) & ~undecided

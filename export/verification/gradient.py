@@ -7,6 +7,7 @@ open. What is left is float rounding, and what int8 gradients cost where the fil
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.reference import images_at_once
 from export.verification.probes import ProbedGraph
 from runtime.errors import ModelError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
@@ -59,15 +61,20 @@ def verify_gradient(
     Raises:
         ModelError: the gradient is another one.
     """
-    x, labels, feeds = explained_samples(network, model)
-    found = probed.run(feeds)
-    with on_codes(network, probed.codes(found), gate):
-        (expected,) = torch.autograd.grad(network(x).gather(1, labels.unsqueeze(1)).sum(), x)
-    difference = (torch.from_numpy(found["gradient"]) - expected).flatten(1).norm(dim=1)
-    size = expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    error = float((difference / size).median())
+    images, labels, feeds = explained_samples(network, model)
+    size = images_at_once(math.prod(model.input.size))
+    errors = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        x, classes = images.detach()[part].requires_grad_(), labels[part].unsqueeze(1)
+        found = probed.run({name: value[part] for name, value in feeds.items()})
+        with on_codes(network, probed.codes(found), gate):
+            (expected,) = torch.autograd.grad(network(x).gather(1, classes).sum(), x)
+        difference = (torch.from_numpy(found["gradient"]) - expected).flatten(1).norm(dim=1)
+        errors.append(difference / expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
+    error = float(torch.cat(errors).median())
     check_error("gradient", error, int8=int8)
-    return GradientVerification(len(x), error)
+    return GradientVerification(len(images), error)
 
 
 def explained_samples(network: nn.Module, model: QuantizedModel) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
@@ -78,10 +85,11 @@ def explained_samples(network: nn.Module, model: QuantizedModel) -> tuple[Tensor
         those that the network predicts where they are not known; the inputs of the graph.
     """
     images = model.samples[:_IMAGES]
-    x = model.input.normalize(images).requires_grad_()
-    labels = network(x).argmax(1) if model.labels is None else model.labels[:_IMAGES]
+    x, labels = model.input.normalize(images), model.labels
+    with torch.no_grad():
+        labels = network(x).argmax(1) if labels is None else labels[: len(x)]
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return x, labels, {INPUT_NAME: pixels, TARGET_NAME: labels.numpy()}
+    return x.requires_grad_(), labels, {INPUT_NAME: pixels, TARGET_NAME: labels.numpy()}
 
 
 def check_error(name: str, error: float, *, int8: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from train.choices import MSE
-from train.post_training.hooks import run_with_hooks
 from train.quantization.quantize import quantizers
 from train.quantization.quantizers import PACT
 
@@ -33,7 +33,7 @@ class _Histogram:
     """How positive magnitudes are distributed, in one pass: its range doubles where a larger one comes.
 
     Attributes:
-        counts: float [_BINS], of equal bins from 0 to `top`; zeros are not counted.
+        counts: float [_BINS], of equal bins from 0 to `top`, each with its upper end; zeros are not counted.
         top: where the last bin ends.
         largest: magnitude so far.
     """
@@ -51,9 +51,9 @@ class _Histogram:
         while self.top < self.largest:
             self.top *= 2
             self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), torch.zeros(_BINS // 2)])
-        counts = torch.histc(magnitudes.float(), _BINS, 0, self.top)
-        # Picking the others out would take longer than counting them.
-        counts[0] -= magnitudes.numel() - magnitudes.sign().sum(dtype=torch.float64)
+        # Half as long as torch.histc: a bin's number is the next whole number, and zeros have one of their own.
+        bins = (magnitudes * (_BINS / self.top)).ceil_().clamp_max_(_BINS).to(torch.int32)
+        counts = torch.bincount(bins.reshape(-1), minlength=_BINS + 1)[1:]
         self.counts += counts
 
 
@@ -91,13 +91,25 @@ def _searched(
             share = float(percentile) / 100
             candidates[f"{percentile} %"] = {pact: _quantile(share, found) for pact, found in counts.items()}
     errors: dict[str, float] = {}
+    squares: dict[str, list[Tensor]] = {name: [] for name in candidates}
     ranked, count = list(candidates), len(logits)
-    if count // _FIRST:
-        few = count // _FIRST
-        errors = {name: _error(candidates[name], model, batches[:few], logits[:few]) for name in ranked}
+
+    def compare(name: str, upto: int) -> None:
+        """Set the error of a candidate on the first batches, of which some may be done."""
+        _set(candidates[name])
+        done = len(squares[name])
+        for x, expected in zip(batches[done:upto], logits[done:upto], strict=True):
+            squares[name].append((model(x) - expected).square().mean(1))
+        errors[name] = torch.cat(squares[name]).mean().item()
+
+    half = len(ranked)
+    if few := count // _FIRST:
+        for name in ranked:
+            compare(name, few)
         ranked.sort(key=lambda name: errors[name])
-    half = (len(ranked) + 1) // 2 if errors else len(ranked)
-    errors |= {name: _error(candidates[name], model, batches[:count], logits) for name in ranked[:half]}
+        half = (len(ranked) + 1) // 2
+    for name in ranked[:half]:
+        compare(name, count)
     ranked[:half] = sorted(ranked[:half], key=lambda name: errors[name])
     _set(candidates[ranked[0]])
     return {name: errors[name] for name in ranked}
@@ -106,24 +118,34 @@ def _searched(
 def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, _Histogram]:
     """Return for every PACT how the positive magnitudes that reach it are distributed; dead ones are left out."""
     histograms = {pact: _Histogram() for pact in quantizers(model).values() if isinstance(pact, PACT)}
-
-    def look(pact: PACT, magnitudes: Tensor) -> None:
-        histograms[pact].add(magnitudes)
-
-    run_with_hooks(model, batches, {pact: _unquantized(look) for pact in histograms})
+    with _unquantized(histograms):
+        for batch in batches:
+            model(batch)
     return {pact: histogram for pact, histogram in histograms.items() if histogram.largest > 0}
 
 
-def _unquantized(look: Callable[[PACT, Tensor], None]) -> Callable[..., Tensor]:
-    """Return a hook that looks at magnitudes and lets them through unrounded: no layer sees another's error."""
+@contextmanager
+def _unquantized(histograms: dict[PACT, _Histogram]) -> Iterator[None]:
+    """Make every PACT count magnitudes and let them through unrounded: no layer sees another's error.
 
-    def hook(pact: PACT, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        (x,) = inputs
-        passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
-        look(pact, passed.abs() if pact.signed else passed)
-        return passed
+    Its forward is replaced: a hook would come after it, and rounding costs as much as the convolution before.
+    """
 
-    return hook
+    def forward_of(pact: PACT, histogram: _Histogram) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
+            histogram.add(passed.abs() if pact.signed else passed)
+            return passed
+
+        return forward
+
+    try:
+        for pact, histogram in histograms.items():
+            vars(pact)["forward"] = forward_of(pact, histogram)
+        yield
+    finally:
+        for pact in histograms:
+            vars(pact).pop("forward", None)
 
 
 def _least_error(pact: PACT, found: _Histogram) -> float:
@@ -143,11 +165,3 @@ def _quantile(share: float, found: _Histogram) -> float:
 def _set(alphas: dict[PACT, float]) -> None:
     for pact, alpha in alphas.items():
         pact.alpha.fill_(alpha)
-
-
-def _error(
-    alphas: dict[PACT, float], model: nn.Module, batches: Sequence[Tensor], logits: Sequence[Tensor]
-) -> float:
-    _set(alphas)
-    squares = [(model(x) - expected).square().mean(1) for x, expected in zip(batches, logits, strict=True)]
-    return torch.cat(squares).mean().item()
