@@ -100,7 +100,7 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
         rows = result["latency"]
         n, instances = rows[ours]["n"], result["instances"]
         lines += [f"{checkpoint}  {last['arch']}, input {result['input']}, threads {last['threads']}",
-                  f"{n:,} rounds in turns, in {instances} fresh processes; each warmed up "
+                  f"{n:,} rounds in turns, fresh processes: {instances}; each warmed up "
                   f"{result['warm_up_seconds']:g} s",
                   f"{'':24}   p50 ms   p99 ms    ratio   95 % interval"]  # fmt: skip
         for name, row in rows.items():
@@ -114,7 +114,7 @@ def _report(checkpoint: str, results: Sequence[Mapping[str, Any]]) -> str:
     lines += _wrapped(
         "interval: bootstrap over instances, and over the rounds within each"
         if last["instances"] >= FEWEST_INSTANCES
-        else f"no interval: of {last['instances']} instances; it needs {FEWEST_INSTANCES} (--instances)",
+        else f"no interval with --instances {last['instances']}; it needs {FEWEST_INSTANCES}",
         "",
     )
     if last["quality"]:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
 
-from export.pipeline import export
 from runtime.files import write_atomically
+from tests.exports import exported
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import install, write_plan
 from tests.toy_models import randomize_norms
@@ -67,9 +67,9 @@ def digits_models(digits_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPa
     made = {}
     for name in ("openvino", "ort", "tensorrt", "float"):
         target = "openvino" if name == "float" else name
-        exported = export(digits_checkpoint, int8=name != "float", target=target, saliency_precision="float32")
         made[name] = folder / f"{name}.onnx"
-        write_atomically(made[name], exported.model.SerializeToString())
+        found = exported(digits_checkpoint, int8=name != "float", target=target, saliency_precision="float32")
+        write_atomically(made[name], found.model.SerializeToString())
     return made
 
 

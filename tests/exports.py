@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from export.pipeline import ExportResult, export
 from runtime.onnx_bytes import without_gradient
 from train.checkpoint import Checkpoint
 
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
 _made: dict[tuple[int, str], tuple[Checkpoint, ExportResult]] = {}
 
 
@@ -22,7 +24,8 @@ def exported(checkpoint: Checkpoint, **settings: Any) -> ExportResult:
         checkpoint: of a fixture of the session or the module.
         settings: of `export.pipeline.export`.
     """
-    key = id(checkpoint), repr(sorted(settings.items()))
+    given = {name: value for name, value in settings.items() if value != _DEFAULTS[name]}
+    key = id(checkpoint), repr(sorted(given.items()))
     if key not in _made:
         _made[key] = checkpoint, export(checkpoint, **settings)  # which stays alive: its id is not given again
     return _made[key][1]

@@ -11,11 +11,11 @@ from bench.agreement import main
 from bench.measure.streams import in_memory
 from bench.networks.agreement import Spread, compare
 from bench.networks.opened import exported_network
-from export.pipeline import export
 from runtime.errors import ModelError, OptionError
 from runtime.explanations.agreement import spearman, top_overlap
 from runtime.files import write_atomically
 from tests.code_gate import with_code_gate
+from tests.exports import exported
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import CHANNELS, SIZE, write_plan
 from train.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ def test_two_exports_differ_as_their_gates_do_in_torch(
     files = []
     for gate in ("code", "ste"):
         files.append(tmp_path / f"{gate}.onnx")
-        found = export(digits_checkpoint, target="openvino", gate=gate, saliency_precision="float32")
+        found = exported(digits_checkpoint, target="openvino", gate=gate, saliency_precision="float32")
         write_atomically(files[-1], found.model.SerializeToString())
     record = tmp_path / "results.jsonl"
     main([*map(str, files), "--data", "digits", "--target", "true", "--allow-dirty", "--record", str(record)])

@@ -138,6 +138,7 @@ def test_quality_of_every_contender_on_the_same_images(
         main([*with_data, "--explain"])
 
 
+@pytest.mark.slow  # four fresh processes, two of which import torch
 def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False).ready
     loadings = {name: found[name].loading for name in ("PyTorch FP32", OURS)}
@@ -159,32 +160,32 @@ def test_results_are_recorded_after_those_that_are_there(
     record.write_text('{"old": 1}')  # and no newline at its end
     arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--allow-dirty"]
     arguments += ["--record", str(record)]
-    main([*arguments, "--batch", "2,3", "--starts", "0", "--instances", "2"])
+    main([*arguments, "--batch", "2,3", "--starts", "0", "--instances", "1"])
     out = capsys.readouterr().out.splitlines()
     old, printed, other = (json.loads(line) for line in record.read_text().splitlines())
     assert old == {"old": 1}
     assert other["input"] == [3, 8, 8, 1]
     assert list(printed["latency"]) == list(printed["ratio_to_OpenVINO INT8"]) == NAMES
-    same = {"ratio": 1.0, "low": None, "high": None, "instances": 2}
+    same = {"ratio": 1.0, "low": None, "high": None, "instances": 1}
     assert printed["ratio_to_OpenVINO INT8"][OURS] == same
-    assert (printed["instances"], printed["warm_up_seconds"]) == (2, 0.01)
+    assert (printed["instances"], printed["warm_up_seconds"]) == (1, 0.01)
     assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
-    assert all(row["n"] >= 40 and row["p50_ms"] > 0 for row in printed["latency"].values())
+    assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in printed["latency"].values())
     assert (printed["grid"], printed["trained_on"], printed["ratio_to_ptq"]) == ("0..127", "digits", {})
     assert printed["environment"]["commit"]
     # A person reads one row for each contender, and what others need.
     assert "cnn2, input [2, 8, 8, 1], threads 1" in out[0]
-    assert out[1].endswith("rounds in turns, in 2 fresh processes; each warmed up 0.01 s")
+    assert out[1].endswith("rounds in turns, fresh processes: 1; each warmed up 0.01 s")
     assert [line[:18].strip() for line in out[3:8]] == NAMES
     assert out[7].split()[-2:] == ["-", "1.000"]
     assert out[8].endswith("runs, and p99 needs 1,000; measure longer")
-    assert "no interval: of 2 instances; it needs 5 (--instances)" in out
+    assert "no interval with --instances 1; it needs 5" in out
     assert out[-4:-1] == [
         "not compared: TensorRT FP16, TensorRT INT8",
         "  CUDA: cudaGetDeviceCount failed (cudaErrorNoDevice: nodevice)",
         "  check that nvidia-smi (on Jetson: tegrastats) shows the GPU",
     ]
-    assert all(len(line) <= 80 for line in (*out[1:9], *out[-4:-1]))
+    assert [line for line in (*out[1:9], *out[-4:-1]) if len(line) > 80] == []
 
 
 def test_peers_that_are_not_installed_are_named_with_what_installs_them(

@@ -19,11 +19,11 @@ from bench.networks.network import Network
 from bench.networks.opened import open_networks
 from bench.networks.removal import Curves, removal_curves
 from bench.saliency import main, measure, summarize
-from export.pipeline import export
 from export.verification.agreement import export_agreement
 from runtime.errors import FileError, ModelError, OptionError
 from runtime.explanations.agreement import spearman, top_overlap
 from runtime.files import write_atomically
+from tests.exports import exported
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.data.__main__ import main as write_data
@@ -86,10 +86,10 @@ def test_an_exported_int8_network_has_the_checkpoints_curves(
     digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, split: ImageStream
 ) -> None:
     # Exported as it was trained: the paper's gate and float32 gradients. The default ranks some pixels otherwise.
-    trained = export(digits_checkpoint, gate="ste", saliency_precision="float32")
+    trained = exported(digits_checkpoint, gate="ste", saliency_precision="float32")
     files = [tmp_path / "trained.onnx", tmp_path / "default.onnx"]
-    for file, exported in zip(files, (trained, export(digits_checkpoint)), strict=True):
-        write_atomically(file, exported.model.SerializeToString())
+    for file, made in zip(files, (trained, exported(digits_checkpoint)), strict=True):
+        write_atomically(file, made.model.SerializeToString())
     networks = [n for path in (digits_checkpoint_path, *files) for n in open_networks(str(path))]
     sums, agreements = measure(networks, split, **SETTINGS)
     expected, same, default = (summarize(n, c) for n, c in zip(networks, sums, strict=True))
@@ -249,7 +249,7 @@ def test_images_of_another_size_are_refused(digits_models: dict[str, Path], tmp_
 
 def test_a_file_that_gives_classes_only_is_refused(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "class.onnx"
-    write_atomically(path, export(digits_checkpoint, saliency=False).model.SerializeToString())
+    write_atomically(path, exported(digits_checkpoint, saliency=False).model.SerializeToString())
     with pytest.raises(ModelError, match=f"^{path}: gives classes only; export it again without --no-saliency$"):
         main([str(path), "--data", "digits"])
 

@@ -139,7 +139,7 @@ def test_batch_is_dynamic_and_rows_do_not_depend_on_it(
 def test_the_class_alone_is_the_file_as_exported_without_saliency(
     digits_models: dict[str, Path], digits_checkpoint: Checkpoint
 ) -> None:
-    expected = export(digits_checkpoint, saliency=False).model
+    expected = exported(digits_checkpoint, saliency=False).model
     found = class_only(digits_models["openvino"])
     assert list(found.graph.node) == list(expected.graph.node)
     assert {t.name for t in found.graph.initializer} == {t.name for t in expected.graph.initializer}
@@ -151,10 +151,10 @@ def test_the_class_alone_is_the_file_as_exported_without_saliency(
 
 def test_float_export_of_a_float_network(digits_checkpoint: Checkpoint, resnet_checkpoint: Checkpoint) -> None:
     for checkpoint in (digits_checkpoint, resnet_checkpoint):
-        exported = export(checkpoint, int8=False)
-        assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in exported.model.graph.node}
-        assert exported.verification.max_logit_difference < 1e-3
-        assert all(layer["bits"] is None for layer in exported.manifest.layers)
+        made = exported(checkpoint, int8=False)
+        assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in made.model.graph.node}
+        assert made.verification.max_logit_difference < 1e-3
+        assert all(layer["bits"] is None for layer in made.manifest.layers)
 
 
 def test_manifest_travels_in_the_file(digits_models: dict[str, Path], digits_checkpoint: Checkpoint) -> None:
@@ -270,7 +270,7 @@ def test_onnx_runtime_dequantizes_no_weight_while_it_runs(
             [f"stage{s}.{b}.conv2" for s in (1, 2, 3) for b in range(3)],
         ),
     ):
-        model = export(checkpoint, target="ort", saliency=False).model
+        model = exported(checkpoint, target="ort", saliency=False).model
         stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         form = deploy_form(checkpoint.network(), checkpoint.input)
         layers = folded_layers(form)

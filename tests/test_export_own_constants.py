@@ -6,14 +6,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export.pipeline import export
+from tests.exports import exported
 from train.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("target", ["openvino", "ort"])
 def test_no_weight_shares_its_codes_or_its_zero_point(digits_checkpoint: Checkpoint, target: str) -> None:
     """Where two do, ONNX Runtime refuses the file on processors without VNNI."""
-    graph = export(digits_checkpoint, target=target).model.graph
+    graph = exported(digits_checkpoint, target=target).model.graph
     constants = {tensor.name for tensor in graph.initializer}
     readers = Counter(name for node in graph.node for name in node.input)
     weights = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
@@ -25,7 +25,7 @@ def test_no_weight_shares_its_codes_or_its_zero_point(digits_checkpoint: Checkpo
 def test_weights_that_are_made_u8_give_the_same_logits(digits_checkpoint: Checkpoint) -> None:
     """What ONNX Runtime does on processors without VNNI, asked for here: it obeys everywhere."""
     images = digits_checkpoint.model().samples.permute(0, 2, 3, 1).contiguous().numpy()
-    data, found = export(digits_checkpoint, target="ort").data, []
+    data, found = exported(digits_checkpoint, target="ort").data, []
     for precise in ("0", "1"):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from export import image_options
-from export.calibration import calibrate_network
+from export.calibration import calibrate_network, input_grid
 from export.onnx import main
 from export.own_network import quantized_model
 from export.pipeline import export
@@ -113,12 +113,25 @@ def test_in_python_it_is_one_call_before_export(digits: ImageData) -> None:
 @pytest.mark.parametrize(
     ("target", "mean", "std", "codes"),
     [
-        ("ort", 0.498, 0.502, (-127, 128)),  # TensorFlow's (p - 127) / 128, as people write it
-        ("ort", 0.0, 1.0, (0, 255)),
-        ("openvino", 0.0, 1.0, (0, 255)),
         ("openvino", 0.498, 0.502, (-128, 127)),
         ("tensorrt", 0.0, 1.0, (-128, 127)),
         ("ort", 0.5, 0.5, (-128, 127)),
+        ("ort", 0.0, 1.0, (0, 255)),
+    ],
+)
+def test_other_targets_and_means_keep_int8_codes(
+    target: str, mean: float, std: float, codes: tuple[int, int]
+) -> None:
+    scale, found = input_grid(InputSpec((8, 8), 1, (mean,), (std,)), target)
+    assert found == codes
+    assert scale == (1 / 255 if target == "ort" and not mean else pytest.approx(max(mean, 1 - mean) / std / 127))
+
+
+@pytest.mark.parametrize(
+    ("target", "mean", "std", "codes"),
+    [
+        ("ort", 0.498, 0.502, (-127, 128)),  # TensorFlow's (p - 127) / 128, as people write it
+        ("openvino", 0.0, 1.0, (0, 255)),
     ],
 )
 def test_pixels_are_the_images_codes_where_the_engine_takes_them(
@@ -131,11 +144,9 @@ def test_pixels_are_the_images_codes_where_the_engine_takes_them(
     assert (grid.qmin, grid.qmax) == codes
     exported = export(model, target=target)
     assert exported.verification.changed_classes == 0
-    whole = codes != (-128, 127)
-    assert (float(grid.scale) == pytest.approx(1 / (255 * std))) == whole
+    assert float(grid.scale) == pytest.approx(1 / (255 * std))
     # ONNX Runtime's file has no normalization then: the bytes are the codes.
-    normalizes = "Div" in [n.op_type for n in exported.model.graph.node[:4]]
-    assert normalizes != (whole and target == "ort")
+    assert ("Div" in [n.op_type for n in exported.model.graph.node[:4]]) == (target == "openvino")
 
 
 def test_calibration_keeps_mean_outputs_in_one_walk(digits: ImageData) -> None:

@@ -22,7 +22,7 @@ from train.checkpoint import Checkpoint
 def test_agreement_of_maps_is_reported_and_can_be_required(
     digits_checkpoint: Checkpoint, digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    floating = export(digits_checkpoint, int8=False).agreement
+    floating = exported(digits_checkpoint, int8=False).agreement
     assert floating is not None
     assert floating.maps.spearman > 0.9999
     assert floating.maps.top_overlap > 0.999
@@ -79,7 +79,7 @@ def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
     assert few is not None
     assert few.int8_agreement is not None
     assert few.int8_agreement.samples == 8
-    asked = export(digits_checkpoint, saliency_precision="int8").differentiated
+    asked = exported(digits_checkpoint, saliency_precision="int8").differentiated
     assert asked is not None
     assert asked.int8
 
@@ -87,16 +87,16 @@ def test_auto_keeps_float32_gradients_where_int8s_maps_agree_too_little(
 def test_a_class_for_onnx_runtime_that_pools_codes_is_not_differentiated_later(
     digits_checkpoint: Checkpoint,
 ) -> None:
-    model = export(digits_checkpoint, target="ort", saliency=False).model
+    model = exported(digits_checkpoint, target="ort", saliency=False).model
     with pytest.raises(ModelError, match=r"or export a checkpoint with its saliency at once$"):
         append_input_gradient(model, input=NORMALIZED)
 
 
 def test_gradients_are_float32_elsewhere(digits_checkpoint: Checkpoint) -> None:
     for options in ({"target": "ort"}, {"int8": False}, {"saliency_precision": "float32"}):
-        exported = export(digits_checkpoint, **options)  # type: ignore[arg-type]
-        assert str(exported.differentiated) == "gradients in float32"
-        backward = [n for n in exported.model.graph.node if n.output[0].startswith("grad/")]
+        made = exported(digits_checkpoint, **options)
+        assert str(made.differentiated) == "gradients in float32"
+        backward = [n for n in made.model.graph.node if n.output[0].startswith("grad/")]
         assert "QuantizeLinear" not in {n.op_type for n in backward}
         # What it dequantizes are activations before a pooling: the class has their codes from after it.
         dequantized = {n.input[0] for n in backward if n.op_type == "DequantizeLinear"}

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from export.deploy_form import FoldedQuantizer, deploy_form
-from export.pipeline import export
 from runtime import Classifier
 from runtime.classify import main as classify
 from runtime.errors import ImageError, ModelError, OptionError
@@ -19,6 +18,7 @@ from runtime.explanations.agreement import spearman
 from runtime.explanations.attribution import noisy_copies, normalize
 from runtime.session import open_session
 from tests.code_gate import with_code_gate
+from tests.exports import exported
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 
@@ -274,7 +274,7 @@ def test_explanations_are_saved(classifier: Classifier, frames: np.ndarray, tmp_
 
 
 def test_a_model_without_gradient_names_the_flag(digits_checkpoint: Checkpoint, frames: np.ndarray) -> None:
-    model = export(digits_checkpoint, saliency=False).model
+    model = exported(digits_checkpoint, saliency=False).model
     assert [o.name for o in model.graph.output] == ["logits"]
     with (
         Classifier(model.SerializeToString()) as classifier,
@@ -333,7 +333,7 @@ def test_command_writes_heat_maps(digits_models: dict[str, Path], frames: np.nda
 
 
 def test_a_cropping_model_explains_the_middle_it_saw(digits_checkpoint: Checkpoint, frames: np.ndarray) -> None:
-    model = export(digits_checkpoint, resize="crop").model.SerializeToString()
+    model = exported(digits_checkpoint, resize="crop").model.SerializeToString()
     photo = np.asarray(Image.fromarray(frames[3, :, :, 0]).resize((60, 60)))
     wide = np.pad(photo, ((0, 0), (10, 20)))
     with Classifier(model) as classifier:
