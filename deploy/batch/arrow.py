@@ -95,9 +95,8 @@ class _Images:
     rows_at_once: int
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # with thousands of row groups, to open a file takes longer than to read a part of it
+# With thousands of row groups, to open a file takes longer than to read a part of it.
+@functools.lru_cache(maxsize=1)
 def _images(path: Path, column: str, changed_ns: int) -> _Images:
     file = _opened(path)
     groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
