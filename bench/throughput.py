@@ -1,9 +1,13 @@
 """`python -m bench.throughput MODEL IMAGES`: images a second of `deploy.batch`, beside `Classifier` alone.
 
-Each reads the same image files from disk and answers all of them: a loop of this process on one thread, and the
-command with so many processes, in turns. The system's cache is warm for all of them. A core's rate is by processor
-time, from which other work on the machine takes nothing. What a process takes until it is ready, imports and
-compiling, is the same for ten images and for a million: it is told beside the rate.
+Each reads the same image files from disk and answers all of them: a loop over `Classifier` on one thread, in a
+process of its own, and the command with so many processes; in turns, every other round backwards. Neither lists
+the files in its time, and the system's cache is warm for all of them. A core's rate is by processor time, from
+which other work on the machine takes nothing. What a process takes until it is ready, imports and compiling, is
+the same for ten images and for a million: it is told beside the rate.
+
+Processes that run at once share caches, memory and often a core's units. So the command with several is compared
+with one `Classifier`, and with as many that run at once: the difference of the two is the machine's.
 """
 
 from __future__ import annotations
@@ -11,14 +15,18 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module: python -m bench.throughput")
 
+import functools
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +43,7 @@ EXAMPLES = """
 
 ALONE = "Classifier alone"
 _BATCH = 32  # images in one call, as the command takes them
+_MOST_WAIT_S = 600.0  # of a process for the others
 
 
 @dataclass(frozen=True)
@@ -54,25 +63,44 @@ class Work:
     result_bytes: int = 0
 
 
-def alone(model: Path, files: Sequence[Path], *, explain: bool) -> Work:
-    """Let a classifier on one thread answer all files."""
+def by_classifiers(model: Path, files: Sequence[Path], *, explain: bool, processes: int) -> Work:
+    """Let classifiers on one thread each, in so many processes at once, answer all files among them."""
+    context = multiprocessing.get_context("spawn")
+    shares = [files[index::processes] for index in range(processes)]
+    with ProcessPoolExecutor(processes, context, _start, (context.Barrier(processes),)) as pool:
+        done = list(pool.map(functools.partial(_answer, model, explain=explain), shares))
+    return Work(
+        max(work.seconds for work in done),
+        sum(work.cpu_seconds for work in done),
+        sum(work.start_cpu_seconds for work in done),
+    )
+
+
+_ready: Any = None  # barrier of the processes that begin at once, where this is one of them
+
+
+def _start(ready: Any) -> None:
+    global _ready
+    _ready = ready
+
+
+def _answer(model: Path, files: Sequence[Path], *, explain: bool) -> Work:
     with Classifier(model, threads=1) as classifier:
-        first = np.stack([load_image(files[0])] * _BATCH)
-        for count in {
-            min(len(files), _BATCH),
-            len(files) % _BATCH or _BATCH,
-        }:  # compiled, the last one's size, too
-            classifier.predict(first[:count])
-            if explain:
-                classifier.explain(first[:count])
-        began, cpu_began = time.perf_counter(), time.process_time()
-        for start in range(0, len(files), _BATCH):
-            images = [load_image(path) for path in files[start : start + _BATCH]]
-            if explain:
-                classifier.explain(np.stack(images))
+
+        def answer(images: list[np.ndarray]) -> None:
+            if explain:  # greys as [N, H, W, 1]: without the 1, three of them could be one picture's channels
+                classifier.explain(np.stack(images).reshape(len(images), *images[0].shape[:2], -1))
             else:
                 classifier.predict(images, top_k=1)
-        return Work(time.perf_counter() - began, time.process_time() - cpu_began)
+
+        first = load_image(files[0])
+        for count in {min(len(files), _BATCH), len(files) % _BATCH or _BATCH}:  # the last one's size, too
+            answer([first] * count)  # compiles
+        _ready.wait(_MOST_WAIT_S)
+        start, began = time.process_time(), time.perf_counter()
+        for place in range(0, len(files), _BATCH):
+            answer([load_image(path) for path in files[place : place + _BATCH]])
+        return Work(time.perf_counter() - began, time.process_time() - start, start)
 
 
 def by_command(model: Path, folder: Path, count: int, *, explain: bool, processes: int, ray: bool) -> Work:
@@ -116,23 +144,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(f"--processes {options.processes}: expected whole numbers from 1, comma-separated")
     record.check(options, inputs=[options.model, options.images])
     files = sorted(path for path in options.images.rglob("*") if is_image_file(path))
-    if not files:
-        raise FileError(f"{options.images}: no image in it")
-    counts = {f"deploy.batch, {n} processes": (n, False) for n in map(int, options.processes.split(","))}
-    if options.ray:
-        counts |= {f"{name} of Ray": (n, True) for name, (n, _) in counts.items()}
-    taken: dict[str, list[Work]] = {name: [] for name in (ALONE, *counts)}
-    for _ in command.progress(range(options.rounds), label="rounds"):
-        taken[ALONE].append(alone(options.model, files, explain=options.explain))
-        for name, (processes, ray) in counts.items():
-            given = {"explain": options.explain, "processes": processes, "ray": ray}
-            taken[name].append(by_command(options.model, options.images, len(files), **given))
+    counts = list(dict.fromkeys(map(int, options.processes.split(","))))
+    if len(files) < max(counts):
+        raise FileError(f"{options.images}: {len(files)} images in it, expected one for each process at least")
+    measured: dict[str, Callable[[], Work]] = {}
+    beside: dict[str, str] = {}  # command -> as many classifiers at once
+    given: dict[str, Any] = {"explain": options.explain}
+    for n in sorted({1, *counts}):
+        alike = ALONE if n == 1 else f"Classifier, {n} at once"
+        measured[alike] = functools.partial(by_classifiers, options.model, files, processes=n, **given)
+        for ray in ([False, True] if options.ray else [False]) if n in counts else []:
+            name = f"deploy.batch, {n} processes{' of Ray' if ray else ''}"
+            given_too = {"count": len(files), "processes": n, "ray": ray, **given}
+            measured[name] = functools.partial(by_command, options.model, options.images, **given_too)
+            beside[name] = alike
+    taken: dict[str, list[Work]] = {name: [] for name in measured}
+    for index in command.progress(range(options.rounds), label="rounds"):
+        for name in list(measured)[:: -1 if index % 2 else 1]:
+            taken[name].append(measured[name]())
     with Classifier(options.model, threads=1) as classifier:
         manifest, engine = classifier.manifest, f"{classifier.session.engine} {classifier.session.version}"
     where = environment()
     rates = {name: [len(files) / work.seconds for work in each] for name, each in taken.items()}
     core_rates = {name: [len(files) / work.cpu_seconds for work in each] for name, each in taken.items()}
-    starts = {name: [work.start_cpu_seconds for work in each] for name, each in taken.items() if name != ALONE}
+    starts = {name: [work.start_cpu_seconds for work in each] for name, each in taken.items()}
     result = {
         "bench": "throughput",
         "model": options.model.name,
@@ -145,18 +180,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": manifest.data,
         "images_per_cpu_second": core_rates,
         "start_cpu_seconds": starts,
-        "result_bytes": {name: each[-1].result_bytes for name, each in taken.items() if name != ALONE},
+        "beside": beside,
+        "result_bytes": {name: taken[name][-1].result_bytes for name in beside},
         "environment": where,
     }
     if record.deliver(options, result):
         return
     print(f"{len(files):,} images, {options.model} on {engine}; medians of {options.rounds} rounds")
+    print(f"{'images a second':30}{'by the clock':>13}{'of a core':>11}{'of alone':>10}{'of n at once':>14}")
     for name, each in core_rates.items():
-        share = float(np.median(np.divide(each, core_rates[ALONE])))
-        clock, core = np.median(rates[name]), np.median(each)
-        print(f"{name:32}{clock:7.0f} a second by the clock{core:8.0f} a second of a core{share:8.1%}")
+        shares = [np.median(np.divide(each, core_rates[other])) for other in (ALONE, beside.get(name, name))]
+        print(
+            f"{name:30}{np.median(rates[name]):13,.0f}{np.median(each):11,.0f}{shares[0]:10.1%}{shares[1]:14.1%}"
+        )
     for name, start in starts.items():
-        print(f"{name:32}{np.median(start):7.1f} s of a core until its workers are ready")
+        print(f"{name:30}{np.median(start):13.1f} s of a core until ready")
     print(describe(where))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench.evidence.target_tables import browser as browser_table
+from bench.evidence.target_tables import million
 from bench.evidence.target_tables import targets as table
 from bench.networks.codes import differences, with_codes
 from bench.processes.native_start import BUILT
@@ -107,3 +108,24 @@ def test_the_latency_in_a_browser_is_a_row_for_class_and_for_map() -> None:
 def test_the_programs_are_sought_where_make_builds_them() -> None:
     makefile = Path(__file__).parents[1] / "Makefile"
     assert f"-B {BUILT.relative_to(makefile.parent)} " in makefile.read_text()
+
+
+def test_a_million_images_are_told_beside_one_classifier_and_beside_as_many_at_once() -> None:
+    one, two, ours = (
+        "Classifier alone",
+        "Classifier, 2 at once",
+        ("deploy.batch, 1 processes", "deploy.batch, 2 processes"),
+    )
+    rates = {one: [1000.0, 2000.0, 1000.0], ours[0]: [950.0, 1920.0, 940.0],
+             two: [900.0, 800.0, 1000.0], ours[1]: [855.0, 800.0, 850.0]}  # fmt: skip
+    found = {"bench": "throughput", "arch": "cnn2", "data": "mnist", "engine": "openvino 2026.4.1",
+             "explain": True, "images": 1000, "images_per_cpu_second": rates,
+             "start_cpu_seconds": {name: [1.0] for name in rates},
+             "result_bytes": {ours[0]: 230_000, ours[1]: 231_000},
+             "beside": {ours[0]: one, ours[1]: two}}  # fmt: skip
+    assert million([found]).splitlines()[2:] == [
+        "| cnn2, mnist, OpenVINO | class and map | 1 processes | 950 | 95% | 95% | 0.29 | 1.0 | 0.23 |",
+        "| cnn2, mnist, OpenVINO | class and map | 2 processes | 850 | 85% | 95% | 0.33 | 1.0 | 0.23 |",
+    ]
+    del found["beside"]  # as recorded before
+    assert [row.split(" | ")[5] for row in million([found]).splitlines()[2:]] == ["-", "-"]

@@ -29,19 +29,22 @@ def million(records: Sequence[Record]) -> str:
     rows = []
     for (arch, data, engine, explain), found in sorted(latest.items()):
         alone = np.array(found["images_per_cpu_second"][_ALONE])
-        for name, rates in found["images_per_cpu_second"].items():
-            if name == _ALONE:
-                continue
+        beside = found.get("beside", {})
+        for name in found["result_bytes"]:
+            rates = found["images_per_cpu_second"][name]
             rate = float(np.median(rates))
+            as_many = found["images_per_cpu_second"].get(beside.get(name))
             rows.append([
                 f"{arch}, {data}, {ENGINES[engine]}", "class and map" if explain else "class",
                 name.removeprefix("deploy.batch, "), f"{rate:,.0f}", f"{float(np.median(rates / alone)):.0%}",
+                "-" if as_many is None else f"{float(np.median(np.divide(rates, as_many))):.0%}",
                 f"{_IMAGES / rate / 3600:.2f}", f"{float(np.median(found['start_cpu_seconds'][name])):.1f}",
                 f"{_IMAGES * found['result_bytes'][name] / found['images'] / 1e9:.2f}",
             ])  # fmt: skip
     header = ["network", "answer", "by", "images a second of a core", "of `Classifier` alone",
-              "a million: hours of one core", "s of a core until ready", "a million: GB of results"]  # fmt: skip
-    return markdown(header, rows, "lllrrrrr")
+              "of as many at once", "a million: hours of one core", "s of a core until ready",
+              "a million: GB of results"]  # fmt: skip
+    return markdown(header, rows, "lllrrrrrr")
 
 
 def native_start(records: Sequence[Record]) -> str:
