@@ -31,6 +31,7 @@ from export.verification.probes import probe
 from export.verification.ties import check_ties, largest_tied_share, nearly_tied
 from runtime.errors import ModelError
 from train.input_spec import InputSpec
+from train.post_training.hooks import forwards
 from train.quantization.quantizers import PACT, InputQuantizer
 
 MAX_LOGIT_STEPS = 1.0
@@ -225,21 +226,17 @@ def run_layer_by_layer(
     """
     given: dict[str, Tensor] = {}
 
-    def replace(name: str) -> Callable[..., Tensor]:
-        quantizer = trained.get_submodule(name)
-        assert isinstance(quantizer, PACT | InputQuantizer)
-        scale = quantizer.scale.to(x.dtype)
+    def replacing(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        quantizer, by = network.get_submodule(name), trained.get_submodule(name)
+        assert isinstance(by, PACT | InputQuantizer)
+        scale, rounds = by.scale.to(x.dtype), quantizer.forward
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            given[name] = (output if network is trained else inputs[0]) / scale
+        def forward(values: Tensor) -> Tensor:
+            given[name] = (rounds(values) if network is trained else values) / scale
             return codes[name].to(x.dtype) * scale
 
-        return hook
+        return quantizer, forward
 
-    handles = [network.get_submodule(name).register_forward_hook(replace(name)) for name in codes]
-    try:
+    with forwards(dict(map(replacing, codes))):
         logits: Tensor = network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return given, logits

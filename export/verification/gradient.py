@@ -21,6 +21,7 @@ from export.verification.probes import ProbedGraph
 from runtime.errors import ModelError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
+from train.post_training.hooks import forwards
 from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
 
 # Largest difference from autograd's gradient, in its own norm, that half of the images may have. Float32 gradients
@@ -110,14 +111,9 @@ def on_codes(network: nn.Module, codes: Mapping[str, Tensor], gate: str) -> Iter
         codes: by quantizer, from `ProbedGraph.codes`.
         gate: of the gradient.
     """
-    handles = [
-        network.get_submodule(name).register_forward_hook(_giving(code, gate)) for name, code in codes.items()
-    ]
-    try:
+    quantizers = {name: network.get_submodule(name) for name in codes}
+    with forwards({quantizers[name]: _giving(quantizers[name], code, gate) for name, code in codes.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Gated(torch.autograd.Function):
@@ -134,12 +130,13 @@ class _Gated(torch.autograd.Function):
         return grad_outputs[0] * gate, None, None
 
 
-def _giving(code: Tensor, gate: str) -> Callable[..., Tensor]:
-    """Return a hook that makes a quantizer give a graph's codes, with the graph's gate."""
+def _giving(quantizer: nn.Module, code: Tensor, gate: str) -> Callable[[Tensor], Tensor]:
+    """Return a forward that makes a quantizer give a graph's codes, with the graph's gate."""
+    assert isinstance(quantizer, PACT | InputQuantizer)
+    scale = quantizer.scale.detach()
 
-    def hook(quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert isinstance(quantizer, PACT | InputQuantizer)
-        scale, x = quantizer.scale.detach(), inputs[0].detach()
+    def forward(values: Tensor) -> Tensor:
+        x = values.detach()
         if isinstance(quantizer, InputQuantizer):
             opened = torch.ones_like(x)
         elif gate == "code":
@@ -147,7 +144,7 @@ def _giving(code: Tensor, gate: str) -> Callable[..., Tensor]:
         else:
             low = quantizer.qmin * scale if quantizer.qmin else -BELOW_ZERO_STEPS * scale
             opened = (x >= low) & (x < quantizer.clip_alpha.detach())
-        given: Tensor = _Gated.apply(inputs[0], code * scale, opened)
+        given: Tensor = _Gated.apply(values, code * scale, opened)
         return given
 
-    return hook
+    return forward

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from train.choices import MSE
+from train.post_training.hooks import forwards
 from train.quantization.quantize import quantizers
 from train.quantization.quantizers import PACT
 
@@ -118,34 +118,21 @@ def _searched(
 def _magnitudes(model: nn.Module, batches: Sequence[Tensor]) -> dict[PACT, _Histogram]:
     """Return for every PACT how the positive magnitudes that reach it are distributed; dead ones are left out."""
     histograms = {pact: _Histogram() for pact in quantizers(model).values() if isinstance(pact, PACT)}
-    with _unquantized(histograms):
+    with forwards({pact: _counting(pact, histogram) for pact, histogram in histograms.items()}):
         for batch in batches:
             model(batch)
     return {pact: histogram for pact, histogram in histograms.items() if histogram.largest > 0}
 
 
-@contextmanager
-def _unquantized(histograms: dict[PACT, _Histogram]) -> Iterator[None]:
-    """Make every PACT count magnitudes and let them through unrounded: no layer sees another's error.
+def _counting(pact: PACT, histogram: _Histogram) -> Callable[[Tensor], Tensor]:
+    """Return a forward that counts magnitudes and lets them through unrounded: no layer sees another's error."""
 
-    Its forward is replaced: a hook would come after it, and rounding costs as much as the convolution before.
-    """
+    def forward(x: Tensor) -> Tensor:
+        passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
+        histogram.add(passed.abs() if pact.signed else passed)
+        return passed
 
-    def forward_of(pact: PACT, histogram: _Histogram) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            passed = x.clamp(-pact.largest_start if pact.signed else 0, pact.largest_start)
-            histogram.add(passed.abs() if pact.signed else passed)
-            return passed
-
-        return forward
-
-    try:
-        for pact, histogram in histograms.items():
-            vars(pact)["forward"] = forward_of(pact, histogram)
-        yield
-    finally:
-        for pact in histograms:
-            vars(pact).pop("forward", None)
+    return forward
 
 
 def _least_error(pact: PACT, found: _Histogram) -> float:
