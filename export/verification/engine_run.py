@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.reference import images_at_once
+from export.verification.exact import on_codes
+from export.verification.ties import nearly_tied
 from runtime.errors import EngineError, ModelError
 from runtime.session import ENGINES, open_session
 from train.input_spec import InputSpec
@@ -17,7 +20,8 @@ from train.input_spec import InputSpec
 # in half of the images. (Seen: 2e-7 at most where every code is equal; 0.04 in DeiT-tiny, whose codes come from
 # floats; 0.26 to 0.5 in 2-bit networks whose average pooling OpenVINO rounded.)
 LARGEST_DIFFERENCE = 0.1
-# Images that may change class. Not counted are those whose two best logits are closer than logits move.
+# Images that may change class. Not counted are those whose two best logits are closer than logits move, on the
+# engine in half of the images, or, as in forward.py, in the trained network itself between float32 and float64.
 MAX_CHANGED_SHARE = 0.02
 _IMAGES, _SINGLE_IMAGES = 64, 4
 
@@ -110,7 +114,15 @@ def run_on_engine(
         differing=int((differences[-1] > 1e-4).sum()),
         median_difference=median,
     )
-    many = decided.sum() > math.ceil(MAX_CHANGED_SHARE * len(images))
+    most = math.ceil(MAX_CHANGED_SHARE * len(images))
+    if not tied and decided.sum() > most:  # few margins are so small, and float64 takes its time
+        exact = on_codes(network, (input_spec.channels, *input_spec.size))
+        parts = images.split(images_at_once(math.prod(input_spec.size)))
+        with torch.no_grad():
+            doubled = torch.cat([exact(input_spec.normalize(part).double()) for part in parts])
+        decided &= ~nearly_tied(trained, doubled)
+        result = replace(result, undecided_classes=int((changed & ~decided).sum()))
+    many = decided.sum() > most
     if not tied and (not median <= LARGEST_DIFFERENCE or many):
         raise ModelError(
             f"{result}; expected the trained network's. The engine computes another network than the file says; "
