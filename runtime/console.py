@@ -14,6 +14,7 @@ from runtime.errors import OptionError
 # Name -> the module whose `main` it is, and what it does.
 COMMANDS = {
     "train": ("train.__main__", "train a network into a run folder"),
+    "average": ("train.average", "the mean of the weights of several runs"),
     "data": ("train.data.__main__", "write one split of a data set as an .npz file"),
     "export": ("export.onnx", "a checkpoint to a verified ONNX file"),
     "gradient": ("export.gradient.__main__", "append the input gradient to any ONNX classifier"),
