@@ -1,7 +1,7 @@
 """`python -m train.average`: one network whose weights are the mean of several runs' (Izmailov et al. 2018).
 
-Runs that began with one network and went on with other seeds, methods or shares end in one basin of the loss, where
-the mean of their weights is about as accurate as they are, often more (Wortsman et al. 2022, "model soups").
+Runs that began with one network and went on with other seeds, methods or shares end in one basin of the loss,
+where the mean of their weights is about as accurate as they are, often more (Wortsman et al. 2022, "model soups").
 """
 
 from __future__ import annotations
