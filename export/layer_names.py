@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Sequence
-
-import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from typing import TYPE_CHECKING
 
 from runtime.errors import ModelError
-from train.quantization.tracing import copied, trace
+
+if TYPE_CHECKING:
+    from torch import fx, nn
 
 _NEAR = 5
 
@@ -50,6 +49,9 @@ def check_layers(network: nn.Module, image: tuple[int, int, int], asked: Sequenc
         image: channels, height and width.
         asked: pairs of method and layer, from `export.choices.explanations`.
     """
+    # torch takes seconds to import, and `find_layer` does without
+    from train.quantization.tracing import copied, trace
+
     layers = [layer for _, layer in asked if layer]
     if layers:
         names = _convolutions(trace(copied(network), evaluated=True), image)
@@ -57,10 +59,14 @@ def check_layers(network: nn.Module, image: tuple[int, int, int], asked: Sequenc
             find_layer(names, layer)
 
 
-@torch.no_grad()
 def _convolutions(network: fx.GraphModule, image: tuple[int, int, int]) -> list[str]:
     """Return the convolutions with an output of several pixels, by the names that their weights will have."""
-    ShapeProp(network.eval()).propagate(torch.zeros(1, *image))
+    import torch
+    from torch import nn
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    with torch.no_grad():
+        ShapeProp(network.eval()).propagate(torch.zeros(1, *image))
     calls = [node for node in network.graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
     names = []
