@@ -72,13 +72,14 @@ def _stores_bias_codes(
 
     The bias must be a whole number of its accumulator's steps, which calibration and training see to.
     """
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    if product.op_type != "Gemm" or inputs is None or len(product.input) < 3 or inputs.input[1] not in constants:
+    if product.op_type != "Gemm" or inputs is None or len(product.input) < 3:
         return False
-    bias = constants.get(product.input[2])
-    if bias is None:
+    wanted = inputs.input[1], weight.input[1], product.input[2]
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name in wanted}
+    if any(name not in constants for name in wanted):
         return False
-    scale = constants[inputs.input[1]] * constants[weight.input[1]]
+    of_inputs, of_weight, bias = (constants[name] for name in wanted)
+    scale = of_inputs * of_weight
     codes = np.rint(bias / scale.astype(np.float64))
     if np.abs(codes).max() > _LARGEST_CODE or not np.allclose(codes * scale, bias, rtol=_WHOLE, atol=0):
         return False
