@@ -121,8 +121,8 @@ def test_before_a_mean_and_one_layer_grad_cam_is_hirescam() -> None:
     model = _parsed(f"c = Conv(x, w) {body}", head=np.random.default_rng(1).normal(size=(3, 2)))
     explained = append_input_gradient(model, outputs=(), cams=find_cams(model, ALL))
     added = [node.op_type for node in explained.graph.node if node.name.startswith("grad/")]
-    assert "Conv" not in added
-    assert len(added) < 20
+    assert {"Conv", "MatMul"}.isdisjoint(added)
+    assert len(added) <= 20
     x = np.random.default_rng(0).normal(size=(8, 3, 4, 4)).astype(np.float32)
     found = reference_run(explained)[0]({"x": x, "target": np.arange(8) % 2})
     maps = {method: found[f"cam_node_{method}"] for method in CAM_METHODS}

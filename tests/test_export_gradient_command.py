@@ -69,7 +69,34 @@ def test_what_no_output_needs_is_left_out() -> None:
     model = parse("f = Flatten(x) dead = Exp(f) y = MatMul(f, m)")
     operators = [node.op_type for node in append_input_gradient(model).graph.node]
     assert "Exp" not in operators
-    assert operators.count("MatMul") == 2
+    assert operators.count("MatMul") == 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "y = MatMul(f, m)",
+        "y = Gemm(f, m)",
+        "y = Gemm<alpha=2.0>(f, m, bias)",
+        "t = Transpose(m) y = Gemm<transB=1>(f, t)",
+    ],
+)
+def test_the_last_layer_is_not_multiplied_by_a_one_hot_vector(head: str) -> None:
+    """Its gradient is the target's row of the weight, and zeros of a target that is no class."""
+    model = parse(f"bias = Constant<value_floats=[1.0, 2.0, 3.0]>() f = Flatten(x) {head}")
+    explained = append_input_gradient(model, outputs=["gradient"])
+    added = [node.op_type for node in explained.graph.node if node.name.startswith("grad/")]
+    assert {"MatMul", "Gemm"}.isdisjoint(added)
+    assert added.count("Gather") == 1
+    rows = (2 if "alpha" in head else 1) * np.arange(12).reshape(4, 3).T.reshape(3, 1, 2, 2)
+    _, gradient = run(explained, [0, 1, 2, -1, 3, 1000])
+    np.testing.assert_array_equal(gradient, [*rows, rows[2], np.zeros((1, 2, 2)), np.zeros((1, 2, 2))])
+
+
+def test_a_transposed_last_layer_keeps_its_product() -> None:
+    model = parse("f = Flatten(x) t = Transpose(f) y = Gemm<transA=1>(t, m)")
+    _, gradient = run(append_input_gradient(model, outputs=["gradient"]), [0, 1, 2])
+    np.testing.assert_array_equal(gradient, np.arange(12).reshape(4, 3).T.reshape(3, 1, 2, 2))
 
 
 def test_an_inner_tensor_can_be_the_logits() -> None:

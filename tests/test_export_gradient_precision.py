@@ -89,7 +89,8 @@ def test_the_weights_are_the_codes_rearranged_and_nothing_is_stored_as_floats() 
     for weight in expected:
         assert any(np.array_equal(weight, found) for found in codes)
     floats = [t for t in added.values() if t.data_type == TensorProto.FLOAT]
-    assert max(numpy_helper.to_array(t).size for t in floats) == w["head"].numel()
+    # The head's rows, and zeros for a target that is no class.
+    assert max(numpy_helper.to_array(t).size for t in floats) == w["head"].numel() + 7
 
 
 def test_the_error_is_that_of_eight_bits() -> None:

@@ -35,6 +35,7 @@ class Tape(GraphFacts):
         source: the image: the tensor that the input gradient is by.
         wanted: the tensors whose gradients are asked for: no rule may skip one.
         active: the tensors that change with a wanted one; the caller fills it before the first rule.
+        target: the class of each image whose logit is differentiated, int64 [N, 1].
         scope: what the next nodes' names start with, after "grad/": the forward node they belong to.
     """
 
@@ -47,6 +48,7 @@ class Tape(GraphFacts):
         self.source = ""
         self.wanted: set[str] = set()
         self.active: set[str] = set()
+        self.target = ""
         self.scope = ""
         self._emitted: dict[bytes, str] = {}
 

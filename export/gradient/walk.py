@@ -234,5 +234,5 @@ def _one_hot(tape: Tape, logits: str) -> str:
     (classes,) = tape.sizes(logits, [1])
     wanted = tape.op("Unsqueeze", "target", [1])
     predicted = tape.op("ArgMax", logits, axis=1, keepdims=1)
-    target = tape.op("Where", tape.op("Less", wanted, np.asarray(0, np.int64)), predicted, wanted)
-    return tape.op("Cast", tape.op("Equal", target, np.arange(classes)[None]), to=tape.type(logits))
+    tape.target = tape.op("Where", tape.op("Less", wanted, np.asarray(0, np.int64)), predicted, wanted)
+    return tape.op("Cast", tape.op("Equal", tape.target, np.arange(classes)[None]), to=tape.type(logits))

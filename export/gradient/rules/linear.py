@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -186,7 +186,9 @@ def _gemm(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     a, b = node.input[:2]
     turn_a, turn_b = at.get("transA", 0), at.get("transB", 0)
     alpha, beta = at.get("alpha", 1.0), at.get("beta", 1.0)
-    if a in t.active:
+    if a in t.active and not turn_a and _chooses_rows(t, dy, b):
+        yield a, _chosen_rows(t, b, t.sizes(y, [1])[0], lambda w: alpha * (w if turn_b else w.T))
+    elif a in t.active:
         other, turned, by = b, 1 - turn_b, dy
         if t.value(b) is not None:
             by, other, turned = *_factors(t, dy, b, turn_b), turn_b
@@ -210,7 +212,9 @@ def _matmul(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     if min(t.rank(a), t.rank(b)) < 2:
         yield from _vector_product(t, a, b, dy)
         return
-    if a in t.active:
+    if a in t.active and t.rank(a) == 2 and _chooses_rows(t, dy, b):
+        yield a, _chosen_rows(t, b, t.sizes(y, [1])[0], np.transpose)
+    elif a in t.active:
         by, other = _factors(t, dy, b, 0) if t.value(b) is not None else (dy, _transposed(t, b))
         yield a, unbroadcast(t, t.op("MatMul", by, other), a, y)
     if b in t.active:
@@ -229,6 +233,23 @@ def _vector_product(t: Tape, a: str, b: str, dy: str) -> Pairs:
         turned = t.op("Unsqueeze", a, [1]) if row else _transposed(t, a)
         db = t.op("MatMul", turned, dy)
         yield b, t.op("ReduceSum", t.op("Reshape", db, [-1, *t.sizes(b, [0])]), [0], keepdims=0) if column else db
+
+
+def _chooses_rows(t: Tape, dy: str, matrix: str) -> bool:
+    """Return whether the product of a gradient and a transposed weight is one row of it for each image."""
+    return t.is_one_hot(dy) and t.rank(matrix) == 2 and t.value(matrix) is not None
+
+
+def _chosen_rows(t: Tape, matrix: str, classes: int, turn: Callable[[np.ndarray], np.ndarray]) -> str:
+    """Return the target's row of a weight that `turn` makes [K, I], for each image: [N, I].
+
+    This is the product with the one-hot gradient. With a thousand classes the product reads megabytes for one
+    row (0.25 of 3.5 ms of an EfficientNet-Lite0 on OpenVINO). A target that is no class reads a row of zeros.
+    """
+    rows = t.rearranged(matrix, lambda w: np.pad(turn(w), ((0, 1), (0, 0))))
+    behind = np.asarray(classes, np.int64)
+    row = t.op("Where", t.op("Less", t.target, behind), t.target, behind)
+    return t.op("Gather", rows, t.op("Reshape", row, [-1]), axis=0)
 
 
 def _factors(t: Tape, dy: str, matrix: str, turned: int) -> tuple[str, str]:
