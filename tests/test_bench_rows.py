@@ -76,6 +76,7 @@ def test_the_cifar10_rows_run_on_a_few_images(table: str, tmp_path: Path) -> Non
 def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "training.jsonl"
     arguments = ["digits", "--runs", str(tmp_path), "--device", "cpu", "--allow-dirty", "--record", str(path)]
+    arguments += ["--precision", "bfloat16"]
     main([*arguments, "--epochs", "1"])
     capsys.readouterr()
     four_bits = tmp_path / "digits-cnn2-4bit-sgt" / "ckpt.pt"
@@ -101,6 +102,10 @@ def test_rows_are_trained_recorded_and_resumed(tmp_path: Path, capsys: pytest.Ca
     assert Path(checkpoint.recipe.init).parent.name == "digits-cnn2-float-plain"
     for line in lines:
         assert line["epochs"] == 1
+        assert line["recipe"]["precision"] == "bfloat16"
+        assert (
+            line["command"].endswith(" --precision bfloat16") or " --precision bfloat16 --init " in line["command"]
+        )
         assert line["command"].startswith("python -m train --runs runs --name digits-cnn2-")
     assert lines[1]["test_accuracy"] == checkpoint.test_accuracy
     assert f"{checkpoint.test_accuracy:9.2f}" in capsys.readouterr().out
