@@ -24,7 +24,7 @@ from train.models import factory
 
 if TYPE_CHECKING:
     from train.data.images import ImageData
-    from train.quantization.quantize import QuantSpec
+    from train.quantization.spec import QuantSpec
     from train.recipe import Recipe
 
 EXAMPLES = """
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from bench.measure.training_step import first_images, step_of
     from train.data import datasets
     from train.data.folders import Reading
-    from train.quantization.quantize import QuantSpec
+    from train.quantization.spec import QuantSpec
     from train.recipe import default_recipe
 
     torch.set_num_threads(options.threads)

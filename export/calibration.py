@@ -32,8 +32,9 @@ from train.post_training.constant_channels import silence_constant_channels
 from train.post_training.equalization import equalize
 from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
 from train.quantization.quantizers import INPUT_QMAX, INPUT_QMIN
+from train.quantization.spec import QuantSpec
 from train.quantization.tracing import copied, cut_softmax, trace
 from train.resuming import reading_of
 

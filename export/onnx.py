@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     # Loaded once the options are known to be right: torch takes seconds.
     from export.pipeline import export
-    from train.quantization.quantize import warnings_of
+    from train.quantization.description import warnings_of
 
     kind = _kind(options.checkpoint, quantized=options.int8 or options.bits is not None)
     for name in _NOT_OF[kind]:

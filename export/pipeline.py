@@ -47,7 +47,8 @@ from train.checkpoint import Checkpoint
 from train.choices import FLOAT_BITS
 from train.model import QuantizedModel
 from train.quantization.accumulators import LARGEST_SUM, accumulators, put_biases_on_grid
-from train.quantization.quantize import QuantSpec, describe
+from train.quantization.description import describe
+from train.quantization.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from train import loop
 from train.checkpoint import Checkpoint
 from train.data import datasets
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 # Started in the background of a script, this process and its children would ignore Ctrl-C, which tests send.

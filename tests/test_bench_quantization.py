@@ -30,7 +30,7 @@ from train import loop
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.model import QuantizedModel
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 GREY = ["tests.own_nets:grey", "--data", "digits"]

@@ -33,7 +33,8 @@ from tests.html_page import Element, assert_sound, read_page
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers
+from train.quantization.quantize import float_weight, quantize, quantizers
+from train.quantization.spec import QuantSpec
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>document.title='taken'</script>\"'&"

@@ -18,7 +18,7 @@ from train.choices import FLOAT_BITS
 from train.data.images import ImageData
 from train.data.names import short_name
 from train.options import training_parser
-from train.quantization.quantize import describe
+from train.quantization.description import describe
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row for table in TABLES.values() for row in table]

@@ -17,7 +17,9 @@ from train import checkpoint as checkpoints
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec, describe, quantizers
+from train.quantization.description import describe
+from train.quantization.quantize import quantizers
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 LAYERS = ["conv1", "conv2", "fc1", "fc2"]

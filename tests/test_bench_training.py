@@ -10,7 +10,7 @@ from bench.measure.training_step import first_images, first_step, step_of
 from bench.training import main
 from runtime.errors import OptionError
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 

@@ -12,7 +12,8 @@ from tests.toy_models import randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec, start_alphas
+from train.quantization.quantize import start_alphas
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 

@@ -20,7 +20,7 @@ from train import loop
 from train.__main__ import main as train_main
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 

@@ -24,7 +24,7 @@ from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.model import QuantizedModel
 from train.models import factory
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 PASSES = {

@@ -22,7 +22,8 @@ from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.models import factory
-from train.quantization.quantize import QuantSpec, describe
+from train.quantization.description import describe
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 

@@ -29,8 +29,9 @@ from tests.toy_models import move_alphas, randomize_norms
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec, start_alphas
+from train.quantization.quantize import start_alphas
 from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 BAR = 1e-4

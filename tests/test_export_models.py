@@ -30,8 +30,9 @@ from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.models import factory
-from train.quantization.quantize import QuantSpec, start_alphas
+from train.quantization.quantize import start_alphas
 from train.quantization.quantizers import PACT
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 OWN = tuple(f"tests.toy_models:{name}" for name in ("mobile_net", "two_branches", "patch_mlp", "attention"))

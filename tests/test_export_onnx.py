@@ -25,7 +25,8 @@ from tests.exports import class_only, exported, pixels
 from tests.toy_models import DepthwiseNet, FunctionalNet, randomize_norms
 from train.checkpoint import Checkpoint
 from train.input_spec import InputSpec
-from train.quantization.quantize import QuantSpec, float_weight, quantize, start_alphas, weight_quantizer
+from train.quantization.quantize import float_weight, quantize, start_alphas, weight_quantizer
+from train.quantization.spec import QuantSpec
 
 ROOT = Path(__file__).parents[1]
 SPEC = InputSpec((12, 12), 3, (128 / 255,) * 3, (0.25,) * 3)

@@ -22,7 +22,7 @@ from train import checkpoint as checkpoints
 from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 ROOT = Path(__file__).parents[1]

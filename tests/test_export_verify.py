@@ -20,7 +20,8 @@ from export.verification.ties import TIE_STEPS, check_ties, nearly_tied
 from runtime.errors import ModelError
 from tests.exports import class_only
 from train.checkpoint import Checkpoint
-from train.quantization.quantize import QuantSpec, float_weight, quantize, quantizers, weight_quantizer
+from train.quantization.quantize import float_weight, quantize, quantizers, weight_quantizer
+from train.quantization.spec import QuantSpec
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from export.pipeline import export
 from runtime.engines.int16_sums import adds_in_int16, keep_sums_exact
 from train.input_spec import InputSpec
 from train.model import QuantizedModel
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
+from train.quantization.spec import QuantSpec
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Logits and maps as the process computes them; with a second argument, without what keeps sums exact.

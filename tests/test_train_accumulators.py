@@ -14,7 +14,8 @@ from export.passes.keep_float import keep_float
 from tests.toy_models import FunctionalNet
 from train.input_spec import InputSpec
 from train.quantization.accumulators import LARGEST_SUM, accumulators, biases_on_grid, put_biases_on_grid
-from train.quantization.quantize import QuantSpec, quantize, start_alphas
+from train.quantization.quantize import quantize, start_alphas
+from train.quantization.spec import QuantSpec
 
 IMAGE = (3, 12, 12)
 SPEC = InputSpec(IMAGE[1:], 3, (128 / 255,) * 3, (0.25,) * 3)

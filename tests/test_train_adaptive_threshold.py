@@ -15,8 +15,9 @@ from train.losses.adaptive_threshold import loss_gradient
 from train.losses.saliency import AdaptiveThreshold, start_threshold
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
-from train.quantization.quantize import QuantSpec, quantize, start_alphas
+from train.quantization.quantize import quantize, start_alphas
 from train.quantization.quantizers import PACT
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 LAMBDA1, LAMBDA2, ETA, GAMMA = 0.3, 0.02, 0.05, 0.01

@@ -13,7 +13,7 @@ from train import loop
 from train.data.balance import balanced_batches, class_weights
 from train.data.images import ImageData
 from train.losses.guidance import cross_entropy_loss
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 

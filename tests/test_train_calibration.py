@@ -13,8 +13,9 @@ from train.post_training.clipping import search_alphas
 from train.post_training.rounding import learn_rounding
 from train.post_training.weight_scales import search_weight_scales
 from train.quantization.grids import is_layer
-from train.quantization.quantize import QuantSpec, quantize, quantizers
+from train.quantization.quantize import quantize, quantizers
 from train.quantization.quantizers import PACT
+from train.quantization.spec import QuantSpec
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,9 @@ from train.input_spec import InputSpec
 from train.model import QuantizedModel
 from train.post_training.constant_channels import silence_constant_channels
 from train.quantization.accumulators import accumulators
-from train.quantization.quantize import QuantSpec, float_weight, quantize, warnings_of
+from train.quantization.description import warnings_of
+from train.quantization.quantize import float_weight, quantize
+from train.quantization.spec import QuantSpec
 
 SPEC = InputSpec((8, 8), 3, (0.5,) * 3, (0.25,) * 3)
 IMAGE = (3, 8, 8)

@@ -9,7 +9,8 @@ from train.cpu_batch_norm import BatchNorm2d
 from train.cpu_layers import use_fast_layers
 from train.losses.saliency import AdaptiveThreshold
 from train.models.resnet20 import ResNet20
-from train.quantization.quantize import QuantSpec, quantize, start_alphas
+from train.quantization.quantize import quantize, start_alphas
+from train.quantization.spec import QuantSpec
 
 
 def pair(channels: int, dtype: torch.dtype = torch.float32) -> tuple[nn.BatchNorm2d, BatchNorm2d]:

@@ -9,7 +9,8 @@ from torch import nn
 from train.cpu_layers import use_fast_layers
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
+from train.quantization.spec import QuantSpec
 
 
 @given(

@@ -12,8 +12,8 @@ from train.data.images import ImageData
 from train.device import arrange, computes_bfloat16_slowly, in_precision, place
 from train.losses.methods import new_guidance
 from train.losses.saliency import filling
-from train.quantization.quantize import QuantSpec
 from train.quantization.quantizers import PACT
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 from train.step import compute_gradients
 

@@ -12,7 +12,7 @@ from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.losses.distillation import distillation_loss, load_teacher
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 

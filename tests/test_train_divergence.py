@@ -13,7 +13,8 @@ from train.__main__ import main
 from train.data.images import ImageData
 from train.divergence import diverged, where_it_diverged
 from train.models.cnn2 import CNN2
-from train.quantization.quantize import QuantSpec, float_weight, quantize
+from train.quantization.quantize import float_weight, quantize
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 

@@ -26,7 +26,7 @@ from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.models import factory
 from train.models.build import build
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 NAME = "tests.toy_models:small_convnet"

@@ -15,16 +15,11 @@ from runtime.errors import ModelError
 from train.checkpoint import new_network
 from train.input_spec import InputSpec
 from train.models.cnn2 import CNN2
-from train.quantization.quantize import (
-    QuantSpec,
-    all_zero_channels,
-    float_weight,
-    quantize,
-    quantizers,
-    start_alphas,
-)
+from train.quantization.description import all_zero_channels
+from train.quantization.quantize import float_weight, quantize, quantizers, start_alphas
 from train.quantization.quantizers import PACT, WeightQuantizer
 from train.quantization.signs import relu_bound
+from train.quantization.spec import QuantSpec
 from train.quantization.tracing import trace
 from train.state import load_state
 

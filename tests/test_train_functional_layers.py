@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.quantization.quantize import QuantSpec, describe, quantize, quantizers, weight_quantizer
+from train.quantization.description import describe
+from train.quantization.quantize import quantize, quantizers, weight_quantizer
+from train.quantization.spec import QuantSpec
 from train.quantization.tracing import trace
 
 SHAPE = (3, 9, 9)

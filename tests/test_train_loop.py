@@ -21,7 +21,7 @@ from train import loop
 from train.__main__ import main
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, Recipe, default_recipe
 
 ROOT = Path(__file__).parents[1]

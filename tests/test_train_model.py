@@ -17,7 +17,8 @@ from train.choices import FLOAT_BITS
 from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.model import QuantizedModel
-from train.quantization.quantize import QuantSpec, quantize, spec_of
+from train.quantization.quantize import quantize, spec_of
+from train.quantization.spec import QuantSpec
 
 SPEC = InputSpec(size=(8, 8), channels=1, mean=(128 / 255,), std=(0.5,))
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from runtime.errors import OptionError
 from train.models.build import ARCHITECTURES, build
 from train.models.vision_transformer import VisionTransformer
-from train.quantization.quantize import QuantSpec, describe, quantize, quantizers, start_alphas
+from train.quantization.description import describe
+from train.quantization.quantize import quantize, quantizers, start_alphas
+from train.quantization.spec import QuantSpec
 
 
 @pytest.mark.parametrize("channels", [1, 3])

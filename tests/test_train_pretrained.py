@@ -20,7 +20,7 @@ from train.data.images import ImageData
 from train.input_spec import InputSpec
 from train.models.build import build
 from train.models.pretrained import pretrained_state
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
 
 OURS = InputSpec((64, 64), 3, (128 / 255,) * 3, (0.25,) * 3)

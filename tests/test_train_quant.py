@@ -15,16 +15,10 @@ from runtime.errors import ModelError, OptionError
 from tests.toy_models import Attention, DepthwiseNet, FunctionalNet, MobileNet, PatchMLP, TwoBranches
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
-from train.quantization.quantize import (
-    QuantSpec,
-    describe,
-    float_weight,
-    quantize,
-    quantizers,
-    start_alphas,
-    weight_quantizer,
-)
+from train.quantization.description import describe
+from train.quantization.quantize import float_weight, quantize, quantizers, start_alphas, weight_quantizer
 from train.quantization.quantizers import PACT, InputQuantizer
+from train.quantization.spec import QuantSpec
 
 
 def test_every_relu_call_gets_a_clip_of_its_own() -> None:

@@ -12,7 +12,8 @@ from train.__main__ import main
 from train.choices import METHODS
 from train.models.build import ARCHITECTURES
 from train.options import training_parser
-from train.quantization.quantize import QuantSpec, describe
+from train.quantization.description import describe
+from train.quantization.spec import QuantSpec
 
 
 def settings(*arguments: str) -> tuple[str, QuantSpec, dict[str, object]]:

@@ -11,7 +11,8 @@ from train.losses.guidance import filling, frozen_statistics, least_salient
 from train.losses.saliency import plain_loss, sgt_loss
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
+from train.quantization.spec import QuantSpec
 
 
 def literal_sgt(model: nn.Module, images: Tensor, labels: Tensor, share: float, kl_weight: float) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from train.losses.saliency import Smoot
 from train.models.cnn2 import CNN2
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
+from train.quantization.spec import QuantSpec
 
 
 def literal_smoot(

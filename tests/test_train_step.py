@@ -10,7 +10,7 @@ from train import loop
 from train.data.images import ImageData
 from train.losses.methods import new_guidance
 from train.losses.saliency import filling
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 from train.step import compute_gradients, loss_terms, new_optimizer, set_lr
 

@@ -17,7 +17,7 @@ from train import checkpoint as checkpoints
 from train import loop, processes
 from train.data import datasets
 from train.input_spec import InputSpec
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 
 

@@ -39,7 +39,8 @@ from train.data.names import is_folder
 from train.input_spec import InputSpec
 from train.model import Facts, QuantizedModel
 from train.models.build import build
-from train.quantization.quantize import QuantSpec, quantize
+from train.quantization.quantize import quantize
+from train.quantization.spec import QuantSpec
 from train.recipe import Recipe
 from train.state import load_state, without_wrappers
 

@@ -27,8 +27,9 @@ from train.losses.methods import Guidance, new_guidance, start_guidance
 from train.losses.saliency import LossTerms, Smoot, filling
 from train.models.pretrained import pretrained_state
 from train.quantization.accumulators import biases_on_grid
-from train.quantization.quantize import QuantSpec, quantizers, start_alphas
+from train.quantization.quantize import quantizers, start_alphas
 from train.quantization.quantizers import PACT
+from train.quantization.spec import QuantSpec
 from train.recipe import Recipe
 from train.state import load_state
 from train.step import compute_gradients, new_optimizer, set_lr, update

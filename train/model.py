@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from train.input_spec import InputSpec
 from train.quantization.accumulators import put_biases_on_grid
-from train.quantization.quantize import QuantSpec, spec_of
+from train.quantization.quantize import spec_of
+from train.quantization.spec import QuantSpec
 
 
 @dataclass(frozen=True)

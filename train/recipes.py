@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
 from train.choices import FLOAT_BITS
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import Recipe
 
 

@@ -30,7 +30,8 @@ from train.device import computes_bfloat16_slowly
 from train.figures import draw_alphas, draw_training_curves, has_alphas
 from train.models import factory
 from train.ownership import owned
-from train.quantization.quantize import QuantSpec, describe, warnings_of
+from train.quantization.description import describe, warnings_of
+from train.quantization.spec import QuantSpec
 from train.recipe import Recipe, default_recipe
 from train.resuming import reading_of
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import Checkpoint
-from train.quantization.quantize import Quantizer, describe, float_weight, quantizers, weight_quantizer
+from train.quantization.description import describe
+from train.quantization.quantize import Quantizer, float_weight, quantizers, weight_quantizer
 from train.quantization.quantizers import PACT
 
 _PASS = 64

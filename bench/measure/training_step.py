@@ -15,7 +15,7 @@ from train.data.images import ImageData
 from train.device import arrange, in_precision, place
 from train.losses.methods import new_guidance
 from train.losses.saliency import LossTerms, filling
-from train.quantization.quantize import QuantSpec
+from train.quantization.spec import QuantSpec
 from train.recipe import Recipe
 from train.step import compute_gradients, new_optimizer, update
 

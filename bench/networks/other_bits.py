@@ -15,7 +15,9 @@ from runtime.explanations.agreement import spearman
 from train import checkpoint as checkpoints
 from train.checkpoint import Checkpoint
 from train.choices import FLOAT_BITS
-from train.quantization.quantize import QuantSpec, describe, float_weight, start_alphas
+from train.quantization.description import describe
+from train.quantization.quantize import float_weight, start_alphas
+from train.quantization.spec import QuantSpec
 
 
 @dataclass(frozen=True)

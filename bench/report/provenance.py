@@ -56,7 +56,7 @@ def train_command(checkpoint: Checkpoint) -> str:
 
     What only a file can say, the bits of single layers, is in `bits.json`.
     """
-    from train.quantization.quantize import QuantSpec
+    from train.quantization.spec import QuantSpec
     from train.recipe import default_recipe
 
     recipe, quant, usual = checkpoint.recipe, checkpoint.quant, QuantSpec()

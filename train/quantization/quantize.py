@@ -3,14 +3,13 @@
 `quantize` traces the module with torch.fx, replaces every ReLU call by a PACT of its own (a ReLU module that is
 used three times gets three), registers a weight quantizer on every convolution and linear layer, and puts a
 quantizer before any such layer, and any product of two activations as in attention, whose operand would otherwise
-not lie on a grid. Everything else stays float and is listed by `describe`.
+not lie on a grid. Everything else stays float; `description.describe` lists it.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from runtime.errors import ModelError, OptionError
-from train.choices import FLOAT_BITS, QUANTIZED_BITS, WEIGHT_METHODS
+from train.choices import FLOAT_BITS
 from train.quantization import grids, signs
 from train.quantization.quantizers import INPUT_QMAX, INPUT_QMIN, PACT, InputQuantizer, WeightQuantizer
+from train.quantization.spec import QuantSpec
 from train.quantization.tracing import LAYERS, NORMS, copied, cut_softmax, expand_attention, source, trace
 
 Quantizer = PACT | InputQuantizer
@@ -28,88 +28,7 @@ Quantizer = PACT | InputQuantizer
 # Under which a quantized graph remembers its QuantSpec.
 _SPEC = "clearpact.quant"
 _ENDS_IN_SOFTMAX = "{} ends in a softmax: what that is given is taken as the logits"
-# Field of older checkpoints -> what it is called now.
-_RENAMED = {"weights": "weight_quantizer", "full_grid": "full_range", "addends": "quantize_adds"}
 _SUMS = (operator.add, operator.iadd, torch.add)
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How a network is quantized.
-
-    Args:
-        bits: weights and activations, 2 to 8 (32 leaves the network in float).
-        weight_quantizer: one of train.choices.WEIGHT_METHODS.
-        first_last_bits: bits of the first and the last layer.
-        full_range: 8-bit activations use 0..255 (signed: -128..127) instead of 0..127 (-127..127), which every
-            engine has; not exact on TensorRT.
-        alpha: initial clipping value of every PACT, until `start_alphas` sets it from data.
-        layer_bits: bits of single layers by module name, overriding the above.
-        quantize_adds: the inputs of an addition before a PACT get 8-bit grids of their own, so that ONNX Runtime
-            adds codes.
-        bias_grid: evaluated and shipped, biases are whole steps of their accumulators (accumulators.py), so that
-            ONNX Runtime's integer kernels add them exactly.
-    """
-
-    bits: int = 8
-    weight_quantizer: str = "absmax"
-    first_last_bits: int = 8
-    full_range: bool = False
-    alpha: float = 6.0
-    layer_bits: dict[str, int] = field(default_factory=dict)
-    quantize_adds: bool = False
-    bias_grid: bool = True
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            OptionError: a field is outside its range.
-        """
-        if self.bits not in (*QUANTIZED_BITS, FLOAT_BITS):
-            raise OptionError(f"bits {self.bits!r}: expected a whole number from 2 to 8, or 32 for float")
-        if self.bits == FLOAT_BITS and self.layer_bits:
-            raise OptionError(
-                "bits 32 leave every layer in float, but bits of single layers are given; choose one"
-            )
-        for name, bits in {"first and last layer": self.first_last_bits, **self.layer_bits}.items():
-            if bits not in QUANTIZED_BITS:
-                raise OptionError(f"bits {bits!r} of {name}: expected a whole number from 2 to 8")
-        if self.weight_quantizer not in WEIGHT_METHODS:
-            raise OptionError(
-                f"weight quantizer {self.weight_quantizer!r}: expected one of {', '.join(WEIGHT_METHODS)}"
-            )
-        if not self.alpha > 0:
-            raise OptionError(f"alpha {self.alpha!r}: expected a positive clipping value")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
-        """Return the spec a checkpoint holds.
-
-        Raises:
-            OptionError: a field is unknown or out of range.
-        """
-        values = {_RENAMED.get(name, name): value for name, value in values.items()}
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise OptionError(f"quantization spec: unknown fields {sorted(unknown)}; made by a newer version")
-        # A network of a version that had no such grid was evaluated, and is to ship, without.
-        return cls(**{"bias_grid": False} | values)
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """What became of one layer: `bits` is None where it stays float, then `reason` says why.
-
-    `activation` is the grid of its input, as text, and `quantizer` who puts it there, as `quantizers` names it.
-    """
-
-    name: str
-    kind: str
-    bits: int | None
-    activation: str | None = None
-    quantizer: str | None = None
-    reason: str = ""
 
 
 def quantize(
@@ -283,84 +202,6 @@ def float_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def warnings_of(model: nn.Module) -> list[str]:
-    """Return a line for each layer whose codes have lost what they stood for: channels that are nothing but 0."""
-    return [
-        f"{name}: the weights of {count} of {float_weight(model.get_submodule(name)).shape[0]} channels have all "
-        "become code 0; nothing that they read counts any more"
-        for name, count in all_zero_channels(model, rounded_away=True).items()
-    ]
-
-
-def all_zero_channels(model: nn.Module, *, rounded_away: bool = False) -> dict[str, int]:
-    """Return by layer how many of its output channels have no weight code but 0, where there are any.
-
-    Args:
-        model: from `quantize`.
-        rounded_away: only of channels whose weights are not 0 themselves.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        quantizer = weight_quantizer(layer)
-        if quantizer is not None:
-            weight = float_weight(layer).flatten(1)
-            zero = (quantizer.codes(float_weight(layer)) == 0).flatten(1).all(1)
-            count = int((zero & (weight != 0).any(1) if rounded_away else zero).sum())
-            if count:
-                found[name] = count
-    return found
-
-
-def describe(model: nn.Module) -> list[LayerDescription]:
-    """List every layer with parameters and every product of activations: bits and grids, or why it stays float."""
-    modules = dict(model.named_modules())
-    graph = model.graph if isinstance(model, fx.GraphModule) else None
-    calls: dict[str, fx.Node] = {}
-    for node in graph.nodes if graph is not None else ():
-        calls.setdefault(str(node.target), node)
-    rows = []
-    for name, module in modules.items():
-        if isinstance(module, PACT | WeightQuantizer | parametrize.ParametrizationList | fx.GraphModule):
-            continue
-        quantizer = weight_quantizer(module)
-        kind = type(module).__name__.removeprefix("Parametrized")
-        if quantizer is not None:
-            operand = source(calls[name]) if name in calls else None
-            grid = None if operand is None else _grid(operand, modules)
-            read = None if operand is None else grids.grid_source(operand, modules)
-            origin = None if read is None else str(read.target).removeprefix("quantizers.")
-            rows.append(LayerDescription(name, kind, quantizer.bits, grid, origin))
-        elif type(module) is not nn.Module and any(True for _ in module.parameters(recurse=False)):
-            rows.append(LayerDescription(name, kind, None, reason=_why_float(module, calls.get(name), modules)))
-    return rows + (_describe_functions(graph, modules) if graph is not None else [])
-
-
-def _describe_functions(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[LayerDescription]:
-    """List what is no module: parameters that a forward uses by name, products and attention by function."""
-    rows = []
-    for node in graph.nodes:
-        operands = grids.matrix_operands(node, modules)
-        if operands and all(grids.grid_source(operand, modules) for operand in operands):
-            bits = max(_quantizer(operand, modules).bits for operand in operands)
-            factors = " by ".join(str(_grid(operand, modules)) for operand in operands)
-            rows.append(LayerDescription(node.name, "MatMul", bits, factors))
-        elif node.op == "get_attr":
-            rows.append(LayerDescription(str(node.target), "Parameter", None, reason="used outside of a layer"))
-        elif node.target in grids.FLOAT_FUNCTIONS or grids.MATMUL.include(node, modules):
-            kind = getattr(node.target, "__name__", str(node.target))
-            rows.append(LayerDescription(node.name, kind, None, reason="a function; only layers are quantized"))
-    return rows
-
-
-def _why_float(module: nn.Module, node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
-    if isinstance(module, NORMS):
-        before = source(node) if node is not None else None
-        if before is None or (grids.is_layer(before, modules) and grids.norm_after(before, modules) is node):
-            return "folded into the layer before it at export"
-        return "not right after a layer, and not folded"
-    return "no quantizer for this layer"
-
-
 def _bits_by_layer(names: list[str], spec: QuantSpec) -> dict[str, int]:
     unknown = set(spec.layer_bits) - set(names)
     if unknown:
@@ -421,26 +262,19 @@ def _assign_activation_bits(graph_module: fx.GraphModule, bits: dict[str, int], 
     readers: dict[Quantizer, list[int]] = {}
     for node in graph_module.graph.nodes:
         if grids.is_layer(node, modules):
-            quantizer = _quantizer(source(node), modules)
+            quantizer = quantizer_of(source(node), modules)
             readers.setdefault(quantizer, []).append(bits[str(node.target)])
         for operand in grids.matrix_operands(node, modules):
-            readers.setdefault(_quantizer(operand, modules), []).append(spec.bits)
+            readers.setdefault(quantizer_of(operand, modules), []).append(spec.bits)
     for pact in graph_module.get_submodule("quantizers").children():
         if isinstance(pact, PACT):
             pact.set_bits(max(readers.get(pact, [spec.bits])), full_range=spec.full_range)
 
 
-def _quantizer(node: fx.Node, modules: dict[str, nn.Module]) -> Quantizer:
+def quantizer_of(node: fx.Node, modules: dict[str, nn.Module]) -> Quantizer:
     """Return the quantizer on whose grid the value of `node` lies."""
     found = grids.grid_source(node, modules)
     assert found is not None
     quantizer = modules[str(found.target)]
     assert isinstance(quantizer, PACT | InputQuantizer)
     return quantizer
-
-
-def _grid(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    if grids.grid_source(node, modules) is None:
-        return None
-    quantizer = _quantizer(node, modules)
-    return f"{quantizer.bits}-bit {quantizer.qmin}..{quantizer.qmax}, scale {quantizer.scale.item():.4g}"
