@@ -92,6 +92,10 @@ def contents(model: bytes, engine: str, *, threads: int = 1) -> Contents:
     layers: dict[str, str] = {}  # name of a forward node -> layer
     products, weight_bytes = [], {"forward": 0, "gradient": 0}
     for node in graph.node:
+        if node.op_type == "Gather" and node.name.startswith("grad/") and node.input[0] in stored:
+            weight_bytes["gradient"] += len(
+                stored[node.input[0]].raw_data
+            )  # the last matrix: it is a row of it
         if node.op_type not in _PRODUCTS:
             continue
         dequantize = producer.get(node.input[1])

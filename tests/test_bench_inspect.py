@@ -24,16 +24,13 @@ def test_every_layer_is_found_in_both_directions_with_its_codes(
     path.write_bytes(exported(digits_checkpoint, saliency_precision="int8").model.SerializeToString())
     forward, gradient = (by_layer(path, "openvino", part) for part in ("forward", "gradient"))
     assert list(forward) == ["conv1", "conv2", "fc1", "fc2"]
-    assert list(gradient) == ["fc2", "fc1", "conv2", "conv1"]
+    assert list(gradient) == ["fc1", "conv2", "conv1"]  # of the last matrix the gradient reads a row
     for layer, product in forward.items():
         assert product.stored == "int8"
         assert product.codes is not None
         assert -127 <= product.codes[0] < product.codes[1] <= 127
-        same = gradient[layer]
-        # The gradient multiplies by the forward codes; the head's one-hot gradient by floats.
-        assert same.codes == (product.codes if layer != "fc2" else None)
+        assert layer == "fc2" or gradient[layer].codes == product.codes
     assert [p.executed == "not found" for p in forward.values()] == [False] * 4
-    assert gradient["fc2"].remark == "its weight is stored in float"
 
 
 def test_onnx_runtime_says_which_products_it_runs_in_float(digits_models: dict[str, Path]) -> None:
@@ -53,7 +50,8 @@ def test_bytes_and_operators_are_those_of_the_file(digits_models: dict[str, Path
     model = digits_models["float"].read_bytes()
     found = contents(model, "openvino")
     assert sum(found.bytes.values()) == len(model)
-    assert found.bytes["forward weights"] == found.bytes["gradient weights"]
+    zeros = 4 * 128  # the row of a target that is no class
+    assert found.bytes["forward weights"] + zeros == found.bytes["gradient weights"]
     assert found.operators["forward"]["Conv"] == found.operators["gradient"]["Conv"] == 2
 
 
@@ -61,13 +59,13 @@ def test_a_person_and_a_script_read_it(digits_models: dict[str, Path], capsys: p
     main([str(digits_models["ort"])])
     text = capsys.readouterr().out
     assert "forward: 4 of 4 products on integer codes (ort)" in text
-    assert "gradient: 0 of 4 products on integer codes (ort)" in text
+    assert "gradient: 0 of 3 products on integer codes (ort)" in text
     assert max(map(len, text.splitlines()[1:])) <= 110
     main([str(digits_models["tensorrt"]), "--engine", "openvino", "--json"])
     row = json.loads(capsys.readouterr().out)
     assert row["manifest"]["target"] == "tensorrt"
     assert row["engine"] == "openvino"
-    assert len(row["products"]) == 8
+    assert len(row["products"]) == 7
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_a_plan_is_built_ahead_of_time_with_a_sidecar_that_describes_it(
     sidecar.verify(data, "engine.plan", builder="tensorrt_rtx", version="1.7.1.116", compute_capability="8.9")
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
-    assert [row[-1] for row in rows] == ["INT8"] * 4 + ["FP16"] * 4
+    assert [row[-1] for row in rows] == ["INT8"] * 4 + ["FP16"] * 3
     assert rows[0] == ["node_conv2d", "Conv", "32x1x3x3", "INT8"]
-    assert "4 layers in INT8, 4 layers in FP16\n" in out
+    assert "4 layers in INT8, 3 layers in FP16\n" in out
     assert "TensorRT-RTX ahead-of-time 1.7.1.116" in out
     assert "TensorRT 1" not in out
     assert "meant for INT8, but" not in out
@@ -97,7 +97,7 @@ def test_a_dry_run_parses_and_writes_nothing(
 ) -> None:
     run(digits_models["tensorrt"], "-o", tmp_path / "engine.plan", "--dry-run", "--builder", "tensorrt_rtx")
     out = capsys.readouterr().out
-    assert "4 layers in INT8, 4 layers in FP16\n" in out
+    assert "4 layers in INT8, 3 layers in FP16\n" in out
     assert out.endswith("parsed by TensorRT-RTX ahead-of-time 1.7.1.116; nothing was built or written\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -108,7 +108,7 @@ def test_a_dry_run_needs_no_tensorrt(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     run(digits_models["tensorrt"], "--dry-run", "--builder", "tensorrt")
     out = capsys.readouterr().out
-    assert "4 layers in INT8, 4 layers in FP16\n" in out
+    assert "4 layers in INT8, 3 layers in FP16\n" in out
     assert out.splitlines()[-1].startswith("not parsed: TensorRT cannot be imported")
 
 

@@ -74,7 +74,7 @@ def assert_as_chosen(trt: ModuleType, model: bytes, forward: int) -> None:
             assert ("Int8" in types) == (precision == "INT8"), name
         chosen = [p for p, _ in int8_by_layer(trt, contents).values()]
         assert chosen.count("INT8") == forward
-        assert len(chosen) == (2 * forward if contents is model else forward)
+        assert len(chosen) == (2 * forward - 1 if contents is model else forward)  # the last is a Gather
 
 
 def test_cnn2_multiplies_int8_where_it_was_chosen(trt: ModuleType, digits_models: dict[str, Path]) -> None:
@@ -113,8 +113,8 @@ def test_int8_gradients_multiply_int8_too(trt: ModuleType, digits: ImageData) ->
     made = export(checkpoint("resnet20", digits, 8), target="tensorrt", saliency_precision="int8")
     found = int8_by_layer(trt, made.model.SerializeToString())
     assert all(("Int8" in types) == (precision == "INT8") for precision, types in found.values())
-    assert [name for name, (precision, _) in found.items() if precision != "INT8"] == ["grad/node_linear/Gemm_6"]
-    assert len(found) == 40
+    assert {precision for precision, _ in found.values()} == {"INT8"}
+    assert len(found) == 39
 
 
 def test_controls_without_int8_show_none(trt: ModuleType, digits_models: dict[str, Path]) -> None:
@@ -134,7 +134,7 @@ def test_controls_without_int8_show_none(trt: ModuleType, digits_models: dict[st
 def test_gradients_multiply_float16(trt: ModuleType, digits_models: dict[str, Path]) -> None:
     found = int8_by_layer(trt, digits_models["tensorrt"].read_bytes())
     gradients = [types for name, (_, types) in found.items() if name.startswith("grad/")]
-    assert gradients == [{"Half"}] * 4
+    assert gradients == [{"Half"}] * 3
 
 
 # What the rules of export/engine/rules.py are for: NVIDIA's own words and deeds, without them.

@@ -9,10 +9,9 @@ import torch
 
 from train import checkpoint as checkpoints
 from train import loop
-from train.choices import FLOAT_BITS
+from train.choices import FLOAT_BITS, WEIGHT_METHODS
 from train.data.images import ImageData
 from train.quantization.description import describe
-from train.quantization.quantize import WEIGHT_METHODS
 from train.quantization.spec import QuantSpec
 from train.recipe import METHODS, default_recipe
 
