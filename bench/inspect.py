@@ -93,9 +93,8 @@ def contents(model: bytes, engine: str, *, threads: int = 1) -> Contents:
     products, weight_bytes = [], {"forward": 0, "gradient": 0}
     for node in graph.node:
         if node.op_type == "Gather" and node.name.startswith("grad/") and node.input[0] in stored:
-            weight_bytes["gradient"] += len(
-                stored[node.input[0]].raw_data
-            )  # the last matrix: it is a row of it
+            # The gradient of the logits is one row of the last matrix: the engine stores that matrix whole.
+            weight_bytes["gradient"] += len(stored[node.input[0]].raw_data)
         if node.op_type not in _PRODUCTS:
             continue
         dequantize = producer.get(node.input[1])

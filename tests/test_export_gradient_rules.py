@@ -10,7 +10,7 @@ import onnx
 import openvino
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -165,6 +165,7 @@ def test_equal_ones_share_nothing_and_a_constant_wins() -> None:
     targets=st.tuples(st.integers(2, 9), st.integers(2, 9)),
     scale=st.sampled_from([None, 0.6, 1.5, 2.0, 2.7]),
 )
+@example(mode="cubic", places="half_pixel", sizes=(5, 5), targets=(2, 2), scale=0.6)  # 3.0000001 pixels
 def test_resize(
     mode: str, places: str, sizes: tuple[int, int], targets: tuple[int, int], scale: float | None
 ) -> None:

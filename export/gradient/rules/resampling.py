@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,23 @@ def _resize(t: Tape, node: onnx.NodeProto, y: str, dy: str) -> Pairs:
     for i in changing:
         axis = axes[i]
         (before,), (after,) = t.sizes(x, [axis]), t.sizes(y, [axis])
-        # Engines round scale * size as they like; sizes leave no choice. Only a fraction of a pixel is in no size.
-        whole = not scales.size or mode == b"align_corners" or abs(scales[i] * before - after) < _WHOLE
-        own = {"size": after} if whole else {"scale": float(scales[i])}
+        by_size = not scales.size or mode == b"align_corners" or _is_size(at, float(scales[i]), before, after)
+        own = {"size": after} if by_size else {"scale": float(scales[i])}
         region = roi.reshape(2, -1)[:, i].tolist() if roi.size else [0.0, 1.0]
         dy = multiply_along(t, dy, rank, axis, _weights(at, before, region, **own).T)
     yield x, dy
+
+
+def _is_size(at: dict[str, Any], scale: float, before: int, after: int) -> bool:
+    """Say whether sizes describe this Resize better than its scale, a float32.
+
+    0.6 times 5 pixels is 3.0000001. The nearest pixel may then be another one than in the engines, whose float32
+    rounds to 3; weights of other modes change by as little as the scale does, so its own value is right. A scale
+    that lies below, such as 2.9999998, gives a pixel less than the engines have.
+    """
+    if abs(scale * before - after) >= _WHOLE:
+        return False
+    return at.get("mode", b"nearest") == b"nearest" or math.floor(scale * before) != after
 
 
 def _weights(
