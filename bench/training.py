@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from bench.measure import record
 from bench.measure.environment import describe, environment, peak_memory_bytes
+from bench.measure.ratios import ratio
 from bench.measure.statistics import check_seconds, measure, missing_percentiles, summarize, told
 from runtime import command
 from runtime.errors import OptionError
@@ -90,13 +89,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     samples = measure(steps, seconds=options.seconds, label="steps")
     rows = {method: summarize(times) for method, times in samples.items()}
+    # Of each round, and then the median: a machine that slows down for a while slows both down.
+    plain_steps = {method: ratio([times], [samples["plain"]]).ratio for method, times in samples.items()}
     where = environment()
 
     print(_setting(options))
     print("method      p50 ms   p90 ms     ± ms   runs   plain steps")
     for method, row in rows.items():
         print(f"{method:8}{row.p50_ms:10.1f}{told(row.p90_ms, 1):>9}{row.std_ms:9.1f}{row.n:7,}"
-              f"{row.p50_ms / rows['plain'].p50_ms:14.2f}")  # fmt: skip
+              f"{plain_steps[method]:14.2f}")  # fmt: skip
     for reason in missing_percentiles([row.n for row in rows.values()], [90]):
         print(reason)
     print(f"peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
@@ -104,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record.deliver(options, {
         "bench": "training step", **_recorded(options),
         "step": {method: asdict(row) for method, row in rows.items()},
-        "plain_steps": {method: row.p50_ms / rows["plain"].p50_ms for method, row in rows.items()},
-        "peak_memory_bytes": peak_memory_bytes(), "environment": where,
+        "plain_steps": plain_steps, "peak_memory_bytes": peak_memory_bytes(), "environment": where,
     })  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _beside_compiled(
         samples = measure(steps, seconds=options.seconds, label="steps")
     rows = {name: summarize(times) for name, times in samples.items()}
     times_eager = {
-        method: float(np.median(samples[f"{method}, compiled"] / samples[method]))
+        method: ratio([samples[f"{method}, compiled"]], [samples[method]]).ratio
         for method in recipes
         if f"{method}, compiled" in samples
     }
