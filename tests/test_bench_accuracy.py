@@ -136,7 +136,8 @@ def test_json_has_the_scores_the_counts_and_the_environment(
     assert (result["precision"], result["target"], result["data"]) == ("int8", "openvino", "digits_test.npz")
     assert result["engine"].startswith("openvino 20")
     assert result["classes"] == [str(digit) for digit in range(10)]
-    assert result["environment"] == environment()
+    changing = {"load_1min": pytest.approx(result["environment"]["load_1min"], abs=2)}  # the system counts on
+    assert result["environment"] == environment() | changing
 
 
 def test_a_person_reads_the_scores_and_a_confusion_matrix(
