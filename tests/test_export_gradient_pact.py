@@ -30,8 +30,9 @@ from train import loop
 from train.checkpoint import Checkpoint
 from train.data.images import ImageData
 from train.quantization.quantize import start_alphas
-from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT
+from train.quantization.quantizers import PACT
 from train.quantization.spec import QuantSpec
+from train.quantization.straight_through import BELOW_ZERO_STEPS
 from train.recipe import default_recipe
 
 BAR = 1e-4

@@ -27,10 +27,11 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "engines/tensorrt": {".", "images"},
     },
     "train": {
+        "cpu": {"."},
         "quantization": {"."},
         "data": {"."},
         "models": {"."},
-        "losses": {".", "quantization"},
+        "losses": {".", "cpu", "quantization"},
         "post_training": {".", "quantization"},
     },
     "export": {

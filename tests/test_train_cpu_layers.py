@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from train.cpu_layers import use_fast_layers
+from train.cpu.layers import use_fast_layers
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
 from train.quantization.quantize import quantize

@@ -11,17 +11,15 @@ from scipy import stats
 from torch import nn
 
 from export.gradient.rules import quantized as gradient_quantized
-from train.quantization import quantizers
 from train.quantization.quantizers import (
-    BELOW_ZERO_STEPS,
     PACT,
     SAWB_COEFFICIENTS,
     InputQuantizer,
     WeightQuantizer,
-    _clip_bounds,
     activation_range,
     weight_qmax,
 )
+from train.quantization.straight_through import BELOW_ZERO_STEPS, _clip_bounds
 
 BITS = st.integers(2, 8)
 
@@ -152,7 +150,7 @@ def test_pact_equals_its_equations_written_out(bits: int, signed: bool, alpha: f
 
 
 def test_the_graphs_gate_opens_where_training_s_does() -> None:
-    assert gradient_quantized.BELOW_ZERO_STEPS == quantizers.BELOW_ZERO_STEPS == 2.0**-10
+    assert gradient_quantized.BELOW_ZERO_STEPS == BELOW_ZERO_STEPS == 2.0**-10
 
 
 def test_pact_gates_in_bfloat16_as_in_float32() -> None:

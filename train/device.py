@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.cpu_layers import use_fast_layers
+from train.cpu.layers import use_fast_layers
 
 
 class _Bfloat16(nn.Module):

@@ -22,7 +22,8 @@ from runtime.errors import ModelError
 from runtime.manifest import INPUT_NAME, TARGET_NAME
 from train.model import QuantizedModel
 from train.post_training.hooks import forwards
-from train.quantization.quantizers import BELOW_ZERO_STEPS, PACT, InputQuantizer
+from train.quantization.quantizers import PACT, InputQuantizer
+from train.quantization.straight_through import BELOW_ZERO_STEPS
 
 # Largest difference from autograd's gradient, in its own norm, that half of the images may have. Float32 gradients
 # of twelve networks differed by 1e-7 to 1e-6, int8 ones by 0.03 (two_branches) to 0.3 (mobile_net of the tests); a

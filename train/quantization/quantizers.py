@@ -1,4 +1,4 @@
-"""Fake quantizers: the integer grids of weights and activations, and their gradients.
+"""Fake quantizers: the integer grids of weights, activations and the input image, as modules.
 
 Rounding is half to even everywhere, as in torch.round, ONNX QuantizeLinear and TensorRT. A fake-quantized
 tensor is always ``scale * codes`` with integer codes held as float32, so that export can read the codes off.
@@ -7,10 +7,18 @@ tensor is always ``scale * codes`` with integer codes held as float32, so that e
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from train.quantization.straight_through import (
+    at_least,
+    clip_to_grid,
+    learned_step,
+    round_in_place,
+    round_to_grid,
+    straight_through,
+)
 
 INPUT_QMIN, INPUT_QMAX = -128, 127
 
@@ -45,111 +53,6 @@ def activation_range(bits: int, *, signed: bool = False, full_range: bool = Fals
     if bits == 8 and not full_range:
         return 0, 127
     return 0, 2**bits - 1
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Return `value`, bit for bit, and hand the gradient to `x` (x + (value - x).detach() would round)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-
-def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of the identity in `x` (same shape)."""
-    out: Tensor = _StraightThrough.apply(x, value.detach())
-    return out
-
-
-class _AtLeast(torch.autograd.Function):
-    """Clamp from below; below the floor only a step that leads back up gets its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, floor: Tensor) -> Tensor:
-        ctx.save_for_backward(x >= floor)
-        return torch.maximum(x, floor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        (above,) = ctx.saved_tensors
-        return torch.where(above, grad, grad.clamp_max(0)), None
-
-
-def at_least(x: Tensor, floor: Tensor) -> Tensor:
-    """Return max(x, floor), float32, same shape; what is below the floor can be learned up, not further down."""
-    out: Tensor = _AtLeast.apply(x, floor.detach())
-    return out
-
-
-def _round_to_grid(ratio: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Replace x / scale by its codes, as floats; in place, since what a pass costs is the memory it touches."""
-    return ratio.clamp_(qmin, qmax).round_()
-
-
-class _RoundToGrid(torch.autograd.Function):
-    """Fake quantization whose gradient is the identity's, inside the grid's range and outside."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-        return _round_to_grid(x / scale, qmin, qmax).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad_outputs[0], None, None, None
-
-
-class _PACT(torch.autograd.Function):
-    """Clip to [lower, alpha] and round to the grid; the paper's straight-through gradients.
-
-    What is kept for the gradient is x in steps of the grid: there the clip lies at qmax, a constant, so that
-    one pass gates the gradient and no device has to tell the host its alpha. An x within a rounding error of alpha
-    counts as clipped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
-        scale = alpha / qmax
-        ratio = x / scale
-        ctx.save_for_backward(ratio)
-        ctx.qmin, ctx.qmax, ctx.alpha_dtype = qmin, qmax, alpha.dtype
-        return ratio.clamp(qmin, qmax).round_().mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad,) = grad_outputs
-        (ratio,) = ctx.saved_tensors
-        below_clip, clip = _clip_bounds(ctx.qmax, ratio.dtype)
-        below_least, least = _clip_bounds(-ctx.qmin, ratio.dtype) if ctx.qmin else (0.0, BELOW_ZERO_STEPS)
-        # Both are differentiable in `grad`, so that losses on the saliency itself can go through them twice.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, -least, clip)
-        grad_alpha = torch.ops.aten.threshold_backward(grad, ratio, below_clip).sum(dtype=ctx.alpha_dtype)
-        if ctx.qmin:
-            below = torch.ops.aten.threshold_backward(grad, -ratio, below_least)
-            grad_alpha = grad_alpha + ctx.qmin / ctx.qmax * below.sum(dtype=ctx.alpha_dtype)
-        return grad_x, grad_alpha, None, None
-
-
-# How far below zero, in steps, the gate of an unsigned activation opens. Sums of codes are often exactly 0, which
-# float32 gives as a little more or less: the gate opens at 0 however the sum was rounded. (Of the codes at ties
-# that networks fresh from `quantize` rounded the other way, the farthest was at 5e-5 of a step.)
-BELOW_ZERO_STEPS = 2.0**-10
-
-
-def _clip_bounds(qmax: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return two neighbouring floats: the smallest that alpha / scale can be rounded to, and the one below it.
-
-    By Python's numbers alone: a tensor's `.item()` would break a compiled network in two at each activation.
-    """
-    least = qmax * (1 - 2 * torch.finfo(torch.float32).eps)
-    power = 2.0 ** math.floor(math.log2(least))
-    step = torch.finfo(dtype).eps * power
-    clip = round(least / step) * step
-    return clip - (step if clip > power else step / 2), clip
 
 
 class PACT(nn.Module):
@@ -198,9 +101,8 @@ class PACT(nn.Module):
         """Return the fake-quantized activation: same shape, float32."""
         if not torch.is_grad_enabled():  # the same numbers, in memory that nobody needs again
             scale = self.scale
-            return _round_to_grid(x / scale, self.qmin, self.qmax).mul_(scale)
-        y: Tensor = _PACT.apply(x, self.clip_alpha, self.qmin, self.qmax)
-        return y
+            return round_in_place(x / scale, self.qmin, self.qmax).mul_(scale)
+        return clip_to_grid(x, self.clip_alpha, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:
         """Show the grid in the module's printed form."""
@@ -227,33 +129,11 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the image on its grid; the gradient passes straight through."""
-        y: Tensor = _RoundToGrid.apply(x, self.scale, self.qmin, self.qmax)
-        return y
+        return round_to_grid(x, self.scale, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:
         """Show the grid in the module's printed form."""
         return f"scale={self.scale.item():.4g}, codes={self.qmin}..{self.qmax}"
-
-
-class _LSQ(torch.autograd.Function):
-    """Learned step size quantization (Esser et al. 2020, equations 1, 2, 3 and section 2.2)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, qmax: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.qmax = qmax
-        return _round_to_grid(weight / scale, -qmax, qmax).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grad_outputs
-        weight, scale = ctx.saved_tensors
-        ratio = weight / scale
-        inside = ratio.abs() < ctx.qmax
-        step = torch.where(inside, torch.round(ratio) - ratio, ratio.sign() * ctx.qmax)
-        per_channel = weight[0].numel()
-        grad_scale = (grad * step).flatten(1).sum(1).reshape(scale.shape) / math.sqrt(per_channel * ctx.qmax)
-        return grad * inside, grad_scale, None
 
 
 class WeightQuantizer(nn.Module):
@@ -299,16 +179,14 @@ class WeightQuantizer(nn.Module):
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integer codes of the float weight, int8, same shape."""
         ratio = weight.detach() / _along_first_axis(self.scale(weight), weight)
-        return _round_to_grid(ratio, -self.qmax, self.qmax).to(torch.int8)
+        return round_in_place(ratio, -self.qmax, self.qmax).to(torch.int8)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return scale * codes, with a straight-through gradient (and LSQ's gradient for a learned scale)."""
         scale = _along_first_axis(self.scale(weight), weight)
         if self.method == "lsq":
-            quantized: Tensor = _LSQ.apply(weight, scale, self.qmax)
-            return quantized
-        rounded: Tensor = _RoundToGrid.apply(weight, scale, -self.qmax, self.qmax)
-        return rounded
+            return learned_step(weight, scale, self.qmax)
+        return round_to_grid(weight, scale, -self.qmax, self.qmax)
 
     def extra_repr(self) -> str:
         """Show the grid in the module's printed form."""

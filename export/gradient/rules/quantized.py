@@ -43,7 +43,7 @@ _SELECTING = {
 }
 
 
-# As train.quantization.quantizers has it; foreign graphs are differentiated without torch.
+# As train.quantization.straight_through has it; foreign graphs are differentiated without torch.
 BELOW_ZERO_STEPS = 2.0**-10
 
 _CODES = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}

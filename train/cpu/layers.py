@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.cpu_batch_norm import BatchNorm2d
+from train.cpu.batch_norm import BatchNorm2d
 
 
 def use_fast_layers(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Layers that PyTorch computes slowly on the CPU, and their derivatives."""
