@@ -110,6 +110,13 @@ def test_layers_are_pytorchs_again_afterwards_also_after_an_error() -> None:
     assert "_conv_forward" not in vars(layer)
 
 
+def test_an_image_without_a_batch_is_convolved_as_by_pytorch() -> None:
+    layer, image = nn.Conv2d(2, 3, 3, stride=2), torch.randn(2, 7, 8)
+    expected = layer(image)
+    with cheap_second_derivatives(layer):
+        assert torch.equal(layer(image), expected)
+
+
 def test_layers_that_compute_in_a_way_of_their_own_keep_it() -> None:
     class Doubled(nn.Conv2d):
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,7 +47,8 @@ def _is_pytorchs(layer: nn.Conv2d) -> bool:
 def _convolution(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the convolution [N, O, H', W'] of x [N, C, H, W] by a weight [O, C / groups, h, w]."""
     if x.device.type != "cpu" or x.ndim != 4:
-        return torch.convolution(x, weight, bias, *settings)
+        stride, padding, dilation, _, _, groups = settings
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
