@@ -47,7 +47,7 @@ def test_the_wheel_and_one_engine_classify_and_explain(
     said = run(clearpact, "classify", "model.onnx", "digit.png", "--explain", "heat.png", folder=device)
     assert said.startswith("digit.png  ")
     with Image.open(device / "heat.png") as heat:
-        assert heat.size == (8, 8)
+        assert min(heat.size) == 256  # large enough for a person, and its caption below
     code = """
 import sys
 import numpy as np
@@ -64,4 +64,4 @@ print([name for name in ("torch", "onnx", "train", "export") if name in sys.modu
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "needs torch, which is not installed" in done.stderr
+    assert "needs onnx, which is not installed" in done.stderr
