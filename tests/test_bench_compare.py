@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,47 +98,6 @@ def test_ratios_to_other_quantization_need_four_contenders_only(
     assert not set(result["missing"]) & set(PEERS[:2])  # what nobody asked for is not missing
 
 
-def test_quality_of_every_contender_on_the_same_images(
-    digits_checkpoint_path: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [
-        str(digits_checkpoint_path),
-        "--seconds",
-        "0.01",
-        "--no-peers",
-        "--starts",
-        "0",
-        "--instances",
-        "1",
-    ]
-    with_data = [*arguments, "--data", "digits", "--map-images", "60"]
-    main([*with_data, "--allow-dirty", "--record", str(tmp_path / "quality.jsonl")])
-    result = json.loads((tmp_path / "quality.jsonl").read_text())
-    quality, maps = result["quality"], result["maps"]
-    assert list(quality) == list(maps) == NAMES
-    assert quality["PyTorch FP32"]["agreement"] == 100
-    step = 100 / len(digits.test_images)
-    for row in quality.values():
-        assert row["accuracy"] / step == pytest.approx(round(row["accuracy"] / step))
-        assert abs(row["accuracy"] - quality["PyTorch FP32"]["accuracy"]) <= 100 - row["agreement"] + 1e-9
-    for name, row in maps.items():
-        assert row["spearman"] == (1 if name == "PyTorch FP32" else pytest.approx(1, abs=0.08))
-        assert row["masked_auc"] == pytest.approx(maps["PyTorch FP32"]["masked_auc"], abs=4)
-        assert ("INT8" in name) == (row["spearman"] < 1 - 1e-4)
-    assert result["first_prediction"] == {}
-    _, table, resources = capsys.readouterr().out.split("\n\n")
-    assert table.startswith("on digits")
-    for lines in (table.splitlines(), resources.splitlines()):
-        assert [line[:24].strip() for line in lines[1:6]] == NAMES
-        assert all(len(line) <= 80 for line in lines[:6])
-    row = maps[OURS]
-    assert resources.splitlines()[5].split()[2:] == [
-        "-", "-", f"{result['file_bytes'][OURS] / 1000:,.0f}", f"{row['masked_auc']:.2f}", f"{row['spearman']:.3f}"
-    ]  # fmt: skip
-    with pytest.raises(OptionError, match="accuracy is compared without --explain"):
-        main([*with_data, "--explain"])
-
-
 @pytest.mark.slow  # four fresh processes, two of which import torch
 def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = contenders(digits_checkpoint, tmp_path, threads=1, peers=False).ready
@@ -152,40 +112,82 @@ def test_cold_start_and_memory_are_those_of_fresh_processes(digits_checkpoint: C
         in_turns(broken, shape=(8, 8, 1), threads=1, starts=1)
 
 
-def test_results_are_recorded_after_those_that_are_there(
-    digits_checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_speed_and_quality_are_printed_and_recorded_after_what_is_there(
+    digits_checkpoint_path: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One run, since it exports five contenders and starts a process for each size of batch."""
     record = tmp_path / "results" / "latency.jsonl"
     record.parent.mkdir()
     record.write_text('{"old": 1}')  # and no newline at its end
-    arguments = [str(digits_checkpoint_path), "--seconds", "0.01", "--no-peers", "--allow-dirty"]
-    arguments += ["--record", str(record)]
-    main([*arguments, "--batch", "2,3", "--starts", "0", "--instances", "1"])
-    out = capsys.readouterr().out.splitlines()
-    old, printed, other = (json.loads(line) for line in record.read_text().splitlines())
+    arguments = [
+        str(digits_checkpoint_path),
+        "--seconds",
+        "0.01",
+        "--no-peers",
+        "--starts",
+        "0",
+        "--instances",
+        "1",
+    ]
+    arguments += ["--data", "digits", "--map-images", "60"]
+    main([*arguments, "--batch", "2,3", "--allow-dirty", "--record", str(record)])
+    old, first, last = (json.loads(line) for line in record.read_text().splitlines())
     assert old == {"old": 1}
-    assert other["input"] == [3, 8, 8, 1]
-    assert list(printed["latency"]) == list(printed["ratio_to_OpenVINO INT8"]) == NAMES
+    assert (first["input"], last["input"]) == ([2, 8, 8, 1], [3, 8, 8, 1])
+    speed, table, resources = capsys.readouterr().out.split("\n\n")
+    check_speed(first, speed.splitlines())
+    check_quality(last, table.splitlines(), resources.splitlines(), n=len(digits.test_images))
+    with pytest.raises(OptionError, match="accuracy is compared without --explain"):
+        main([*arguments, "--explain"])
+
+
+def check_speed(found: dict[str, Any], printed: list[str]) -> None:
+    """A person reads one row for each contender, and what others need."""
+    assert list(found["latency"]) == list(found["ratio_to_OpenVINO INT8"]) == NAMES
     same = {"ratio": 1.0, "low": None, "high": None, "instances": 1}
-    assert printed["ratio_to_OpenVINO INT8"][OURS] == same
-    assert (printed["instances"], printed["warm_up_seconds"]) == (1, 0.01)
-    assert (printed["arch"], printed["bits"], printed["input"], printed["threads"]) == ("cnn2", 8, [2, 8, 8, 1], 1)
-    assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in printed["latency"].values())
-    assert (printed["grid"], printed["trained_on"], printed["ratio_to_ptq"]) == ("0..127", "digits", {})
-    assert printed["environment"]["commit"]
-    # A person reads one row for each contender, and what others need.
-    assert "cnn2, input [2, 8, 8, 1], threads 1" in out[0]
-    assert out[1].endswith("rounds in turns, fresh processes: 1; each warmed up 0.01 s")
-    assert [line[:18].strip() for line in out[3:8]] == NAMES
-    assert out[7].split()[-2:] == ["-", "1.000"]
-    assert out[8].endswith("runs, and p99 needs 1,000; measure longer")
-    assert "no interval with --instances 1; it needs 5" in out
-    assert out[-4:-1] == [
+    assert found["ratio_to_OpenVINO INT8"][OURS] == same
+    assert (found["instances"], found["warm_up_seconds"]) == (1, 0.01)
+    assert (found["arch"], found["bits"], found["threads"]) == ("cnn2", 8, 1)
+    assert all(row["n"] >= 20 and row["p50_ms"] > 0 for row in found["latency"].values())
+    assert (found["grid"], found["trained_on"], found["ratio_to_ptq"]) == ("0..127", "digits", {})
+    assert found["environment"]["commit"]
+    assert "cnn2, input [2, 8, 8, 1], threads 1" in printed[0]
+    assert printed[1].endswith("rounds in turns, fresh processes: 1; each warmed up 0.01 s")
+    assert [line[:18].strip() for line in printed[3:8]] == NAMES
+    assert printed[7].split()[-2:] == ["-", "1.000"]
+    assert printed[8].endswith("runs, and p99 needs 1,000; measure longer")
+    assert "no interval with --instances 1; it needs 5" in printed
+    assert [line for line in printed[1:9] if len(line) > 80] == []
+
+
+def check_quality(found: dict[str, Any], table: list[str], resources: list[str], *, n: int) -> None:
+    """All contenders on the same n images."""
+    quality, maps = found["quality"], found["maps"]
+    assert list(quality) == list(maps) == NAMES
+    assert quality["PyTorch FP32"]["agreement"] == 100
+    step = 100 / n
+    for row in quality.values():
+        assert row["accuracy"] / step == pytest.approx(round(row["accuracy"] / step))
+        assert abs(row["accuracy"] - quality["PyTorch FP32"]["accuracy"]) <= 100 - row["agreement"] + 1e-9
+    for name, row in maps.items():
+        assert row["spearman"] == (1 if name == "PyTorch FP32" else pytest.approx(1, abs=0.08))
+        assert row["masked_auc"] == pytest.approx(maps["PyTorch FP32"]["masked_auc"], abs=4)
+        assert ("INT8" in name) == (row["spearman"] < 1 - 1e-4)
+    assert found["first_prediction"] == {}
+    assert table[0].startswith("on digits")
+    for lines in (table, resources):
+        assert [line[:24].strip() for line in lines[1:6]] == NAMES
+        assert all(len(line) <= 80 for line in lines[:6])
+    row = maps[OURS]
+    assert resources[5].split()[2:] == [
+        "-", "-", f"{found['file_bytes'][OURS] / 1000:,.0f}", f"{row['masked_auc']:.2f}", f"{row['spearman']:.3f}"
+    ]  # fmt: skip
+    assert resources[-4:-1] == [
         "not compared: TensorRT FP16, TensorRT INT8",
         "  CUDA: cudaGetDeviceCount failed (cudaErrorNoDevice: nodevice)",
         "  check that nvidia-smi (on Jetson: tegrastats) shows the GPU",
     ]
-    assert [line for line in (*out[1:9], *out[-4:-1]) if len(line) > 80] == []
+    assert [line for line in resources[-4:-1] if len(line) > 80] == []
 
 
 def test_peers_that_are_not_installed_are_named_with_what_installs_them(
