@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.pipeline import export
+from runtime.errors import ModelError
 from train import loop
 from train.data.images import ImageData
 from train.losses.adaptive_threshold import loss_gradient
@@ -19,6 +20,7 @@ from train.quantization.quantize import quantize, start_alphas
 from train.quantization.quantizers import PACT
 from train.quantization.spec import QuantSpec
 from train.recipe import default_recipe
+from train.step import compute_gradients
 
 LAMBDA1, LAMBDA2, ETA, GAMMA = 0.3, 0.02, 0.05, 0.01
 
@@ -182,3 +184,49 @@ def test_a_model_trained_so_is_accurate_and_exports(digits: ImageData, tmp_path:
     alphas = sum(value for key, value in last.items() if key.startswith("alpha/"))
     assert last["train_loss"] == pytest.approx(terms + 1e-4 * alphas, abs=1e-4)
     assert export(checkpoint, int8=True).model.graph.node
+
+
+class _Gated(nn.Module):
+    """Attention and Hardsigmoid, as PyTorch computes them or written out."""
+
+    def __init__(self, *, written_out: bool) -> None:
+        super().__init__()
+        self.projection, self.head, self.written_out = nn.Linear(6, 18), nn.Linear(6, 5), written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.projection(x.flatten(2)).unsqueeze(1).chunk(3, dim=-1)
+        if self.written_out:
+            attended = (query @ key.transpose(-1, -2) / 6**0.5).softmax(-1) @ value
+            gate = F.relu6(attended + 3) / 6
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value)
+            gate = F.hardsigmoid(attended)
+        logits: Tensor = self.head((4 * attended * gate).mean((1, 2)))
+        return logits
+
+
+def test_layers_that_pytorch_differentiates_once_are_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    one, other = (_Gated(written_out=written_out).double() for written_out in (False, True))
+    other.load_state_dict(one.state_dict())
+    images, labels = 3 * torch.randn(4, 7, 2, 3, dtype=torch.float64), torch.arange(4)
+    for model in (one, other):
+        terms = AdaptiveThreshold(1e-3).double().loss(model, images, labels, saliency_weight=0.1)
+        terms.loss.backward()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert a.grad is not None
+        assert a.grad.abs().max() > 0
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cannot_be_differentiated_twice_is_one_line() -> None:
+    class Direct(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = torch.ops.aten.hardsigmoid(x).mean((2, 3))  # not the function that has a stand-in
+            return logits
+
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), Direct())
+    images, labels, recipe = torch.randn(3, 1, 8, 8), torch.arange(3), default_recipe("digits", "asg")
+    message = "^asg: PyTorch has no second derivative of aten::hardsigmoid_backward; write that layer in other"
+    with pytest.raises(ModelError, match=message):
+        compute_gradients(model, AdaptiveThreshold(0.01), images, labels, labels, images, recipe)

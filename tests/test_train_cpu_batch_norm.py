@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from train.cpu.batch_norm import BatchNorm2d
-from train.cpu.convolution import cheap_second_derivatives
 from train.cpu.layers import use_fast_layers
 from train.losses.saliency import AdaptiveThreshold
+from train.losses.second_derivatives import second_derivatives
 from train.models.resnet20 import ResNet20
 from train.quantization.quantize import quantize, start_alphas
 from train.quantization.spec import QuantSpec
@@ -95,8 +95,8 @@ def test_the_loss_on_the_input_gradient_and_its_gradients_stay_those_of_pytorchs
     state = {name: value.clone() for name, value in model.state_dict().items()}
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     for fast in (False, True):
-        context = cheap_second_derivatives if fast else nullcontext
-        monkeypatch.setattr("train.losses.adaptive_threshold.cheap_second_derivatives", context)
+        context = second_derivatives if fast else nullcontext
+        monkeypatch.setattr("train.losses.adaptive_threshold.second_derivatives", context)
         if fast:
             use_fast_layers(model)
             assert sum(isinstance(m, BatchNorm2d) for m in model.modules()) == 19

@@ -135,6 +135,11 @@ def test_train_and_resume_and_export_by_name(tmp_path: Path, capsys: pytest.Capt
         ("tests.no_such_module:net", "No module named 'tests.no_such_module'; run where .* can be imported"),
         ("tests.toy_models:takes_nothing", "expected one that takes channels, size, classes"),
         ("tests.toy_models:makes_a_string", r"returned str, expected a torch\.nn\.Module"),
+        ("tests.toy_models:needs_larger_images",
+         r"called with channels, size, classes, it raises ValueError \(toy_models\.py:\d+\): 8 x 8 is too small$"),
+        ("tests.toy_models:takes_three_channels",
+         r"of 2 images \[2, 1, 8, 8\] its network raises RuntimeError \(conv\.py:\d+\): Given groups=1, weight"),
+        ("torchvision.models:vit_b_16", r"raises TypeError \(vision_transformer\.py:\d+\): .* 'channels'$"),
         ("tests.toy_models:makes_features", r"it returns \[2, 5\], expected logits \[2, 10\]"),
     ],
 )  # fmt: skip

@@ -191,6 +191,14 @@ def makes_features(channels: int, size: tuple[int, int], classes: int) -> nn.Mod
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 5))
 
 
+def needs_larger_images(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    raise ValueError(f"{size[0]} x {size[1]} is too small")
+
+
+def takes_three_channels(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def makes_a_string(channels: int, size: tuple[int, int], classes: int) -> str:
     return "a network"
 

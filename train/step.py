@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from runtime.errors import ModelError
 from train.losses.distillation import distillation_loss
 from train.losses.methods import Guidance, loss_terms
 from train.losses.saliency import AdaptiveThreshold, LossTerms
@@ -25,7 +27,11 @@ def compute_gradients(
     teacher: nn.Module | None = None,
     class_weights: Tensor | None = None,
 ) -> LossTerms:
-    """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`."""
+    """Return the recipe's loss, and leave its gradients, and no others, in the parameters; see `loss_terms`.
+
+    Raises:
+        ModelError: `asg` meets an operation that PyTorch cannot differentiate twice.
+    """
     parameters = [p for module in (model, guidance) if module is not None for p in module.parameters()]
     for parameter in parameters:
         parameter.grad = None
@@ -38,7 +44,16 @@ def compute_gradients(
             soft = distillation_loss(terms.logits, teacher_logits, recipe.temperature)
             terms = replace(terms, loss=terms.loss + recipe.teacher_weight * (soft - terms.cross_entropy))
         # Not into the images, which saliency made variables: their gradient costs a convolution.
-        terms.loss.backward(inputs=learned)
+        try:
+            terms.loss.backward(inputs=learned)
+        except RuntimeError as error:
+            missing = re.fullmatch(r"derivative for (\S+) is not implemented", str(error))
+            if missing is None or recipe.method != "asg":
+                raise
+            raise ModelError(
+                f"asg: PyTorch has no second derivative of {missing[1]}; write that layer in other operations, or "
+                "train with --method sgt or smoot, which need none"
+            ) from None
     return terms
 
 

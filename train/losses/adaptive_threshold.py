@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import processes
-from train.cpu.convolution import cheap_second_derivatives
 from train.losses.guidance import LossTerms, frozen_statistics, guided_terms
+from train.losses.second_derivatives import second_derivatives
 from train.quantization.quantizers import PACT
 
 
@@ -73,7 +73,7 @@ class AdaptiveThreshold(nn.Module):
             class_weights: of the cross entropy in L, [K]; S stays that of each image's own loss.
         """
         images = images.detach().requires_grad_()
-        with cheap_second_derivatives(model):
+        with second_derivatives(model):
             logits = model(images)
         gradient = loss_gradient(logits, images, labels, label_smoothing=label_smoothing)
         images = images.detach()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +47,19 @@ def build(arch: str, **arguments: Any) -> nn.Module:
 
 
 def _own_network(arch: str, arguments: dict[str, Any]) -> nn.Module:
-    model = find(arch, arguments)(**arguments)
+    factory = find(arch, arguments)
+    try:
+        model = factory(**arguments)
+    except Exception as error:  # the user's code may raise anything
+        raise OptionError(_failed(arch, error, f"called with {', '.join(arguments)}, it")) from error
     if not isinstance(model, nn.Module):
         raise OptionError(f"--arch {arch}: returned {type(model).__name__}, expected a torch.nn.Module")
     mode, images = model.training, torch.zeros(2, arguments["channels"], *arguments["size"])
-    with torch.no_grad():
-        logits = model.eval()(images)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:
+        raise OptionError(_failed(arch, error, f"of 2 images {list(images.shape)} its network")) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, arguments["classes"]):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise OptionError(
@@ -58,3 +67,11 @@ def _own_network(arch: str, arguments: dict[str, Any]) -> nn.Module:
             f"{[2, arguments['classes']]}"
         )
     return model.train(mode)
+
+
+def _failed(arch: str, error: Exception, subject: str) -> str:
+    """Return one line on an error of the user's own code, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"--arch {arch}: {subject} raises {type(error).__name__} ({where}): {first_line}"
