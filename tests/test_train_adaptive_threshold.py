@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from train import loop
 from train.data.images import ImageData
 from train.losses.adaptive_threshold import loss_gradient
 from train.losses.saliency import AdaptiveThreshold, start_threshold
+from train.losses.second_derivatives import second_derivatives
 from train.models.cnn2 import CNN2
 from train.models.resnet20 import ResNet20
 from train.quantization.quantize import quantize, start_alphas
@@ -217,6 +219,22 @@ def test_layers_that_pytorch_differentiates_once_are_differentiated_twice() -> N
         assert a.grad is not None
         assert a.grad.abs().max() > 0
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardsigmoid_has_pytorchs_values_and_first_gradient_and_writes_where_it_is_told(inplace: bool) -> None:
+    found = []
+    for context in (nullcontext(), second_derivatives(nn.Identity())):
+        x = torch.linspace(-5, 5, 1001).requires_grad_()
+        with context:
+            before = x * 1
+            y = F.hardsigmoid(before, inplace=inplace)
+        assert (before is y) == inplace
+        (gradient,) = torch.autograd.grad(before.square().sum() if inplace else y.square().sum(), x)
+        found.append((y, gradient))
+    (y, gradient), (again, ours) = found
+    assert torch.equal(y, again)
+    torch.testing.assert_close(gradient, ours, rtol=1e-6, atol=0)
 
 
 def test_what_cannot_be_differentiated_twice_is_one_line() -> None:

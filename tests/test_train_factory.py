@@ -149,6 +149,12 @@ def test_what_is_no_factory_is_refused(name: str, message: str) -> None:
         build(name, **ARGUMENTS)
 
 
+def test_what_a_factory_says_in_one_line_stays_as_it_is() -> None:
+    factory.allow("tests.toy_models:says_it_itself")
+    with pytest.raises(OptionError, match=r"^8 x 8: expected 16 x 16$"):
+        build("tests.toy_models:says_it_itself", **ARGUMENTS)
+
+
 @pytest.mark.parametrize(
     "name", ["os:system; rm", "a b:c", ":net", "nets:", "../nets:net", "nets:net:net", "nets.:f"]
 )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.errors import OptionError
 from train.quantization.quantizers import PACT
 
 
@@ -189,6 +190,10 @@ def small_convnet(channels: int, size: tuple[int, int], classes: int) -> nn.Modu
 
 def makes_features(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 5))
+
+
+def says_it_itself(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    raise OptionError("8 x 8: expected 16 x 16")
 
 
 def needs_larger_images(channels: int, size: tuple[int, int], classes: int) -> nn.Module:

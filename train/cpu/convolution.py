@@ -57,7 +57,7 @@ def _convolution(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 class _OfInput(torch.autograd.Function):
-    """The value, with the gradient of x; in a tuple, no gradient is computed for the parameters."""
+    """The value, with the gradient of x alone: autograd does not see the parameters in their tuple."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: tuple[Tensor, Tensor | None], settings: Settings) -> Tensor:
@@ -96,8 +96,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, weight: Tensor, x: Tensor, settings: Settings) -> Tensor:
         ctx.save_for_backward(g, weight)
         ctx.settings = settings
-        of_x = _gradients(g, x, weight, settings, [True, False, False])[0]
-        return of_x
+        return _gradients(g, x, weight, settings, [True, False, False])[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -25,9 +25,11 @@ def second_derivatives(model: nn.Module) -> Iterator[None]:
 
 
 class _Hardsigmoid(TorchFunctionMode):
-    """Computes Hardsigmoid as what it is, relu6(x + 3) / 6."""
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
-        return func(*args, **(kwargs or {}))
+        return (_hardsigmoid if func is F.hardsigmoid else func)(*args, **(kwargs or {}))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Return what `F.hardsigmoid` returns, computed as what it is."""
+    value = F.relu6(input + 3) / 6
+    return input.copy_(value) if inplace else value

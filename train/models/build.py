@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import OptionError
+from runtime.errors import ClearpactError, OptionError
 from train.models.cnn2 import CNN2
 from train.models.factory import find, is_factory
 from train.models.resnet20 import ResNet20
@@ -50,6 +50,8 @@ def _own_network(arch: str, arguments: dict[str, Any]) -> nn.Module:
     factory = find(arch, arguments)
     try:
         model = factory(**arguments)
+    except ClearpactError:
+        raise  # said in one line already
     except Exception as error:  # the user's code may raise anything
         raise OptionError(_failed(arch, error, f"called with {', '.join(arguments)}, it")) from error
     if not isinstance(model, nn.Module):
